@@ -1,0 +1,145 @@
+"""Checks of tensors against declared axes: one wording for every shape, type and range error.
+
+Every message has three parts: what was expected, what came, what to do; and it names the argument.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, List
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pykd.registry import Layouts, Loss, Spec
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_axes(tensors: List[Tensor], names: List[str], axes: List[List[str]]) -> None:
+    """Raises where a tensor's rank or lengths differ from its axis names. Scriptable.
+
+    It is the first line of every loss graph, so a TorchScript file checks its inputs by itself.
+    """
+    known_axes: List[str] = []
+    known_sizes: List[int] = []
+    known_from: List[str] = []
+    for i in range(len(tensors)):
+        shape = tensors[i].shape
+        if len(shape) != len(axes[i]):
+            raise ValueError(
+                f"expected {names[i]} with axes ({', '.join(axes[i])}), got shape {list(shape)}; pass a tensor with {len(axes[i])} axes"
+            )
+        for j in range(len(shape)):
+            axis = axes[i][j]
+            size = shape[j]
+            if size == 0:
+                raise ValueError(
+                    f'expected {names[i]} to have at least one entry along "{axis}", got shape {list(shape)}; leave empty batches out'
+                )
+            found = -1
+            for k in range(len(known_axes)):
+                if known_axes[k] == axis:
+                    found = k
+            if found < 0:
+                known_axes.append(axis)
+                known_sizes.append(size)
+                known_from.append(names[i])
+            elif known_sizes[found] != size:
+                raise ValueError(
+                    f'expected {names[i]} to have length {known_sizes[found]} along "{axis}", as {known_from[found]} has, got {size}; cut, pad or map one of them first'
+                )
+
+
+def resolve(name: str, tensor: Tensor, layouts: "Layouts") -> "Spec":
+    """The one of ``layouts`` that ``tensor`` has, by its rank and type."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"expected {name} to be a torch.Tensor, got {type(tensor).__name__}; convert it first")
+    for spec in layouts:
+        if tensor.dim() == len(spec.names) and tensor.dtype in _dtypes(spec):
+            return spec
+    wanted = " or ".join(f"{spec.dtype} with axes ({', '.join(spec.names)})" for spec in layouts)
+    got = f"{tensor.dtype} with shape {list(tensor.shape)}"
+    fits_rank = any(tensor.dim() == len(spec.names) for spec in layouts)
+    error = TypeError if fits_rank else ValueError
+    raise error(f"expected {name} as {wanted}, got {got}; convert or reshape it first")
+
+
+def check_tensors(specs: Mapping[str, "Spec"], tensors: Mapping[str, Tensor]) -> None:
+    """Axes, one floating type, one device, integer ranges (on the CPU; a GPU is not waited for)."""
+    names = list(specs)
+    check_axes([tensors[n] for n in names], names, [list(specs[n].names) for n in names])
+    first = names[0]
+    floating = ""
+    sizes = {
+        axis: size for n in names for axis, size in zip(specs[n].names, tensors[n].shape, strict=True)
+    }
+    for name in names:
+        tensor = tensors[name]
+        if tensor.device != tensors[first].device:
+            raise TypeError(
+                f"expected {name} on {tensors[first].device}, where {first} is, got {tensor.device}; move one of them"
+            )
+        if specs[name].dtype == "float":
+            floating = floating or name
+            if tensor.dtype != tensors[floating].dtype:
+                raise TypeError(
+                    f"expected {name} to be {tensors[floating].dtype}, as {floating} is, got {tensor.dtype}; cast one of them"
+                )
+
+
+def check_range(name: str, tensor: Tensor, limit: int, axis: str, ignore_index: int | None) -> None:
+    """Raises where an integer tensor on the CPU leaves 0 … limit − 1 (and is not ``ignore_index``)."""
+    if tensor.device.type != "cpu":
+        return  # the loss turns NaN there; see the docstring of the loss
+    bad = (tensor < 0) | (tensor >= limit)
+    if ignore_index is not None:
+        bad &= tensor != ignore_index
+    if bool(bad.any()):
+        value = int(tensor[bad][0])
+        allowed = f"0 to {limit - 1}" + (f" or {ignore_index} (ignored)" if ignore_index is not None else "")
+        raise ValueError(
+            f'expected {name} to hold indices along "{axis}" from {allowed}, got {value}; mend the data or the number of {axis}'
+        )
+
+
+def check_call(loss: "Loss", arguments: Mapping[str, object]) -> None:
+    """What :class:`pykd.registry.Loss` checks before it computes; nothing while a trace is made."""
+    if tracing():
+        return
+    specs: dict[str, Spec] = {}
+    tensors: dict[str, Tensor] = {}
+    for name in loss.inputs:
+        tensor = arguments.get(name)
+        if tensor is not None:
+            specs[name] = resolve(name, tensor, loss.layouts(name))  # type: ignore[arg-type]
+            tensors[name] = tensor  # type: ignore[assignment]
+    check_tensors(specs, tensors)
+    ignore_index = getattr(loss, "ignore_index", None)
+    check_ranges(specs, tensors, {} if ignore_index is None else dict.fromkeys(specs, ignore_index))
+    for name, scalar in loss.scalars.items():
+        value = arguments.get(name)
+        if value is not None:
+            scalar.check(name, value)  # type: ignore[arg-type]
+
+
+def check_ranges(specs: Mapping[str, "Spec"], tensors: Mapping[str, Tensor], ignore_indices: Mapping[str, int]) -> None:
+    """:func:`check_range` for every input that counts along an axis."""
+    sizes = {
+        axis: size
+        for name, spec in specs.items()
+        for axis, size in zip(spec.names, tensors[name].shape, strict=True)
+    }
+    for name, spec in specs.items():
+        if spec.index_of is not None:
+            check_range(name, tensors[name], sizes[spec.index_of], spec.index_of, ignore_indices.get(name))
+
+
+def tracing() -> bool:
+    """Whether an exporter is tracing: values are then unknown and must not be looked at."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None or torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def _dtypes(spec: "Spec") -> tuple[torch.dtype, ...]:
+    return _FLOATS if spec.dtype == "float" else (torch.int64,)

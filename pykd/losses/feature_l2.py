@@ -1,0 +1,97 @@
+"""Squared L2 distance between normalised features."""
+
+from typing import Optional
+
+import numpy as np
+from torch import Tensor
+
+from pykd import ops
+from pykd.reference import reduce_samples, unit
+from pykd.registry import Case, Loss, Spec, register
+
+
+def feature_l2(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Optional[Tensor] = None,
+    spatial_avg: Optional[str] = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Sum over channels of (x̂ − ŷ)², mean over tokens; see :class:`FeatureL2`."""
+    student, teacher = ops.normalized_pair(student_features, teacher_features, spatial_avg)
+    difference = student - teacher
+    values = (difference * difference).sum(dim=-1).mean(dim=-1)
+    return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
+
+
+@register("feature_l2")
+class FeatureL2(Loss):
+    r"""Squared L2 distance between the student's and the teacher's features, each normalised along its channels.
+
+    .. math:: \ell_b = \frac1N \sum_n \sum_c \left( \frac{x_{bnc}}{\lVert x_{bn}\rVert_2}
+              - \frac{y_{bnc}}{\lVert y_{bn}\rVert_2} \right)^2
+
+    Args:
+        spatial_avg: ``"mean"``: average each feature map over its tokens before it is normalised and
+            compared; ``None``: compare token by token.
+        reduction: ``"mean"``: Σ w·ℓ / Σ w with w = ``sample_weight`` or 1; ``"sum"``; ``"none"``: ``(batch,)``.
+
+    Inputs:
+        student_features: ``(batch, tokens, channels)``, any floating type; receives the gradient. A
+            convolutional map ``(batch, channels, height, width)`` is ``x.flatten(2).transpose(1, 2)``.
+        teacher_features: ``(batch, tokens, channels)``, same type; constant.
+        sample_weight: optional ``(batch,)``, at least 0; constant.
+
+    Returns:
+        Between 0 and 4 (it is 2 − 2·cosine), no unit; a scalar unless ``reduction="none"``; 0 when the directions
+        agree. A token whose features are all 0 keeps the direction 0 and gets the gradient 0.
+
+    Raises:
+        ValueError: for shapes that do not fit (map the student's channels to the teacher's first), an empty batch.
+
+    Who differs: ``F.mse_loss`` also divides by the number of channels and does not normalise.
+
+    Example:
+        >>> student, teacher = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 5.0]]])
+        >>> FeatureL2()(student, teacher)
+        tensor(0.4000)
+
+    References:
+        Wang et al.: Improved Knowledge Distillation for Training Fast Low Resolution Face Recognition
+        Model, ICCVW 2019; Romero et al.: FitNets, 2015, arXiv:1412.6550 (comparing features as such).
+    """
+
+    inputs = {
+        "student_features": Spec("batch tokens channels", grad=True),
+        "teacher_features": Spec("batch tokens channels"),
+        "sample_weight": Spec("batch", optional=True, draw="weights"),
+    }
+    cases = (
+        Case(),
+        Case({"spatial_avg": "mean"}),
+        Case({"reduction": "sum"}, optional=("sample_weight",)),
+    )
+    zero_when_equal = True
+    paper = "Wang et al. ICCVW 2019"
+
+    spatial_avg: Optional[str]  # TorchScript must know that it may be either
+
+    def __init__(self, spatial_avg: Optional[str] = None, reduction: str = "mean"):
+        super().__init__(reduction)
+        self.spatial_avg = ops.check_spatial_avg(spatial_avg)
+
+    def forward(
+        self, student_features: Tensor, teacher_features: Tensor, sample_weight: Optional[Tensor] = None
+    ) -> Tensor:
+        return feature_l2(student_features, teacher_features, sample_weight, self.spatial_avg, self.reduction)
+
+    @staticmethod
+    def reference(student_features, teacher_features, sample_weight=None, spatial_avg=None, reduction="mean"):
+        """One token at a time, from the definition."""
+        values = []
+        for x, y in zip(student_features, teacher_features):
+            if spatial_avg == "mean":
+                x, y = x.mean(axis=0, keepdims=True), y.mean(axis=0, keepdims=True)
+            values.append(np.mean([((unit(a) - unit(b)) ** 2).sum() for a, b in zip(x, y)]))
+        weights = np.ones(len(values)) if sample_weight is None else sample_weight
+        return reduce_samples(values, weights, reduction)

@@ -1,0 +1,112 @@
+"""Scriptable pieces that several losses share.
+
+Everything here works in TorchScript, in eager mode and under the symbolic tracing of the ONNX export:
+no data-dependent shapes, no boolean indexing, no ``float(x.shape[0])`` (it would freeze the batch size).
+"""
+
+from typing import List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+def upcast(x: Tensor) -> Tensor:
+    """float16 and bfloat16 become float32; wider types stay. Autograd rounds the gradient back."""
+    if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
+        return x.float()
+    return x
+
+
+def normalize(x: Tensor, dim: List[int], tiny: float = 1e-24) -> Tensor:
+    """``x`` divided by its Euclidean norm over the axes ``dim``.
+
+    A vector whose squared norm is at most ``tiny`` counts as the zero vector: it becomes zero, with a zero
+    gradient, where a division by a small epsilon would give a gradient of 1e12.
+    """
+    squared = (x * x).sum(dim=dim, keepdim=True)
+    nonzero = squared > tiny
+    safe = torch.where(nonzero, squared, torch.ones_like(squared))
+    return torch.where(nonzero, x * torch.rsqrt(safe), torch.zeros_like(x))
+
+
+def product_or_zero(weight: Tensor, x: Tensor) -> Tensor:
+    """``weight * x``, and 0 where the weight is 0 even if ``x`` is infinite (0 · log 0 = 0).
+
+    The gradient with respect to ``x`` is ``weight``, everywhere.
+    """
+    return torch.where(weight == 0, torch.zeros_like(x), weight * x)
+
+
+def reduce(values: Tensor, weight: Optional[Tensor], reduction: str) -> Tensor:
+    """Reduces one value per sample, in the last line of a loss.
+
+    Args:
+        values: ``[batch]``.
+        weight: ``[batch]``, 0 leaves a sample out; ``None`` weighs every sample 1.
+        reduction: ``"none"``: ``weight · values``. ``"sum"``: their sum. ``"mean"``: that sum divided by
+            the sum of the weights (by the number of samples where there are none); 0 where nothing is kept.
+    """
+    if weight is None:
+        if reduction == "mean":
+            return values.mean()
+        if reduction == "sum":
+            return values.sum()
+        return values
+    weighted = product_or_zero(weight, values)
+    if reduction == "none":
+        return weighted
+    if reduction == "sum":
+        return weighted.sum()
+    total = weight.sum()
+    kept = total != 0
+    return torch.where(kept, weighted.sum() / torch.where(kept, total, torch.ones_like(total)), torch.zeros_like(total))
+
+
+def weigh(kept: Tensor, sample_weight: Optional[Tensor]) -> Tensor:
+    """Per-sample weight from a mask of kept samples and the user's weights."""
+    if sample_weight is None:
+        return kept
+    return kept * sample_weight
+
+
+def optional_weight(sample_weight: Optional[Tensor]) -> Optional[Tensor]:
+    """The user's weights as constants in the compute type, or None."""
+    if sample_weight is None:
+        return None
+    return upcast(sample_weight.detach())
+
+
+def pool_tokens(features: Tensor, spatial_avg: Optional[str]) -> Tensor:
+    """Features in the compute type, ``(batch, tokens, channels)``, averaged to one token where asked."""
+    features = upcast(features)
+    if spatial_avg is not None:  # "mean" is the only choice, see check_spatial_avg
+        return features.mean(dim=1, keepdim=True)
+    return features
+
+
+def normalized_pair(student: Tensor, teacher: Tensor, spatial_avg: Optional[str]) -> Tuple[Tensor, Tensor]:
+    """Both sides pooled and normalised along their channels; the teacher's as a constant."""
+    return (
+        normalize(pool_tokens(student, spatial_avg), dim=[-1]),
+        normalize(pool_tokens(teacher.detach(), spatial_avg), dim=[-1]),
+    )
+
+
+@torch.jit.ignore
+def check_spatial_avg(spatial_avg: Optional[str]) -> Optional[str]:
+    """``spatial_avg``, or a ValueError."""
+    if spatial_avg not in (None, "mean"):
+        raise ValueError(f"expected spatial_avg to be None or 'mean', got {spatial_avg!r}; pass one of these")
+    return spatial_avg
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """``‖x_i − y_j‖²`` of the rows of two matrices, by the Gram matrix: no tensor of pairs times features."""
+    xx = (x * x).sum(dim=-1, keepdim=True)
+    yy = (y * y).sum(dim=-1, keepdim=True)
+    return (xx + yy.transpose(0, 1) - 2 * torch.matmul(x, y.transpose(0, 1))).clamp(min=0.0)
+
+
+def distinct_pairs(x: Tensor) -> Tensor:
+    """``[n, n]`` with 0 on the diagonal and 1 elsewhere, for the n rows of ``x``."""
+    rows = torch.arange(x.size(0), device=x.device)
+    return (rows.unsqueeze(0) != rows.unsqueeze(1)).to(x.dtype)

@@ -1,0 +1,254 @@
+"""What a loss declares about itself, and the registry that makes the declaration enough.
+
+A loss is one file in ``pykd/losses/``. Exporters, tests, the table in the README, the benchmark and the
+command line find it here; none of them names it. ``pykd/losses/_template.py`` is the file to copy.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One tensor input of a loss.
+
+    Attributes:
+        axes: names separated by spaces, such as ``"batch classes"``. Equal names mean equal lengths.
+            The names become the dynamic axes of the ONNX file and the words of error messages.
+        grad: whether the student is behind this tensor, so that it receives the gradient.
+        dtype: ``"float"`` (any floating type, the same for all inputs of a call) or ``"int64"``.
+        index_of: for integers: the axis whose entries they count, such as ``"classes"``.
+        optional: whether the input may be left out.
+        draw: how examples and tests draw it: ``"normal"``, ``"probabilities"`` (sum to 1 along the last
+            axis), ``"indices"`` or ``"weights"`` (non-negative, some of them 0).
+    """
+
+    axes: str
+    grad: bool = False
+    dtype: str = "float"
+    index_of: str | None = None
+    optional: bool = False
+    draw: str = "normal"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The axes as a tuple."""
+        return tuple(self.axes.split())
+
+    def rename(self, axes: Mapping[str, str]) -> "Spec":
+        """The same input with some axes called otherwise."""
+        return dataclasses.replace(
+            self,
+            axes=" ".join(axes.get(axis, axis) for axis in self.names),
+            index_of=None if self.index_of is None else axes.get(self.index_of, self.index_of),
+        )
+
+
+Layouts = tuple[Spec, ...]  # the forms that one input may take; the first is the default
+
+
+@dataclasses.dataclass(frozen=True)
+class Scalar:
+    """A setting that can change in every call without a new export: a temperature, a weight."""
+
+    minimum: float = float("-inf")
+    exclusive: bool = False
+
+    def check(self, name: str, value: float) -> float:
+        """``value`` as a float; a ValueError that names ``name`` where it is out of range."""
+        value = float(value)
+        low = value <= self.minimum if self.exclusive else value < self.minimum
+        if not np.isfinite(value) or low:
+            bound = f"greater than {self.minimum:g}" if self.exclusive else f"of at least {self.minimum:g}"
+            if self.minimum == float("-inf"):
+                bound = "that is finite"
+            raise ValueError(f"expected {name} to be a number {bound}, got {value:g}; pass another {name}")
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Settings under which a loss is tested, exported and benchmarked."""
+
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    optional: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        words = [f"{key}={value}" for key, value in self.settings.items()]
+        words += [f"{name}:{axes.replace(' ', '×')}" for name, axes in self.layouts.items()]
+        words += [f"+{name}" for name in self.optional]
+        return ",".join(words) or "default"
+
+
+class Loss(nn.Module):
+    """Base of every loss.
+
+    A subclass declares, besides ``forward`` and a docstring that is its specification:
+
+    Attributes:
+        name: how it is called in recipes, files and tables. Set by :func:`register`.
+        inputs: tensors by name, in the order of ``forward``; a tuple of Specs where one input may take
+            several forms (class indices or probabilities, say).
+        scalars: those constructor arguments that can change in every call. ``forward`` takes each as
+            ``Optional[float] = None`` after the tensors, and uses the attribute of that name for None.
+        cases: settings to test.
+        zero_when_equal: whether the value is 0 when every student tensor equals the teacher's.
+        couples_batch: why there is no value per sample; empty where the loss splits over samples.
+        paper: author, year, arXiv id.
+    """
+
+    name: ClassVar[str] = ""
+    inputs: ClassVar[Mapping[str, Spec | Layouts]] = {}
+    scalars: ClassVar[Mapping[str, Scalar]] = {}
+    cases: ClassVar[Sequence[Case]] = (Case(),)
+    zero_when_equal: ClassVar[bool] = False
+    couples_batch: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+
+    reduction: str
+
+    def __init__(self, reduction: str = "mean", **scalars: float) -> None:
+        super().__init__()
+        allowed = ("mean",) if self.couples_batch else REDUCTIONS
+        if reduction not in allowed:
+            why = f", since {type(self).__name__} {self.couples_batch}" if self.couples_batch else ""
+            raise ValueError(
+                f"expected reduction to be one of {', '.join(map(repr, allowed))}{why}, "
+                f"got {reduction!r}; pass one of these"
+            )
+        self.reduction = reduction
+        for name, value in scalars.items():
+            setattr(self, name, self.scalars[name].check(name, value))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Checks the tensors by their declared axes, then computes."""
+        from pykd import checks  # checks needs Spec
+
+        bound = inspect.signature(self.forward).bind(*args, **kwargs)
+        checks.check_call(self, bound.arguments)
+        return super().__call__(*args, **kwargs)
+
+    @staticmethod
+    def reference(**inputs: Any) -> Any:
+        """The same in NumPy float64, written from the paper, to be obvious."""
+        raise NotImplementedError
+
+    @classmethod
+    def layouts(cls, name: str) -> Layouts:
+        """The forms that the input ``name`` may take; the first is the default."""
+        spec = cls.inputs[name]
+        return (spec,) if isinstance(spec, Spec) else tuple(spec)
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, as this instance has them."""
+        names = [name for name in inspect.signature(type(self).__init__).parameters if name != "self"]
+        return {name: getattr(self, name) for name in names}
+
+    def with_settings(self, **changes: Any) -> "Loss":
+        """A copy with other settings."""
+        return type(self)(**{**self.settings(), **changes})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+
+
+_LOSSES: dict[str, type[Loss]] = {}
+L = TypeVar("L", bound=type[Loss])
+
+
+def register(name: str) -> Callable[[L], L]:
+    """Class decorator: makes a loss known to everything, under ``name``."""
+
+    def add(cls: L) -> L:
+        known = _LOSSES.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(
+                f"expected a new name, got {name!r}, which {known.__module__}.{known.__qualname__} has; choose another"
+            )
+        missing = [what for what in ("inputs", "paper") if not getattr(cls, what)]
+        if "reference" not in cls.__dict__:
+            missing.append("reference")
+        if missing:
+            raise TypeError(
+                f"expected {cls.__qualname__} to declare {', '.join(missing)}, got nothing; "
+                "see pykd/losses/_template.py"
+            )
+        cls.name = name
+        _LOSSES[name] = cls
+        return cls
+
+    return add
+
+
+def load_all(package: str = "pykd.losses") -> None:
+    """Imports every file of a package of losses; files that start with an underscore are left out."""
+    module = importlib.import_module(package)
+    for info in pkgutil.iter_modules(module.__path__):
+        if not info.name.startswith("_"):
+            importlib.import_module(f"{package}.{info.name}")
+
+
+def registered() -> dict[str, type[Loss]]:
+    """Every registered loss by name, in alphabetical order."""
+    return dict(sorted(_LOSSES.items()))
+
+
+def get(name: str) -> type[Loss]:
+    """The loss class called ``name``."""
+    if name not in _LOSSES:
+        raise ValueError(f"expected the name of a loss ({', '.join(registered())}), got {name!r}; `pykd list` tells more")
+    return _LOSSES[name]
+
+
+def every_case() -> Iterator[tuple[type[Loss], Case]]:
+    """Every loss with every case that it declares."""
+    for cls in registered().values():
+        for case in cls.cases:
+            yield cls, case
+
+
+# Lengths for examples. No two axes share a length (tracing would take them for one axis), none is 1.
+_SIZES = {"batch": 6, "classes": 10, "tokens": 5, "channels": 7, "students": 3}
+
+
+def example_sizes(axes: Sequence[str]) -> dict[str, int]:
+    """A length for each axis name, all different."""
+    sizes: dict[str, int] = {}
+    for axis in axes:
+        size = _SIZES.get(axis, 8)
+        while size in sizes.values():
+            size += 1
+        sizes.setdefault(axis, size)
+    return sizes
+
+
+def draw(spec: Spec, sizes: Mapping[str, int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """A random tensor as ``spec`` describes it; exact in ``dtype``."""
+    shape = [sizes[axis] for axis in spec.names]
+    if spec.draw == "indices":
+        limit = sizes[spec.index_of] if spec.index_of else 2
+        return torch.randint(limit, shape, generator=generator)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if spec.draw == "probabilities":
+        values = torch.softmax(2 * values, dim=-1)
+    elif spec.draw == "weights":
+        values = torch.clamp(values + 0.5, min=0.0)
+        values.reshape(-1)[0] = 0.75  # at least one sample is kept
+    elif spec.draw == "normal":
+        values = 2 * values
+    else:
+        raise ValueError(
+            f"expected draw to be normal, probabilities, indices or weights, got {spec.draw!r}; mend the Spec"
+        )
+    return values.to(dtype)
