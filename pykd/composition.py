@@ -1,0 +1,528 @@
+"""Composition: terms with names and weights, joined into one loss graph.
+
+    >>> loss = compose({"hard": (HardTarget(), 1.0), "soft": (SoftTarget(temperature=2.0), 0.5)})
+    >>> values = loss(student_logits=student, teacher_logits=teacher, labels=labels)
+    >>> values["loss"].backward()
+
+A :class:`Composition` is what a Python user calls. A :class:`LossGraph` is one concrete form of it: every
+input has one layout, every optional input is there or not, and its ``forward`` takes plain tensors and
+numbers by name. It is a ``torch.fx.GraphModule``, so its code can be read (``print(graph.code)``), scripted and traced.
+"""
+
+import dataclasses
+import keyword
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from pykd import checks, ops
+from pykd.registry import Loss, Scalar, Spec, example_sizes
+from pykd.registry import draw as draw_tensor
+
+STUDENTS = "students"  # the axis of several students behind one teacher
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One loss inside a term.
+
+    Attributes:
+        loss: the loss, with a reduction to a scalar.
+        weight: its factor within the term.
+        weight_name: how the factor is called where it can change in every call; ``None``: it is fixed.
+        inputs: the loss's input names → the graph's, where they differ.
+        axes: the loss's axis names → the graph's, where they differ (two pairs of feature maps, say).
+    """
+
+    loss: Loss
+    weight: float = 1.0
+    weight_name: str | None = None
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    axes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def graph_input(self, name: str) -> str:
+        """The graph's name of the loss's input ``name``."""
+        return self.inputs.get(name, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A named sum of losses, with a weight in the whole: weight · Σ factor · loss."""
+
+    name: str
+    parts: tuple[Part, ...]
+    weight: float = 1.0
+
+    @property
+    def couples_batch(self) -> str:
+        """Why this term has no value per sample; empty where it has one."""
+        return next((part.loss.couples_batch for part in self.parts if part.loss.couples_batch), "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A number that can change in every call: its default and its range."""
+
+    default: float
+    scalar: Scalar
+
+
+class LossGraph(fx.GraphModule):
+    """One concrete, scriptable form of a composition.
+
+    Calling it (or the TorchScript module made of it) returns ``{"loss": …, "<term>": …}``; terms are
+    given before their weights, and ``loss`` is the sum of weight · term. With ``per_sample`` also
+    ``"<term>_per_sample"`` and ``"loss_per_sample"``, which sums the terms that split over samples.
+
+    Its ``signature`` tells the inputs, parameters and outputs.
+    """
+
+    if TYPE_CHECKING:  # an annotation that TorchScript sees would be compiled
+        signature: "GraphSignature"
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphSignature:
+    """What goes into a loss graph and what comes out.
+
+    Attributes:
+        inputs: the tensors by name, each with its one layout.
+        parameters: the numbers by name, with their defaults.
+        outputs: axis names of every output.
+        ignore_indices: for integer inputs, the value that marks an entry to leave out.
+    """
+
+    inputs: Mapping[str, Spec]
+    parameters: Mapping[str, Parameter]
+    outputs: Mapping[str, tuple[str, ...]]
+    ignore_indices: Mapping[str, int]
+
+
+class Composition(nn.Module):
+    """Named terms with weights; see :func:`compose`.
+
+    Calling it checks the tensors by their axis names and returns the values by name, ``"loss"`` first. Inputs
+    are passed by name; numbers such as ``soft_temperature`` too, to replace their default in this call.
+    """
+
+    def __init__(self, terms: Sequence[Term], students: bool = False, single: bool = False) -> None:
+        """Use :func:`compose`.
+
+        Args:
+            terms: the terms, in order.
+            students: whether student tensors carry the axis ``students`` after the batch; see ``multiple_lrs``
+                of :class:`pykd.DistillationLoss`.
+            single: whether this is one bare loss: no terms among the outputs, parameters without a prefix.
+        """
+        super().__init__()
+        self.terms_ = tuple(terms)
+        self.students = students
+        self.single = single
+        self._check()
+        self.layouts_, self.optional_inputs = self._collect_inputs()
+        self.parameters_ = self._collect_parameters()
+        # Losses have no trainable state; registering them makes repr() and .to() complete.
+        self.losses_ = nn.ModuleList(part.loss for term in self.terms_ for part in term.parts)
+        self._graphs: dict[Any, LossGraph] = {}
+
+    def forward(self, **tensors_and_parameters: Any) -> dict[str, Tensor]:
+        """The loss and its terms; see the class."""
+        tensors = {n: v for n, v in tensors_and_parameters.items() if n not in self.parameters_ and v is not None}
+        numbers = {n: v for n, v in tensors_and_parameters.items() if n in self.parameters_}
+        for name, value in numbers.items():
+            self.parameters_[name].scalar.check(name, value)
+        layouts = self.resolve(tensors)
+        optional = tuple(name for name in self.optional_inputs if name in tensors)
+        graph = self.graph(layouts, optional)
+        checks.check_tensors(graph.signature.inputs, tensors)
+        checks.check_ranges(graph.signature.inputs, tensors, graph.signature.ignore_indices)
+        values: dict[str, Tensor] = graph(**tensors, **numbers)
+        return values
+
+    def terms(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """``{"loss", one value per term}``; terms are given before their weights."""
+        return Composition.forward(self, *args, **kwargs)
+
+    def resolve(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """The layout of every tensor that has several, after a check that the names are right."""
+        required = [name for name in self.layouts_ if name not in self.optional_inputs]
+        missing = [name for name in required if name not in tensors]
+        unknown = [name for name in tensors if name not in self.layouts_]
+        if missing or unknown:
+            known = ", ".join([*required, *(f"{name} (optional)" for name in self.optional_inputs)])
+            problem = " and ".join(
+                text
+                for text in (
+                    f"none for {', '.join(missing)}" if missing else "",
+                    f"the unknown {', '.join(unknown)}" if unknown else "",
+                )
+                if text
+            )
+            raise ValueError(f"expected the tensors {known}, got {problem}; pass each of them by its name")
+        return {
+            name: checks.resolve(name, tensors[name], layouts).axes
+            for name, layouts in self.layouts_.items()
+            if name in tensors and (len(layouts) > 1 or checks.resolve(name, tensors[name], layouts))
+        }
+
+    def graph(
+        self,
+        layouts: Mapping[str, str] | None = None,
+        optional_inputs: Iterable[str] = (),
+        per_sample: bool = False,
+        check: bool = True,
+    ) -> LossGraph:
+        """The loss graph for these layouts and optional inputs.
+
+        Args:
+            layouts: input name → axes, such as ``{"labels": "batch"}`` for class indices; the first
+                declared layout holds where nothing is said.
+            optional_inputs: which of the optional inputs the graph takes.
+            per_sample: whether vectors per sample are among the outputs.
+            check: whether the graph checks its inputs' axes.
+        """
+        specs = self.choose(layouts or {}, optional_inputs)
+        key = (tuple(specs.items()), per_sample, check)
+        if key not in self._graphs:
+            self._graphs[key] = _build(self, specs, per_sample, check)
+        return self._graphs[key]
+
+    def choose(self, layouts: Mapping[str, str], optional_inputs: Iterable[str]) -> dict[str, Spec]:
+        """The Spec of every input of a graph."""
+        wanted = set(optional_inputs)
+        for name in [*layouts, *wanted]:
+            if name not in self.layouts_ or (name in wanted and name not in self.optional_inputs):
+                kind = "an optional input" if name in wanted else "an input"
+                known = ", ".join(self.optional_inputs if name in wanted else self.layouts_) or "none"
+                raise ValueError(f"expected the name of {kind} ({known}), got {name!r}; mend the name")
+        specs: dict[str, Spec] = {}
+        for name, choices in self.layouts_.items():
+            if name in self.optional_inputs and name not in wanted:
+                continue
+            axes = " ".join(layouts.get(name, choices[0].axes).split())
+            fitting = [spec for spec in choices if spec.axes == axes]
+            if not fitting:
+                known = " or ".join(repr(spec.axes) for spec in choices)
+                raise ValueError(f"expected the layout of {name} to be {known}, got {axes!r}; pass one of these")
+            specs[name] = fitting[0]
+        return specs
+
+    def reference(
+        self, *, parameters: Mapping[str, float] | None = None, per_sample: bool = False, **inputs: Any
+    ) -> dict[str, Any]:
+        """Every output in NumPy float64, from the references of the losses.
+
+        Args:
+            parameters: numbers that differ from their defaults.
+            per_sample: whether to add the vectors per sample.
+            inputs: NumPy arrays by name.
+        """
+        numbers = {name: p.default for name, p in self.parameters_.items()} | dict(parameters or {})
+        arrays = {
+            name: np.asarray(a, dtype=np.float64 if np.asarray(a).dtype.kind != "i" else np.int64)
+            for name, a in inputs.items()
+        }
+        students = 0
+        if self.students:
+            students = next(
+                a.shape[1] for n, a in arrays.items() if any(STUDENTS in s.names and s.grad for s in self.layouts_[n])
+            )
+        outputs: dict[str, Any] = {"loss": 0.0}
+        samples: dict[str, Any] = {}
+        for term in self.terms_:
+            for reduction in [None, "none"] if per_sample and not term.couples_batch else [None]:
+                value: Any = 0.0
+                for part in term.parts:
+                    settings = {**part.loss.settings(), **self._numbers_of(term, part, numbers)}
+                    settings["reduction"] = reduction or part.loss.reduction
+                    own = {}
+                    for name in part.loss.inputs:
+                        given = part.graph_input(name)
+                        if given in arrays:
+                            own[name] = self._per_student(given, arrays[given], students)
+                    factor = numbers[part.weight_name] if part.weight_name else part.weight
+                    value = value + factor * part.loss.reference(**own, **settings)
+                weight = 1.0 if self.single else numbers[f"{term.name}_weight"]
+                if reduction == "none":
+                    value = value.reshape(-1, students) if students else value
+                    samples[f"{term.name}_per_sample"] = value
+                    samples["loss_per_sample"] = samples.get("loss_per_sample", 0.0) + weight * value
+                else:
+                    outputs[term.name] = value
+                    outputs["loss"] = outputs["loss"] + weight * value
+        if self.single:
+            outputs = {"loss": outputs["loss"]}
+            samples = {k: v for k, v in samples.items() if k == "loss_per_sample"}
+        return {**outputs, **samples}
+
+    def draw(
+        self,
+        specs: Mapping[str, Spec],
+        sizes: Mapping[str, int] | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Tensor]:
+        """Random inputs for a graph with these Specs."""
+        generator = torch.Generator().manual_seed(seed)
+        lengths = example_sizes([axis for spec in specs.values() for axis in spec.names]) | dict(sizes or {})
+        return {name: draw_tensor(spec, lengths, generator, dtype) for name, spec in specs.items()}
+
+    def recipe(self) -> dict[str, Any]:
+        """The composition as data; see :mod:`pykd.recipe`."""
+        from pykd import recipe
+
+        return recipe.of_composition(self)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{term.name}: {term.weight:g}" for term in self.terms_)
+
+    # ---- construction -----------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if not self.terms_:
+            raise ValueError("expected at least one term, got none; pass {name: (loss, weight)}")
+        names = [term.name for term in self.terms_]
+        for name in names:
+            reserved = name in ("loss", "sample", "grad") or name.endswith("_per_sample") or name.startswith("grad_")
+            if not name.isidentifier() or keyword.iskeyword(name) or reserved or names.count(name) > 1:
+                raise ValueError(
+                    f"expected the name of a term to be a new identifier other than 'loss', 'sample', 'grad', 'grad_…' and "
+                    f"'…_per_sample', got {name!r}; choose another"
+                )
+        for term in self.terms_:
+            Scalar().check(f"{term.name}_weight", term.weight)
+            for part in term.parts:
+                if part.loss.reduction == "none":
+                    raise ValueError(
+                        f"expected the loss of term {term.name!r} to reduce to a scalar, got reduction='none'; "
+                        "pass reduction='mean' or 'sum', and per_sample=True to the export for values per sample"
+                    )
+
+    def _collect_inputs(self) -> tuple[dict[str, tuple[Spec, ...]], list[str]]:
+        layouts: dict[str, tuple[Spec, ...]] = {}
+        optional: dict[str, bool] = {}
+        for term in self.terms_:
+            for part in term.parts:
+                for name in part.loss.inputs:
+                    graph_name = part.graph_input(name)
+                    own = tuple(
+                        layout
+                        for spec in part.loss.layouts(name)
+                        for layout in self._with_students(spec.rename(part.axes))
+                    )
+                    here = layouts.setdefault(graph_name, own)
+                    common = tuple(
+                        dataclasses.replace(a, grad=a.grad or b.grad) for a in here for b in own if a.axes == b.axes and a.dtype == b.dtype
+                    )
+                    if not common:
+                        raise ValueError(
+                            f"expected every use of the input {graph_name!r} to agree on its axes, got {here[0].axes!r} and "
+                            f"{own[0].axes!r}; rename one with Part(inputs=…) or Part(axes=…)"
+                        )
+                    layouts[graph_name] = common
+                    optional[graph_name] = optional.get(graph_name, True) and common[0].optional
+        required_first = sorted(layouts, key=lambda name: optional[name])
+        return {name: layouts[name] for name in required_first}, [n for n in required_first if optional[n]]
+
+    def _with_students(self, spec: Spec) -> list[Spec]:
+        """The layouts of one input where student tensors carry the axis of several students."""
+        if not self.students:
+            return [spec]
+        batch, *rest = spec.names
+        carrying = dataclasses.replace(spec, axes=" ".join([batch, STUDENTS, *rest]))
+        if spec.grad:
+            return [carrying]
+        return [spec, carrying]
+
+    def _collect_parameters(self) -> dict[str, Parameter]:
+        parameters: dict[str, Parameter] = {}
+
+        def add(name: str, default: float, scalar: Scalar) -> None:
+            known = parameters.setdefault(name, Parameter(float(default), scalar))
+            if known.default != float(default):
+                raise ValueError(
+                    f"expected one default for the parameter {name!r}, got {known.default:g} and {default:g}; "
+                    "give the parts of a term the same setting"
+                )
+            if name in self.layouts_:
+                raise ValueError(f"expected parameters and inputs to differ in name, got {name!r} twice; rename the term")
+
+        for term in self.terms_:
+            if not self.single:
+                add(f"{term.name}_weight", term.weight, Scalar())
+            for part in term.parts:
+                if part.weight_name:
+                    add(part.weight_name, part.weight, Scalar())
+                for name, scalar in part.loss.scalars.items():
+                    add(self._parameter_name(term, name), getattr(part.loss, name), scalar)
+        return parameters
+
+    def _parameter_name(self, term: Term, name: str) -> str:
+        return name if self.single else f"{term.name}_{name}"
+
+    def _numbers_of(self, term: Term, part: Part, numbers: Mapping[str, float]) -> dict[str, float]:
+        return {name: numbers[self._parameter_name(term, name)] for name in part.loss.scalars}
+
+    def _per_student(self, name: str, array: np.ndarray, students: int) -> np.ndarray:
+        """One row per sample and student, as the losses see it."""
+        if not students:
+            return array
+        carrying = any(
+            STUDENTS in s.names and len(s.names) == array.ndim and (s.dtype == "int64") == (array.dtype.kind == "i")
+            for s in self.layouts_[name]
+        )
+        if carrying:
+            return array.reshape(-1, *array.shape[2:])
+        return np.repeat(array, students, axis=0)
+
+
+def compose(terms: Mapping[str, Any]) -> Composition:
+    """Joins losses into one: Σ weight · term.
+
+    Args:
+        terms: name → loss, or (loss, weight), or :class:`Term`-like sequence of :class:`Part` with a weight.
+            Inputs of the same name are shared between the terms. A weight of 0 keeps the term, since
+            weights can change in every call.
+
+    Returns:
+        A module: tensors by name in, ``{"loss", one value per term}`` out (terms before their weights).
+        Parameters are named ``<term>_weight``, ``<term>_temperature`` and so on.
+
+    Example:
+        >>> loss = compose({"hard": (HardTarget(), 1.0), "soft": (SoftTarget(temperature=2.0), 0.5)})
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+        >>> loss(student_logits=student, teacher_logits=teacher, labels=torch.tensor([1]))["loss"]
+        tensor(1.0397)
+    """
+    made = []
+    for name, value in terms.items():
+        loss, weight = value if isinstance(value, tuple) else (value, 1.0)
+        if isinstance(loss, Loss):
+            parts = (Part(loss),)
+        elif isinstance(loss, Sequence) and loss and all(isinstance(part, Part) for part in loss):
+            parts = tuple(loss)
+        else:
+            raise TypeError(
+                f"expected the term {name!r} to be a loss or a list of Part, got {type(loss).__name__}; "
+                "pass {name: (loss, weight)}"
+            )
+        made.append(Term(name, parts, float(weight)))
+    return Composition(made)
+
+
+def as_composition(loss: Any) -> Composition:
+    """A composition as it is; a bare loss as one whose only output is ``loss``."""
+    if isinstance(loss, Composition):
+        return loss
+    if isinstance(loss, Loss):
+        return Composition([Term(loss.name, (Part(loss),))], single=True)
+    raise TypeError(
+        f"expected a pykd loss, DistillationLoss or composition, got {type(loss).__name__}; see pykd.compose"
+    )
+
+
+# ---- the graph --------------------------------------------------------------------------------
+
+
+def fold(x: Tensor) -> Tensor:
+    """``(batch, students, …)`` → one row per sample and student."""
+    return x.flatten(0, 1)
+
+
+def spread(x: Tensor, like: Tensor) -> Tensor:
+    """``(batch, …)`` → the same rows as :func:`fold` of ``like``, each repeated for every student."""
+    sizes = [-1, like.size(1)]
+    for _ in range(x.dim() - 1):
+        sizes.append(-1)
+    return x.unsqueeze(1).expand(sizes).flatten(0, 1)
+
+
+def unfold(x: Tensor, like: Tensor) -> Tensor:
+    """One value per row → ``(batch, students)`` as ``like`` has them."""
+    return x.reshape(like.size(0), like.size(1))
+
+
+def _build(composition: Composition, specs: dict[str, Spec], per_sample: bool, check: bool) -> LossGraph:
+    graph = fx.Graph()
+    modules: dict[str, nn.Module] = {}
+    nodes = {name: graph.placeholder(name, type_expr=Tensor) for name in specs}
+    numbers = {
+        name: graph.placeholder(name, type_expr=float, default_value=parameter.default)
+        for name, parameter in composition.parameters_.items()
+    }
+    if check:
+        axes = [list(spec.names) for spec in specs.values()]
+        graph.call_function(checks.check_axes, (list(nodes.values()), list(specs), axes))
+    # Halves are widened once, here, so that the gradients of all terms are added in float32 and rounded once.
+    rows: dict[str, fx.Node] = {
+        name: graph.call_function(ops.upcast, (node,)) if specs[name].dtype == "float" else node
+        for name, node in nodes.items()
+    }
+    like = None
+    if composition.students:
+        like = next(nodes[name] for name, spec in specs.items() if spec.grad)
+        for name, spec in specs.items():
+            function, others = (fold, ()) if STUDENTS in spec.names else (spread, (like,))
+            rows[name] = graph.call_function(function, (rows[name], *others))
+
+    def term_value(term: Term, reduction: str | None) -> fx.Node:
+        total = None
+        for i, part in enumerate(term.parts):
+            path = f"{term.name}_{i}" + ("_per_sample" if reduction else "")
+            modules[path] = part.loss.with_settings(reduction=reduction) if reduction else part.loss
+            kwargs = {n: rows[part.graph_input(n)] for n in part.loss.inputs if part.graph_input(n) in specs}
+            kwargs |= composition._numbers_of(term, part, numbers)  # type: ignore[arg-type]
+            value = graph.call_module(path, kwargs=kwargs)
+            if part.weight_name is not None:
+                value = graph.call_function(operator.mul, (value, numbers[part.weight_name]))
+            elif part.weight != 1.0:
+                value = graph.call_function(operator.mul, (value, part.weight))
+            total = value if total is None else graph.call_function(operator.add, (total, value))
+        assert total is not None
+        return total
+
+    def weighted_sum(values: Mapping[str, fx.Node]) -> fx.Node:
+        total = None
+        for name, value in values.items():
+            if not composition.single:
+                value = graph.call_function(operator.mul, (value, numbers[f"{name}_weight"]))
+            total = value if total is None else graph.call_function(operator.add, (total, value))
+        assert total is not None
+        return total
+
+    terms = {term.name: term_value(term, None) for term in composition.terms_}
+    outputs = {"loss": weighted_sum(terms)} | ({} if composition.single else terms)
+    axes_of: dict[str, tuple[str, ...]] = dict.fromkeys(outputs, ())
+    if per_sample:
+        samples = {term.name: term_value(term, "none") for term in composition.terms_ if not term.couples_batch}
+        if not samples:
+            reasons = "; ".join(f"{term.name} {term.couples_batch}" for term in composition.terms_)
+            raise ValueError(
+                f"expected a term that splits over samples, got none ({reasons}); leave per_sample=True out"
+            )
+        if like is not None:
+            samples = {name: graph.call_function(unfold, (value, like)) for name, value in samples.items()}
+        vectors = {"loss_per_sample": weighted_sum(samples)}
+        if not composition.single:
+            vectors |= {f"{name}_per_sample": value for name, value in samples.items()}
+        outputs |= vectors
+        axes_of |= dict.fromkeys(vectors, ("batch", STUDENTS) if composition.students else ("batch",))
+    graph.output(outputs, type_expr=dict[str, Tensor])
+    made = LossGraph(modules, graph, class_name="LossGraph")
+    made.signature = GraphSignature(
+        inputs=specs,
+        parameters=dict(composition.parameters_),
+        outputs=axes_of,
+        ignore_indices={
+            part.graph_input(name): part.loss.ignore_index  # type: ignore[misc]
+            for term in composition.terms_
+            for part in term.parts
+            for name, spec in ((n, specs.get(part.graph_input(n))) for n in part.loss.inputs)
+            if spec is not None and spec.index_of is not None and hasattr(part.loss, "ignore_index")
+        },
+    )
+    return made
