@@ -1,0 +1,104 @@
+"""Export: a loss becomes TorchScript and ONNX files that describe and verify themselves."""
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pykd.export.verify import Report, verify
+
+__all__ = ["FILES", "Report", "export", "verify"]
+
+FILES = {"torchscript": "loss.pt", "value": "loss.onnx", "gradient": "loss.grad.onnx"}
+MANIFEST = "manifest.json"
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def export(
+    loss: Any,
+    directory: str | Path,
+    *,
+    layouts: Mapping[str, str] | None = None,
+    optional_inputs: Iterable[str] = (),
+    per_sample: bool = False,
+    dtype: str = "float32",
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Writes ``loss.pt``, ``loss.onnx``, ``loss.grad.onnx`` and ``manifest.json``, and verifies them.
+
+    One set of files serves every batch size, number of classes, tokens and channels, 1 included;
+    temperatures and weights can be replaced in every call. docs/artefacts.md describes the files.
+
+    Args:
+        loss: a registered loss, a :class:`pykd.DistillationLoss` or what :func:`pykd.compose` made.
+        directory: where to write; made if it does not exist. Files of these names are replaced, and
+            only after the new ones have been verified.
+        layouts: input name → axes where an input may take several forms; ``{"labels": "batch"}``
+            takes class indices (int64) instead of probabilities ``"batch classes"``.
+        optional_inputs: optional inputs that the files take, such as ``["sample_weight"]``.
+        per_sample: whether to add ``loss_per_sample`` and one vector for every term that splits over samples.
+        dtype: floating type of the ONNX files: ``"float32"``, ``"float16"``, ``"bfloat16"`` or ``"float64"``. The
+            TorchScript file takes any of them.
+        progress: called with a line per step; by default the lines go to stderr. Pass ``lambda line: None`` for silence.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: for an unknown layout, input or dtype.
+        RuntimeError: where a written file disagrees with the float64 reference.
+    """
+    from pykd.composition import as_composition
+    from pykd.export import metadata, onnx_files, torchscript
+
+    say = progress or (lambda line: print(line, file=sys.stderr, flush=True))
+    if dtype not in DTYPES:
+        raise ValueError(f"expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}; pass one of these")
+    composition = as_composition(loss)
+    graph = composition.graph(layouts, optional_inputs, per_sample, check=True)
+    plain = composition.graph(layouts, optional_inputs, per_sample, check=False)
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as made_in:
+        made = Path(made_in)
+        step = _Step(say)
+        torchscript.write(composition, graph, made / FILES["torchscript"])
+        step(f"wrote {FILES['torchscript']}")
+        onnx_files.write(composition, plain, made / FILES["value"], made / FILES["gradient"], dtype)
+        step(f"wrote {FILES['value']} and {FILES['gradient']} ({dtype})")
+        manifest = {
+            **metadata.of_graph(composition, graph, "gradient", dtype, onnx_files.OPSET),
+            "files": {name: _describe(made / name) for name in FILES.values()},
+        }
+        del manifest["kind"]
+        (made / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        report = verify(made, engines=("python",), quick=True)
+        if not report.ok:
+            raise RuntimeError(f"expected the written files to agree with float64, got\n{report}\nplease report this")
+        step(f"verified against float64 at {report.sizes} sizes: {report.summary()}")
+        for name in (*FILES.values(), MANIFEST):
+            shutil.move(made / name, target / name)
+    return target
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+class _Step:
+    """Says what was done and how long it took."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.start = time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        now = time.perf_counter()
+        self.say(f"pykd export: {text} ({now - self.start:.1f} s)")
+        self.start = now

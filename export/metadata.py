@@ -1,0 +1,103 @@
+"""The metadata that every artefact carries; docs/artefacts.md describes each field."""
+
+import json
+import platform
+from importlib import metadata as packages
+from typing import Any
+
+import torch
+
+from pykd._version import __version__
+from pykd.composition import Composition, LossGraph
+
+FORMAT_VERSION = 1
+KEY = "pykd"  # of ONNX metadata_props
+EXTRA_FILE = "pykd.json"  # of TorchScript files
+GRAD_SCALE = "grad_scale"
+
+
+def gradient_inputs(graph: LossGraph) -> list[str]:
+    """The inputs that receive a gradient."""
+    return [name for name, spec in graph.signature.inputs.items() if spec.grad]
+
+
+def of_graph(composition: Composition, graph: LossGraph, kind: str, dtype: str, opset: int | None) -> dict[str, Any]:
+    """The metadata of one file.
+
+    Args:
+        composition: what the graph was made of.
+        graph: the graph.
+        kind: ``"value"``, ``"gradient"`` or ``"torchscript"``.
+        dtype: the floating type of the file, ``"float"`` for TorchScript.
+        opset: of ONNX files.
+    """
+    value_dtype = {"float": "float", "float64": "float64"}.get(dtype, "float32")
+    inputs = []
+    for name, spec in graph.signature.inputs.items():
+        entry: dict[str, Any] = {
+            "name": name,
+            "axes": list(spec.names),
+            "dtype": dtype if spec.dtype == "float" else spec.dtype,
+            "gradient": spec.grad,
+        }
+        if spec.index_of:
+            entry["index_of"] = spec.index_of
+            if name in graph.signature.ignore_indices:
+                entry["ignore_index"] = graph.signature.ignore_indices[name]
+        inputs.append(entry)
+    outputs = [
+        {"name": name, "axes": list(axes), "dtype": value_dtype} for name, axes in graph.signature.outputs.items()
+    ]
+    parameters = []
+    for name, parameter in graph.signature.parameters.items():
+        parameters.append(_parameter(name, parameter.default, parameter.scalar.minimum, parameter.scalar.exclusive))
+    if kind != "value":
+        outputs += [
+            {"name": f"grad_{entry['name']}", "axes": entry["axes"], "dtype": dtype, "gradient_of": entry["name"]}
+            for entry in inputs
+            if entry["gradient"]
+        ]
+        parameters.append(_parameter(GRAD_SCALE, 1.0, float("-inf"), False))
+    return {
+        "format": "pykd",
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "name": "_".join(term.name for term in composition.terms_),
+        "recipe": composition.recipe(),
+        "terms": [_term(composition, term) for term in composition.terms_],
+        "inputs": inputs,
+        "parameters": parameters,
+        "outputs": outputs,
+        **({"opset": opset} if opset is not None else {}),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of what makes the files."""
+    found = {"pykd": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("onnx", "onnxscript"):
+        found[name] = packages.version(name)
+    return found
+
+
+def dumps(metadata: dict[str, Any]) -> str:
+    """The metadata as it stands in a file."""
+    return json.dumps(metadata, ensure_ascii=False, allow_nan=False)
+
+
+def _parameter(name: str, default: float, minimum: float, exclusive: bool) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": name, "default": default}
+    if minimum != float("-inf"):
+        entry |= {"minimum": minimum, "minimum_exclusive": exclusive}
+    return entry
+
+
+def _term(composition: Composition, term: Any) -> dict[str, Any]:
+    losses = sorted({part.loss.name for part in term.parts})
+    entry: dict[str, Any] = {"name": term.name, "losses": losses, "per_sample": not term.couples_batch}
+    if term.couples_batch:
+        entry["couples_batch"] = term.couples_batch
+    if not composition.single:
+        entry["weight"] = f"{term.name}_weight"
+    return entry

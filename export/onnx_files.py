@@ -1,0 +1,186 @@
+"""The two ONNX files: value, and value with gradient, from one trace.
+
+The gradient is traced first (``make_fx`` with symbolic sizes, decomposed to core operators) and the trace
+is exported; a module that calls autograd inside ``forward`` does not survive ``torch.export``. The value file is
+the same graph with the gradients taken out, so both files give the same value to the last bit.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pykd.composition import Composition, LossGraph
+from pykd.export import integrity, metadata
+
+OPSET = 18
+_ONNX_TYPES = {
+    "float16": onnx.TensorProto.FLOAT16,
+    "bfloat16": onnx.TensorProto.BFLOAT16,
+    "float32": onnx.TensorProto.FLOAT,
+    "float64": onnx.TensorProto.DOUBLE,
+}
+
+
+def write(
+    composition: Composition, graph: LossGraph, value_path: Path, gradient_path: Path, dtype: str
+) -> None:
+    """Exports ``graph`` (built with ``check=False``) for inputs of the floating type ``dtype``."""
+    model = _export(composition, graph, dtype)
+    gradients = metadata.gradient_inputs(graph)
+    _save(_describe(model, composition, graph, "gradient", dtype), gradient_path)
+    value = onnx.ModelProto()
+    value.CopyFrom(model)
+    _remove_outputs(value, [f"grad_{name}" for name in gradients], inputs=[metadata.GRAD_SCALE])
+    _save(_describe(value, composition, graph, "value", dtype), value_path)
+
+
+def value_and_gradient(graph: LossGraph, names: Sequence[str], numbers: Sequence[str]) -> Any:
+    """A function of tensors alone: inputs, parameters and the gradient's scale in; values and gradients out."""
+    wanted = metadata.gradient_inputs(graph)
+
+    def function(*arguments: Tensor) -> tuple[Tensor, ...]:
+        tensors = dict(zip(names, arguments[: len(names)], strict=True))
+        parameters = dict(zip(numbers, arguments[len(names) : -1], strict=True))
+        with torch.enable_grad():
+            for name in wanted:
+                tensors[name] = tensors[name].detach().requires_grad_()
+            outputs = graph(**tensors, **parameters)
+            gradients = torch.autograd.grad(outputs["loss"] * arguments[-1], [tensors[name] for name in wanted])
+        return (*(output.detach() for output in outputs.values()), *gradients)
+
+    return function
+
+
+def _export(composition: Composition, graph: LossGraph, dtype: str) -> onnx.ModelProto:
+    """The ONNX model of value and gradient with our names, and without anything that torch left in it."""
+    signature = graph.signature
+    torch_dtype = getattr(torch, dtype)
+    compute_dtype = torch.float64 if dtype == "float64" else torch.float32
+    examples = composition.draw(signature.inputs, dtype=torch_dtype)
+    numbers = {name: parameter.default for name, parameter in signature.parameters.items()} | {metadata.GRAD_SCALE: 1.0}
+    arguments = (*examples.values(), *(torch.tensor(value, dtype=compute_dtype) for value in numbers.values()))
+    function = value_and_gradient(graph, list(examples), list(signature.parameters))
+    with _quiet():
+        traced = make_fx(function, tracing_mode="symbolic", decomposition_table=core_aten_decompositions())(*arguments)
+        _tidy(traced)
+        free = [{i: torch.export.Dim.AUTO for i in range(argument.dim())} for argument in arguments]
+        exported = torch.export.export(traced, arguments, dynamic_shapes=tuple(free))
+        program = torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            input_names=[*examples, *numbers],
+            output_names=[*signature.outputs, *(f"grad_{name}" for name in metadata.gradient_inputs(graph))],
+        )
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    _clean(model, numbers, compute_dtype)
+    return model
+
+
+def _tidy(traced: fx.GraphModule) -> None:
+    """Drops the markers that tracing leaves and that compute nothing."""
+    for node in list(traced.graph.nodes):
+        if node.op == "call_function" and node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+
+
+def _clean(model: onnx.ModelProto, numbers: dict[str, float], compute_dtype: torch.dtype) -> None:
+    """Parameters become initialisers with a default; traces of the exporting machine go."""
+    for name, value in numbers.items():
+        kind = onnx.TensorProto.DOUBLE if compute_dtype == torch.float64 else onnx.TensorProto.FLOAT
+        model.graph.initializer.append(onnx.helper.make_tensor(name, kind, [], [value]))
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    del model.graph.value_info[:]
+    model.doc_string = model.graph.doc_string = ""
+    for item in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    for index, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{index}"
+
+
+def _remove_outputs(model: onnx.ModelProto, outputs: Sequence[str], inputs: Sequence[str]) -> None:
+    """Takes outputs out of a graph, and everything that only they needed."""
+    graph = model.graph
+    _keep(graph.output, lambda output: output.name not in outputs)
+    needed = {output.name for output in graph.output}
+    nodes = []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            nodes.append(node)
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(nodes)]
+    del graph.node[:]
+    graph.node.extend(kept)
+    _keep(graph.input, lambda item: item.name not in inputs)
+    _keep(graph.initializer, lambda item: item.name in needed or item.name in {i.name for i in graph.input})
+
+
+def _keep(field: Any, condition: Any) -> None:
+    kept = [type(item).FromString(item.SerializeToString()) for item in field if condition(item)]
+    del field[:]
+    field.extend(kept)
+
+
+def _describe(
+    model: onnx.ModelProto, composition: Composition, graph: LossGraph, kind: str, dtype: str
+) -> onnx.ModelProto:
+    """Names the axes and writes the metadata; a mistake of the exporter ends here."""
+    described = metadata.of_graph(composition, graph, kind, dtype, OPSET)
+    model.producer_name, model.producer_version = "pykd", described["versions"]["pykd"]
+    model.graph.name = described["name"]
+    types = {**_ONNX_TYPES, "int64": onnx.TensorProto.INT64}
+    compute = "float64" if dtype == "float64" else "float32"
+    numbers = [{"name": entry["name"], "axes": [], "dtype": compute} for entry in described["parameters"]]
+    for wanted, found in (([*described["inputs"], *numbers], model.graph.input), (described["outputs"], model.graph.output)):
+        if [entry["name"] for entry in wanted] != [item.name for item in found]:
+            raise RuntimeError(
+                f"expected the exporter to keep {[e['name'] for e in wanted]}, got {[i.name for i in found]}; please report this"
+            )
+        for entry, item in zip(wanted, found, strict=True):
+            tensor = item.type.tensor_type
+            dims = tensor.shape.dim
+            frozen = [d.dim_value for d in dims if d.HasField("dim_value")]
+            if tensor.elem_type != types[entry["dtype"]] or len(dims) != len(entry["axes"]) or frozen:
+                raise RuntimeError(
+                    f"expected the exporter to keep {entry['name']} as {entry['dtype']} with free axes {entry['axes']}, "
+                    f"got {onnx.helper.printable_value_info(item)}; please report this"
+                )
+            for dim, axis in zip(dims, entry["axes"], strict=True):
+                dim.dim_param = axis
+    onnx.helper.set_model_props(model, {metadata.KEY: metadata.dumps(described)})
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _save(model: onnx.ModelProto, path: Path) -> None:
+    path.write_bytes(integrity.seal_onnx(model.SerializeToString(deterministic=True)))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's notes about itself off the user's screen; errors still come."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
