@@ -1,0 +1,140 @@
+"""The command line: ``pykd list``, ``show``, ``export``, ``verify``, ``table``, ``demo``, ``env``."""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pykd._version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code (0: fine, 1: a disagreement, 2: a wrong call)."""
+    parser = argparse.ArgumentParser(prog="pykd", description="Knowledge-distillation losses: one definition, every engine.")
+    parser.add_argument("--version", action="version", version=f"pykd {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    commands.add_parser("list", help="every loss in a line")
+
+    show = commands.add_parser("show", help="the specification of one loss")
+    show.add_argument("loss", help="its name, as `pykd list` prints it")
+
+    export = commands.add_parser("export", help="write the files of a loss")
+    export.add_argument("--recipe", required=True, type=Path, help="a TOML file; see `pykd show` and docs/recipes.md")
+    export.add_argument("--out", required=True, type=Path, help="the folder to write")
+    export.add_argument("--dtype", help="floating type of the ONNX files (default: the recipe's, or float32)")
+    export.add_argument("--per-sample", action="store_true", help="add values per sample")
+
+    verify = commands.add_parser("verify", help="run exported files on every engine here and compare with float64")
+    verify.add_argument("directory", type=Path, help="what `pykd export` wrote")
+    verify.add_argument("--seed", type=int, default=0, help="for the random inputs (default 0)")
+
+    table = commands.add_parser("table", help="the generated parts of the README")
+    table.add_argument("--write", type=Path, metavar="README", help="write them into this file")
+    table.add_argument("--check", type=Path, metavar="README", help="exit with 1 where this file is out of date")
+
+    demo = commands.add_parser("demo", help="train teacher and students on the digits, with every engine")
+    demo.add_argument("--out", type=Path, default=Path("build/demo"), help="where results go (default build/demo)")
+
+    commands.add_parser("env", help="versions of everything involved, for bug reports")
+
+    options = parser.parse_args(arguments)
+    try:
+        return int(_COMMANDS[options.command](options) or 0)
+    except (ValueError, TypeError, FileNotFoundError, RuntimeError, ModuleNotFoundError) as error:
+        print(f"pykd {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _list(options: argparse.Namespace) -> None:
+    from pykd import registry
+
+    registry.load_all()
+    for name, cls in registry.registered().items():
+        print(f"{name:20} {cls.__name__:16} {(inspect.getdoc(cls) or '').splitlines()[0]}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    from pykd import registry
+
+    registry.load_all()
+    cls = registry.get(options.loss)
+    print(f"{cls.__name__}{inspect.signature(cls)}\n\n{inspect.getdoc(cls)}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    import pykd
+    from pykd import recipe
+
+    table = recipe.load(options.recipe)
+    settings = dict(table.get("export", {}))
+    if options.dtype:
+        settings["dtype"] = options.dtype
+    if options.per_sample:
+        settings["per_sample"] = True
+    known = inspect.signature(pykd.export).parameters
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ValueError(f"expected [export] to hold arguments of pykd.export, got {', '.join(unknown)}; mend the recipe")
+    print(pykd.export(recipe.build(table), options.out, **settings))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    import pykd
+
+    report = pykd.verify(options.directory, seed=options.seed)
+    print(report)
+    print(report.summary() if report.ok else "DISAGREEMENT: see the rows marked so")
+    return 0 if report.ok else 1
+
+
+def _table(options: argparse.Namespace) -> int:
+    from pykd import table
+
+    if options.write:
+        table.write(options.write)
+        return 0
+    if options.check:
+        stale = table.stale(options.check)
+        for name in stale:
+            print(f"{options.check}: the part {name!r} is out of date; run `pykd table --write {options.check}`")
+        return 1 if stale else 0
+    for text in table.parts().values():
+        print(text, end="\n\n")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from pykd import demo
+
+    return int(demo.main(options.out) or 0)
+
+
+def _env(options: argparse.Namespace) -> None:
+    import platform
+    from importlib import metadata
+
+    print(f"pykd {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy"):
+        try:
+            print(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"{name}: not installed")
+    import torch
+
+    print(f"CUDA: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'torch sees no GPU'}")
+
+
+_COMMANDS = {
+    "list": _list,
+    "show": _show,
+    "export": _export,
+    "verify": _verify,
+    "table": _table,
+    "demo": _demo,
+    "env": _env,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
