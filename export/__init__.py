@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,13 @@ class _Step:
         now = time.perf_counter()
         self.say(f"pykd export: {text} ({now - self.start:.1f} s)")
         self.start = now
+
+
+class _Callable(types.ModuleType):
+    """``pykd.export`` is this package and the function at once, whichever of its modules was imported first."""
+
+    def __call__(self, loss: Any, directory: str | Path, **options: Any) -> Path:
+        return export(loss, directory, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -2,7 +2,8 @@
 
 The gradient is traced first (``make_fx`` with symbolic sizes, decomposed to core operators) and the trace
 is exported; a module that calls autograd inside ``forward`` does not survive ``torch.export``. The value file is
-the same graph with the gradients taken out, so both files give the same value to the last bit.
+the same graph with the gradients taken out, so both files give the same value to the last bit. Files for
+float16 and bfloat16 are the float32 graph with a cast at each end, which is what a loss does with halves.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import onnx
 import torch
@@ -34,7 +36,7 @@ def write(
     composition: Composition, graph: LossGraph, value_path: Path, gradient_path: Path, dtype: str
 ) -> None:
     """Exports ``graph`` (built with ``check=False``) for inputs of the floating type ``dtype``."""
-    model = _export(composition, graph, dtype)
+    model = _cast_ends(_traced(composition, graph, "float64" if dtype == "float64" else "float32"), graph, dtype)
     gradients = metadata.gradient_inputs(graph)
     _save(_describe(model, composition, graph, "gradient", dtype), gradient_path)
     value = onnx.ModelProto()
@@ -60,12 +62,54 @@ def value_and_gradient(graph: LossGraph, names: Sequence[str], numbers: Sequence
     return function
 
 
+# A graph's model by compute type: tracing takes seconds, and half the types share one trace.
+_traces: WeakKeyDictionary[LossGraph, dict[str, onnx.ModelProto]] = WeakKeyDictionary()
+
+
+def _traced(composition: Composition, graph: LossGraph, dtype: str) -> onnx.ModelProto:
+    """The ONNX model of value and gradient, computed (and given and returned) in ``dtype``."""
+    models = _traces.setdefault(graph, {})
+    if dtype not in models:
+        models[dtype] = _export(composition, graph, dtype)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(models[dtype])
+    return copy
+
+
+def _cast_ends(model: onnx.ModelProto, graph: LossGraph, dtype: str) -> onnx.ModelProto:
+    """Makes a float32 model take and give halves: inputs are widened first, gradients rounded last."""
+    if dtype in ("float32", "float64"):
+        return model
+    ends = {name for name, spec in graph.signature.inputs.items() if spec.dtype == "float"}
+    gradients = {f"grad_{name}" for name in metadata.gradient_inputs(graph)}
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                if name in ends or name in gradients:
+                    names[i] = f"{name}_float32"
+    first = [
+        onnx.helper.make_node("Cast", [name], [f"{name}_float32"], f"widen_{name}", to=onnx.TensorProto.FLOAT)
+        for name in graph.signature.inputs
+        if name in ends
+    ]
+    last = [
+        onnx.helper.make_node("Cast", [f"{name}_float32"], [name], f"round_{name}", to=_ONNX_TYPES[dtype])
+        for name in sorted(gradients)
+    ]
+    nodes = [*first, *(onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node), *last]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    for item in (*model.graph.input, *model.graph.output):
+        if item.name in ends or item.name in gradients:
+            item.type.tensor_type.elem_type = _ONNX_TYPES[dtype]
+    return model
+
+
 def _export(composition: Composition, graph: LossGraph, dtype: str) -> onnx.ModelProto:
-    """The ONNX model of value and gradient with our names, and without anything that torch left in it."""
+    """Traces and exports, with our names, and without anything that torch left in the model."""
     signature = graph.signature
-    torch_dtype = getattr(torch, dtype)
-    compute_dtype = torch.float64 if dtype == "float64" else torch.float32
-    examples = composition.draw(signature.inputs, dtype=torch_dtype)
+    compute_dtype = getattr(torch, dtype)
+    examples = composition.draw(signature.inputs, dtype=compute_dtype)
     numbers = {name: parameter.default for name, parameter in signature.parameters.items()} | {metadata.GRAD_SCALE: 1.0}
     arguments = (*examples.values(), *(torch.tensor(value, dtype=compute_dtype) for value in numbers.values()))
     function = value_and_gradient(graph, list(examples), list(signature.parameters))

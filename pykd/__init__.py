@@ -41,7 +41,9 @@ __all__ = ["__version__", *_HOME]
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
-    if name in _HOME:
+    if name == "export":  # a package that can be called: pykd.export(loss, "folder")
+        value = importlib.import_module("pykd.export")
+    elif name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
     elif importlib.util.find_spec(f"pykd.{name}") is not None:
         return importlib.import_module(f"pykd.{name}")

@@ -73,7 +73,7 @@ def _export(options: argparse.Namespace) -> None:
         settings["dtype"] = options.dtype
     if options.per_sample:
         settings["per_sample"] = True
-    known = inspect.signature(pykd.export).parameters
+    known = inspect.signature(pykd.export.export).parameters
     unknown = [name for name in settings if name not in known]
     if unknown:
         raise ValueError(f"expected [export] to hold arguments of pykd.export, got {', '.join(unknown)}; mend the recipe")

@@ -70,9 +70,6 @@ def check_tensors(specs: Mapping[str, "Spec"], tensors: Mapping[str, Tensor]) ->
     check_axes([tensors[n] for n in names], names, [list(specs[n].names) for n in names])
     first = names[0]
     floating = ""
-    sizes = {
-        axis: size for n in names for axis, size in zip(specs[n].names, tensors[n].shape, strict=True)
-    }
     for name in names:
         tensor = tensors[name]
         if tensor.device != tensors[first].device:
@@ -103,9 +100,7 @@ def check_range(name: str, tensor: Tensor, limit: int, axis: str, ignore_index: 
 
 
 def check_call(loss: "Loss", arguments: Mapping[str, object]) -> None:
-    """What :class:`pykd.registry.Loss` checks before it computes; nothing while a trace is made."""
-    if tracing():
-        return
+    """What :class:`pykd.registry.Loss` checks before it computes."""
     specs: dict[str, Spec] = {}
     tensors: dict[str, Tensor] = {}
     for name in loss.inputs:
@@ -132,13 +127,6 @@ def check_ranges(specs: Mapping[str, "Spec"], tensors: Mapping[str, Tensor], ign
     for name, spec in specs.items():
         if spec.index_of is not None:
             check_range(name, tensors[name], sizes[spec.index_of], spec.index_of, ignore_indices.get(name))
-
-
-def tracing() -> bool:
-    """Whether an exporter is tracing: values are then unknown and must not be looked at."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    return get_proxy_mode() is not None or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def _dtypes(spec: "Spec") -> tuple[torch.dtype, ...]:

@@ -212,25 +212,25 @@ class Composition(nn.Module):
         return specs
 
     def reference(
-        self, *, parameters: Mapping[str, float] | None = None, per_sample: bool = False, **inputs: Any
+        self,
+        *,
+        parameters: Mapping[str, float] | None = None,
+        per_sample: bool = False,
+        constants_at: Mapping[str, Any] | None = None,
+        **inputs: Any,
     ) -> dict[str, Any]:
         """Every output in NumPy float64, from the references of the losses.
 
         Args:
             parameters: numbers that differ from their defaults.
             per_sample: whether to add the vectors per sample.
+            constants_at: inputs at which to compute what the gradient treats as constant; ``inputs`` where None.
             inputs: NumPy arrays by name.
         """
         numbers = {name: p.default for name, p in self.parameters_.items()} | dict(parameters or {})
-        arrays = {
-            name: np.asarray(a, dtype=np.float64 if np.asarray(a).dtype.kind != "i" else np.int64)
-            for name, a in inputs.items()
-        }
-        students = 0
-        if self.students:
-            students = next(
-                a.shape[1] for n, a in arrays.items() if any(STUDENTS in s.names and s.grad for s in self.layouts_[n])
-            )
+        arrays = self._rows(inputs)
+        fixed = arrays if constants_at is None else self._rows(constants_at)
+        students = self._count_students(inputs)
         outputs: dict[str, Any] = {"loss": 0.0}
         samples: dict[str, Any] = {}
         for term in self.terms_:
@@ -239,11 +239,10 @@ class Composition(nn.Module):
                 for part in term.parts:
                     settings = {**part.loss.settings(), **self._numbers_of(term, part, numbers)}
                     settings["reduction"] = reduction or part.loss.reduction
-                    own = {}
-                    for name in part.loss.inputs:
-                        given = part.graph_input(name)
-                        if given in arrays:
-                            own[name] = self._per_student(given, arrays[given], students)
+                    names = {n: part.graph_input(n) for n in part.loss.inputs if part.graph_input(n) in arrays}
+                    own = {name: arrays[given] for name, given in names.items()}
+                    if constants_at is not None:
+                        own |= part.loss.constants(**{n: fixed[given] for n, given in names.items()}, **settings)
                     factor = numbers[part.weight_name] if part.weight_name else part.weight
                     value = value + factor * part.loss.reference(**own, **settings)
                 weight = 1.0 if self.single else numbers[f"{term.name}_weight"]
@@ -367,17 +366,29 @@ class Composition(nn.Module):
     def _numbers_of(self, term: Term, part: Part, numbers: Mapping[str, float]) -> dict[str, float]:
         return {name: numbers[self._parameter_name(term, name)] for name in part.loss.scalars}
 
-    def _per_student(self, name: str, array: np.ndarray, students: int) -> np.ndarray:
-        """One row per sample and student, as the losses see it."""
-        if not students:
-            return array
-        carrying = any(
-            STUDENTS in s.names and len(s.names) == array.ndim and (s.dtype == "int64") == (array.dtype.kind == "i")
-            for s in self.layouts_[name]
-        )
-        if carrying:
-            return array.reshape(-1, *array.shape[2:])
-        return np.repeat(array, students, axis=0)
+    def _count_students(self, inputs: Mapping[str, Any]) -> int:
+        """The length of the students axis; 0 where there is none."""
+        if not self.students:
+            return 0
+        return int(next(np.shape(inputs[n])[1] for n, layouts in self.layouts_.items() if layouts[0].grad))
+
+    def _rows(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Inputs in float64 (or int64), with one row per sample and student, as the losses see them."""
+        students = self._count_students(inputs)
+        rows = {}
+        for name, given in inputs.items():
+            integer = np.asarray(given).dtype.kind == "i"
+            array = np.asarray(given, dtype=np.int64 if integer else np.float64)
+            carrying = any(
+                STUDENTS in spec.names and len(spec.names) == array.ndim and (spec.dtype == "int64") == integer
+                for spec in self.layouts_[name]
+            )
+            if carrying:
+                array = array.reshape(-1, *array.shape[2:])
+            elif students:
+                array = np.repeat(array, students, axis=0)
+            rows[name] = array
+        return rows
 
 
 def compose(terms: Mapping[str, Any]) -> Composition:
@@ -473,7 +484,8 @@ def _build(composition: Composition, specs: dict[str, Spec], per_sample: bool, c
         total = None
         for i, part in enumerate(term.parts):
             path = f"{term.name}_{i}" + ("_per_sample" if reduction else "")
-            modules[path] = part.loss.with_settings(reduction=reduction) if reduction else part.loss
+            modules[path] = part.loss.with_settings(**({"reduction": reduction} if reduction else {}))
+            modules[path].checks_inputs = False  # type: ignore[assignment]
             kwargs = {n: rows[part.graph_input(n)] for n in part.loss.inputs if part.graph_input(n) in specs}
             kwargs |= composition._numbers_of(term, part, numbers)  # type: ignore[arg-type]
             value = graph.call_module(path, kwargs=kwargs)

@@ -23,9 +23,9 @@ def normalize(x: Tensor, dim: List[int], tiny: float = 1e-24) -> Tensor:
     gradient, where a division by a small epsilon would give a gradient of 1e12.
     """
     squared = (x * x).sum(dim=dim, keepdim=True)
-    nonzero = squared > tiny
-    safe = torch.where(nonzero, squared, torch.ones_like(squared))
-    return torch.where(nonzero, x * torch.rsqrt(safe), torch.zeros_like(x))
+    zero = squared <= tiny  # false for NaN, which must not pass for zero
+    safe = torch.where(zero, torch.ones_like(squared), squared)
+    return torch.where(zero, torch.zeros_like(x), x * torch.rsqrt(safe))
 
 
 def product_or_zero(weight: Tensor, x: Tensor) -> Tensor:

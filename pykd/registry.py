@@ -103,7 +103,6 @@ class Loss(nn.Module):
         scalars: those constructor arguments that can change in every call. ``forward`` takes each as
             ``Optional[float] = None`` after the tensors, and uses the attribute of that name for None.
         cases: settings to test.
-        zero_when_equal: whether the value is 0 when every student tensor equals the teacher's.
         couples_batch: why there is no value per sample; empty where the loss splits over samples.
         paper: author, year, arXiv id.
     """
@@ -112,7 +111,6 @@ class Loss(nn.Module):
     inputs: ClassVar[Mapping[str, Spec | Layouts]] = {}
     scalars: ClassVar[Mapping[str, Scalar]] = {}
     cases: ClassVar[Sequence[Case]] = (Case(),)
-    zero_when_equal: ClassVar[bool] = False
     couples_batch: ClassVar[str] = ""
     paper: ClassVar[str] = ""
 
@@ -128,21 +126,35 @@ class Loss(nn.Module):
                 f"got {reduction!r}; pass one of these"
             )
         self.reduction = reduction
+        self.checks_inputs = True  # a loss graph, which checks for all its losses at once, turns it off
         for name, value in scalars.items():
             setattr(self, name, self.scalars[name].check(name, value))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Checks the tensors by their declared axes, then computes."""
-        from pykd import checks  # checks needs Spec
+        if self.checks_inputs:
+            from pykd import checks  # checks needs Spec
 
-        bound = inspect.signature(self.forward).bind(*args, **kwargs)
-        checks.check_call(self, bound.arguments)
+            checks.check_call(self, inspect.signature(self.forward).bind(*args, **kwargs).arguments)
         return super().__call__(*args, **kwargs)
 
     @staticmethod
     def reference(**inputs: Any) -> Any:
         """The same in NumPy float64, written from the paper, to be obvious."""
         raise NotImplementedError
+
+    @staticmethod
+    def constants(**inputs: Any) -> dict[str, Any]:
+        """What the gradient treats as constant although it is computed from the inputs (a bandwidth, say).
+
+        Takes the arguments of :meth:`reference` and returns further ones for it, so that differences of the
+        reference can be taken with these held fast.
+        """
+        return {}
+
+    def zero_when_equal(self) -> bool:
+        """Whether the value is 0 when every student tensor equals the teacher's, under these settings."""
+        return False
 
     @classmethod
     def layouts(cls, name: str) -> Layouts:

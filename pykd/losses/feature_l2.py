@@ -71,7 +71,6 @@ class FeatureL2(Loss):
         Case({"spatial_avg": "mean"}),
         Case({"reduction": "sum"}, optional=("sample_weight",)),
     )
-    zero_when_equal = True
     paper = "Wang et al. ICCVW 2019"
 
     spatial_avg: Optional[str]  # TorchScript must know that it may be either
@@ -84,6 +83,9 @@ class FeatureL2(Loss):
         self, student_features: Tensor, teacher_features: Tensor, sample_weight: Optional[Tensor] = None
     ) -> Tensor:
         return feature_l2(student_features, teacher_features, sample_weight, self.spatial_avg, self.reduction)
+
+    def zero_when_equal(self) -> bool:
+        return True
 
     @staticmethod
     def reference(student_features, teacher_features, sample_weight=None, spatial_avg=None, reduction="mean"):

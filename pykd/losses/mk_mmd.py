@@ -72,7 +72,8 @@ class MKMMD(Loss):
         bandwidth: ``"joint"``: one σ² for the three sums, the mean squared distance over the 2N (2N − 1)
             ordered pairs of distinct rows of the joint sample. ``"per_block"``: each sum has its own σ², the mean over
             its own pairs (distinct ones within a set, all N² across): common in code, but no longer
-            an MMD; it can be negative.
+            an MMD: it can be negative, and is not 0 for equal samples.
+        reduction: ``"mean"`` alone; the means are part of the definition.
 
     Inputs:
         student_features: ``(batch, tokens, channels)``, any floating type; receives the gradient.
@@ -97,7 +98,7 @@ class MKMMD(Loss):
         >>> student = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
         >>> teacher = torch.tensor([[[1.0, 0.0]], [[-1.0, 0.0]]])
         >>> MKMMD()(student, teacher)
-        tensor(0.6063)
+        tensor(0.3608)
 
     References:
         Gretton et al.: A Kernel Two-Sample Test, JMLR 2012; Long et al.: Learning Transferable Features
@@ -113,7 +114,6 @@ class MKMMD(Loss):
         Case({"bandwidth": "per_block"}),
         Case({"spatial_avg": "mean"}),
     )
-    zero_when_equal = True
     couples_batch = "compares every sample of the batch with every other"
     paper = "Long et al. 2015, arXiv:1502.02791"
 
@@ -129,31 +129,46 @@ class MKMMD(Loss):
     def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
         return mk_mmd(student_features, teacher_features, self.spatial_avg, self.bandwidth)
 
+    def zero_when_equal(self) -> bool:
+        return self.bandwidth == "joint"
+
     @staticmethod
-    def reference(student_features, teacher_features, spatial_avg=None, bandwidth="joint", reduction="mean"):
-        """Pair by pair, from the definition."""
-
-        def samples(features):
-            if spatial_avg == "mean":
-                features = features.mean(axis=1, keepdims=True)
-            return [unit(np.concatenate([unit(token) for token in tokens])) for tokens in features]
-
-        def distances(a, b):
-            return np.array([[((u - v) ** 2).sum() for v in b] for u in a])
+    def reference(
+        student_features, teacher_features, spatial_avg=None, bandwidth="joint", reduction="mean", widths=None
+    ):
+        """Pair by pair, from the definition; ``widths`` fixes the three σ²."""
+        x, y = _samples(student_features, spatial_avg), _samples(teacher_features, spatial_avg)
+        own = _widths(x, y, bandwidth) if widths is None else widths
 
         def mean_kernel(a, b, width):
             if width <= 1e-20:
                 return 5.0
-            return np.mean([np.exp(-distances(a, b) / (2 * f * width)) for f in (1, 2, 4, 8, 16)]) * 5
+            return sum(np.exp(-_distances(a, b) / (2 * f * width)).mean() for f in (1, 2, 4, 8, 16))
 
-        x, y = samples(student_features), samples(teacher_features)
-        n = len(x)
-        if bandwidth == "joint":
-            joint = distances(x + y, x + y).sum() / (2 * n * (2 * n - 1))
-            widths = (joint, joint, joint)
-        else:
-            pairs = max(n * (n - 1), 1)
-            widths = (distances(x, x).sum() / pairs, distances(y, y).sum() / pairs, distances(x, y).mean())
-        return (
-            mean_kernel(x, x, widths[0]) + mean_kernel(y, y, widths[1]) - 2 * mean_kernel(x, y, widths[2])
-        )
+        return mean_kernel(y, y, own[0]) + mean_kernel(x, x, own[1]) - 2 * mean_kernel(x, y, own[2])
+
+    @staticmethod
+    def constants(student_features, teacher_features, spatial_avg=None, bandwidth="joint", reduction="mean"):
+        """The bandwidths, through which no gradient flows."""
+        x, y = _samples(student_features, spatial_avg), _samples(teacher_features, spatial_avg)
+        return {"widths": _widths(x, y, bandwidth)}
+
+
+def _samples(features, spatial_avg):
+    """One unit vector per batch row, in float64."""
+    if spatial_avg == "mean":
+        features = features.mean(axis=1, keepdims=True)
+    return [unit(np.concatenate([unit(token) for token in tokens])) for tokens in features]
+
+
+def _distances(a, b):
+    return np.array([[((u - v) ** 2).sum() for v in b] for u in a])
+
+
+def _widths(x, y, bandwidth):
+    """σ² of the sums over teacher pairs, student pairs and mixed pairs."""
+    n = len(x)
+    if bandwidth == "joint":
+        return [_distances(x + y, x + y).sum() / (2 * n * (2 * n - 1))] * 3
+    pairs = max(n * (n - 1), 1)
+    return [_distances(y, y).sum() / pairs, _distances(x, x).sum() / pairs, _distances(x, y).mean()]

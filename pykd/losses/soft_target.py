@@ -132,6 +132,9 @@ class SoftTarget(Loss):
             self.reduction,
         )
 
+    def zero_when_equal(self) -> bool:
+        return self.form == "kl"
+
     @staticmethod
     def reference(
         student_logits,

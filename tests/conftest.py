@@ -1,0 +1,84 @@
+"""Every registered loss with every case that it declares reaches the tests through here."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pykd
+from pykd import registry
+from pykd.composition import Composition, LossGraph, as_composition
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One loss (or composition) under one case."""
+
+    name: str
+    composition: Composition
+    layouts: dict[str, str]
+    optional: tuple[str, ...]
+
+    def graph(self, per_sample: bool = False, check: bool = False) -> LossGraph:
+        return self.composition.graph(self.layouts, self.optional, per_sample, check)
+
+    def draw(self, sizes: dict[str, int] | None = None, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+        return self.composition.draw(self.graph().signature.inputs, sizes, seed, dtype)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def loss_subjects() -> Iterator[Subject]:
+    """Every case of every registered loss."""
+    registry.load_all()
+    for cls, case in registry.every_case():
+        loss = cls(**case.settings)
+        yield Subject(f"{cls.name}[{case}]", as_composition(loss), dict(case.layouts), tuple(case.optional))
+
+
+def composed_subjects() -> Iterator[Subject]:
+    """Compositions: the two recipes the project starts from, and the corners of the composition itself."""
+    seed = dict(logit_loss="soft_entropy", lambda1=1.0, lambda2=0, tau=2, mode="student_softening", features_index=[-1])
+    yield Subject("recipe-l1", pykd.DistillationLoss(aux_loss="l1", **seed), {}, ())
+    yield Subject("recipe-mk-mmd", pykd.DistillationLoss(aux_loss="MK-MMD", **seed), {"labels": "batch"}, ())
+    both = pykd.DistillationLoss(
+        logit_loss="soft_entropy", aux_loss="l2", lambda1=0.5, tau=3, features_index=[-1, 0], alpha=2.0, beta=0.5, gamma=1.5
+    )
+    yield Subject("two-parts-two-features", both, {"labels": "batch"}, ())
+    students = pykd.DistillationLoss(logit_loss="soft_entropy", aux_loss="l1", multiple_lrs=3, spatial_avg="mean")
+    yield Subject("students", students, {"labels": "batch"}, ())
+    yield Subject("students-labels", students, {"labels": "batch students classes"}, ("sample_weight",))
+    composed = pykd.compose({"hard": (pykd.HardTarget(), 1.0), "soft": (pykd.SoftTarget(temperature=2.0), 0.5)})
+    yield Subject("composed", composed, {"labels": "batch"}, ("sample_weight",))
+
+
+def subjects() -> list[Subject]:
+    """Everything there is to test."""
+    return [*loss_subjects(), *composed_subjects()]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "loss_subject" in metafunc.fixturenames:
+        metafunc.parametrize("loss_subject", list(loss_subjects()), ids=str)
+    if "subject" in metafunc.fixturenames:
+        metafunc.parametrize("subject", subjects(), ids=str)
+    if "loss_class" in metafunc.fixturenames:
+        registry.load_all()
+        metafunc.parametrize("loss_class", list(registry.registered().values()), ids=lambda cls: cls.name)
+
+
+@pytest.fixture(scope="session")
+def exported() -> Any:
+    """A function from a subject and a dtype to its exported folder, shared with the C++ tests."""
+    from tests.make_vectors import prepare
+
+    root = Path(__file__).parents[1] / "build" / "vectors"
+
+    def folder(subject: Subject, dtype: str = "float32") -> Path:
+        return prepare(subject, dtype, root)
+
+    return folder

@@ -1,0 +1,128 @@
+"""Writes test vectors for the C++ tests: ``python -m tests.make_vectors build/vectors``.
+
+One folder per loss, case and dtype, with the exported files and ``vectors.json``: calls with changing shapes, and
+what float64 says they return. The C++ tests load them without a Python in the process. Folders that are
+up to date (same sources, same versions) are left alone.
+"""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import pykd
+from pykd.export import metadata
+from pykd.export.verify import LIMITS, truth
+from tests.conftest import Subject, subjects
+
+SIZES: tuple[dict[str, int], ...] = (
+    {"batch": 3, "classes": 5, "tokens": 2, "channels": 4, "students": 2},
+    {"batch": 1, "classes": 1, "tokens": 1, "channels": 1, "students": 1},
+    {"batch": 7, "classes": 2, "tokens": 3, "channels": 5, "students": 3},
+    {"batch": 2, "classes": 9, "tokens": 1, "channels": 3, "students": 1},
+    {"batch": 5, "classes": 3, "tokens": 2, "channels": 1, "students": 2},
+)
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+def call(subject: Subject, number: int, lengths: dict[str, int], dtype: str, per_sample: bool) -> dict[str, Any]:
+    """Inputs, parameters and expected outputs of one call."""
+    graph = subject.graph(per_sample)
+    axes = {axis for spec in graph.signature.inputs.values() for axis in spec.names}
+    sizes = {axis: lengths[axis.rstrip("_0123456789")] for axis in axes}
+    tensors = subject.composition.draw(graph.signature.inputs, sizes, seed=100 + number, dtype=getattr(torch, dtype))
+    moved = {name: p.default * (1 + 0.2 * number) for name, p in graph.signature.parameters.items()}
+    want = truth(subject.composition, graph, tensors, moved, per_sample)
+    return {
+        "inputs": {
+            name: array(tensor, dtype if tensor.is_floating_point() else "int64") for name, tensor in tensors.items()
+        },
+        "parameters": moved if number else {},
+        "outputs": {
+            name: array(
+                torch.as_tensor(np.asarray(value)),
+                dtype if name.startswith("grad_") or dtype == "float64" else "float32",
+            )
+            for name, value in want.items()
+        },
+    }
+
+
+def array(tensor: torch.Tensor, dtype: str) -> dict[str, Any]:
+    """A tensor as JSON: numbers in float64, infinities and NaN as words."""
+    numbers = tensor.flatten().tolist() if not tensor.is_floating_point() else tensor.double().flatten().tolist()
+    words = [n if math.isfinite(n) else {math.inf: "inf", -math.inf: "-inf"}.get(n, "nan") for n in numbers]
+    return {"dtype": dtype, "shape": list(tensor.shape), "data": words}
+
+
+def stamp() -> str:
+    """Changes with the sources that make the files, and with the versions of what they use."""
+    package = Path(pykd.__file__).parent
+    export = Path(metadata.__file__ or "").parent
+    here = Path(__file__).parent
+    sources = sorted({*package.rglob("*.py"), *export.rglob("*.py"), here / "make_vectors.py", here / "conftest.py"})
+    digest = hashlib.sha256(json.dumps(metadata.versions()).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def prepare(subject: Subject, dtype: str, root: Path) -> Path:
+    """The folder of a subject in a dtype, made where it is not up to date."""
+    folder = root / f"{subject.name}-{dtype}".replace(" ", "")
+    mark = folder / "stamp"
+    current = stamp()
+    if mark.is_file() and mark.read_text() == current:
+        return folder
+    per_sample = any(not term.couples_batch for term in subject.composition.terms_)
+    pykd.export(
+        subject.composition,
+        folder,
+        layouts=subject.layouts,
+        optional_inputs=subject.optional,
+        per_sample=per_sample,
+        dtype=dtype,
+        progress=lambda line: None,
+    )
+    value, gradient = LIMITS[dtype]
+    vectors = {
+        "name": folder.name,
+        "tolerance": {"value": value, "gradient": gradient},
+        "calls": [call(subject, i, lengths, dtype, per_sample) for i, lengths in enumerate(SIZES)],
+    }
+    (folder / "vectors.json").write_text(json.dumps(vectors))
+    mark.write_text(current)
+    return folder
+
+
+def prepare_all_dtypes(number: int, root: Path) -> list[str]:
+    """Every dtype of one subject, in one process, since they share traces."""
+    subject = subjects()[number]
+    return [prepare(subject, dtype, root).name for dtype in DTYPES]
+
+
+def main(root: Path) -> None:
+    """Makes what is not up to date, and removes the folders that no subject has any more."""
+    root.mkdir(parents=True, exist_ok=True)
+    wanted: set[str] = set()
+    count = len(subjects())
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for names in pool.map(prepare_all_dtypes, range(count), [root] * count):
+            wanted.update(names)
+            print(f"make_vectors: {', '.join(names)}", flush=True)
+    for left in root.iterdir():
+        if left.is_dir() and left.name not in wanted:
+            shutil.rmtree(left)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "build/vectors"))

@@ -1,0 +1,101 @@
+"""Every loss × case × dtype × engine, value and gradient, at several sizes, on one loaded artefact each.
+
+The judge is float64: NumPy references for values, autograd of the definition in float64 for gradients (which
+test_every_loss.py compares with finite differences of the references).
+"""
+
+import pytest
+import torch
+
+import pykd
+from pykd.export.verify import LIMITS, errors, truth, verify
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+SIZES = (
+    {"batch": 4, "classes": 6, "tokens": 2, "channels": 3, "students": 2},
+    {"batch": 1, "classes": 1, "tokens": 1, "channels": 1, "students": 1},
+    {"batch": 9, "classes": 3, "tokens": 5, "channels": 7, "students": 3},
+    {"batch": 2, "classes": 31, "tokens": 1, "channels": 2, "students": 1},
+    {"batch": 3, "classes": 5, "tokens": 3, "channels": 4, "students": 5},
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_engine_agrees_with_float64(subject, dtype, exported):
+    report = verify(exported(subject, dtype), engines=("python", "runtime"))
+    assert {row.engine for row in report.rows} == {
+        "torch.jit", "onnxruntime", "onnxruntime (C++)", "torchscript (C++)",
+    }  # fmt: skip
+    assert report.ok, f"\n{report}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnxruntime", "torchscript"])
+def test_runtime_in_calls_with_changing_shapes(subject, engine, exported):
+    """One loaded artefact, seven calls, back to the first shape in between; parameters change as well."""
+    folder = exported(subject, "float32")
+    loss = pykd.load(str(folder), engine=engine)
+    per_sample = any(not term.couples_batch for term in subject.composition.terms_)
+    graph = subject.graph(per_sample)
+    value_limit, gradient_limit = LIMITS["float32"]
+    for number, lengths in enumerate((*SIZES, SIZES[0], SIZES[2])):
+        axes = {axis for spec in graph.signature.inputs.values() for axis in spec.names}
+        sizes = {axis: lengths[axis.rstrip("_0123456789")] for axis in axes}
+        tensors = subject.composition.draw(graph.signature.inputs, sizes, seed=number)
+        numbers = {name: p.default * (1 + 0.1 * number) for name, p in graph.signature.parameters.items()}
+        want = truth(subject.composition, graph, tensors, numbers, per_sample)
+        got = loss.value_and_gradient(**tensors, **numbers)
+        assert list(got) == [output.name for output in loss.signature.outputs]
+        value_error, gradient_error = errors(got, want)
+        assert value_error <= value_limit and gradient_error <= gradient_limit
+        alone = loss.value(**tensors, **numbers)
+        assert not any(name.startswith("grad_") for name in alone)
+        for name, value in alone.items():
+            torch.testing.assert_close(value, got[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnxruntime", "torchscript"])
+def test_grad_scale_multiplies_the_gradient_before_it_is_rounded(engine, exported):
+    """float16 gradients of a large batch underflow; scaled, they do not."""
+    subject = _subject("soft_target[temperature=2.0]")
+    loss = pykd.load(str(exported(subject, "float16")), engine=engine)
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(512, 64, generator=generator).half()
+    teacher = torch.randn(512, 64, generator=generator).half()
+    scaled = loss.value_and_gradient(student_logits=student, teacher_logits=teacher, grad_scale=4096.0)
+    plain = loss.value_and_gradient(student_logits=student, teacher_logits=teacher)
+    exact = student.double().requires_grad_()
+    pykd.SoftTarget(temperature=2.0)(exact, teacher.double()).backward()
+    error = (scaled["grad_student_logits"].double() / 4096 - exact.grad).abs().max() / exact.grad.abs().max()
+    assert error < 2**-10
+    assert (plain["grad_student_logits"] == 0).sum() > (scaled["grad_student_logits"] == 0).sum()
+    assert plain["loss"] == scaled["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnxruntime", "torchscript"])
+def test_nan_in_the_teacher_propagates(engine, exported):
+    loss = pykd.load(str(exported(_subject("soft_target[temperature=2.0]"))), engine=engine)
+    teacher = torch.zeros(2, 3)
+    teacher[0, 0] = float("nan")
+    assert torch.isnan(loss.value(student_logits=torch.zeros(2, 3), teacher_logits=teacher)["loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnxruntime", "torchscript"])
+def test_ignored_labels_and_labels_out_of_range(engine, exported):
+    loss = pykd.load(str(exported(_subject("hard_target[labels:batch]"))), engine=engine)
+    student = torch.randn(3, 4)
+    got = loss.value_and_gradient(student_logits=student, labels=torch.full((3,), -100))
+    assert got["loss"] == 0 and not got["grad_student_logits"].any()
+    for label in (4, -1):
+        with pytest.raises(ValueError, match=f"labels.*{label}"):
+            loss.value(student_logits=student, labels=torch.tensor([0, label, 1]))
+
+
+def _subject(name):
+    from tests.conftest import subjects
+
+    return next(subject for subject in subjects() if subject.name == name)
