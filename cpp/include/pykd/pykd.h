@@ -1,0 +1,210 @@
+/* File: pykd/pykd.h
+ *
+ * The C interface of pykd: load an exported knowledge-distillation loss, give it the teacher's and
+ * the student's tensors by name, take the value and the gradient with respect to the student.
+ *
+ *     pykd_loss* loss = NULL;
+ *     if (pykd_load("recipe", NULL, &loss) != PYKD_OK) { puts(pykd_last_error()); return 1; }
+ *
+ *     float student[2 * 3] = {1, 2, 3, 3, 2, 1}, teacher[2 * 3] = {0, 2, 4, 4, 2, 0};
+ *     int64_t shape[2] = {2, 3};
+ *     pykd_tensor in[2] = {
+ *         {"student_logits", student, PYKD_FLOAT32, 2, shape, NULL, PYKD_CPU, 0},
+ *         {"teacher_logits", teacher, PYKD_FLOAT32, 2, shape, NULL, PYKD_CPU, 0}};
+ *
+ *     float value, gradient[2 * 3];
+ *     pykd_tensor out[2] = {
+ *         {"loss", &value, PYKD_FLOAT32, 0, NULL, NULL, PYKD_CPU, 0},
+ *         {"grad_student_logits", gradient, PYKD_FLOAT32, 2, shape, NULL, PYKD_CPU, 0}};
+ *     if (pykd_run(loss, in, 2, NULL, 0, out, 2) != PYKD_OK) puts(pykd_last_error());
+ *     pykd_free(loss);
+ *
+ * Rules that hold for every function:
+ *
+ *  - A function that can fail returns a pykd_status. On anything but PYKD_OK nothing was written to
+ *    the output arguments (after PYKD_ENGINE_FAILURE, which comes from the middle of a run, do not
+ *    rely on what the outputs hold), and pykd_last_error() tells, on this thread, what was expected,
+ *    what came, and what to do.
+ *  - Tensors are views. The library never owns, frees or keeps the memory behind a pykd_tensor
+ *    beyond the call.
+ *  - A pykd_loss is immutable after pykd_load(). Any number of threads may run the same one at once.
+ *  - No function prints, exits or aborts.
+ *
+ * C++ users want pykd/pykd.hpp (standard C++17) or pykd/torch.hpp (LibTorch); both sit on this file.
+ */
+#ifndef PYKD_PYKD_H_
+#define PYKD_PYKD_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#if defined(PYKD_BUILD)
+#define PYKD_API __declspec(dllexport)
+#else
+#define PYKD_API __declspec(dllimport)
+#endif
+#else
+#define PYKD_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The version of this interface. It grows when a struct or a function changes its meaning; programs
+ * built with one number run with libraries that answer the same number. */
+#define PYKD_ABI_VERSION 1
+
+/* What kind of thing went wrong. The Python module raises the exception named on the right. */
+typedef enum pykd_status {
+  PYKD_OK = 0,
+  PYKD_INVALID_VALUE = 1,  /* a name, shape, stride, label or setting is wrong        ValueError */
+  PYKD_INVALID_TYPE = 2,   /* a dtype or a device is wrong                            TypeError */
+  PYKD_NOT_FOUND = 3,      /* the file or folder does not exist or cannot be read     FileNotFoundError */
+  PYKD_BAD_ARTEFACT = 4,   /* damaged, not made by pykd, newer than this library      ValueError */
+  PYKD_UNAVAILABLE = 5,    /* an engine, device or library is not to be had here      RuntimeError */
+  PYKD_ENGINE_FAILURE = 6, /* the engine reported an error while it ran               RuntimeError */
+  PYKD_INTERNAL = 7        /* a mistake in pykd itself: please report it              RuntimeError */
+} pykd_status;
+
+typedef enum pykd_dtype {
+  PYKD_FLOAT16 = 1,
+  PYKD_BFLOAT16 = 2,
+  PYKD_FLOAT32 = 3,
+  PYKD_FLOAT64 = 4,
+  PYKD_INT64 = 5
+} pykd_dtype;
+
+typedef enum pykd_device { PYKD_CPU = 0, PYKD_CUDA = 1 } pykd_device;
+
+/* A named view of a tensor. It owns nothing. */
+typedef struct pykd_tensor {
+  const char* name;       /* as in the artefact: "student_logits", "loss", "grad_student_logits" */
+  void* data;             /* first element; may be NULL only where the tensor has no elements */
+  pykd_dtype dtype;       /* what lies at `data` */
+  int32_t rank;           /* number of axes; 0 is a scalar */
+  const int64_t* shape;   /* `rank` lengths; may be NULL for a scalar */
+  const int64_t* strides; /* `rank` steps in elements, or NULL for contiguous (last axis fastest).
+                             Only contiguous tensors are taken; strides that say otherwise are an error. */
+  pykd_device device;     /* where `data` lies */
+  int32_t device_id;      /* which one, for PYKD_CUDA */
+} pykd_tensor;
+
+/* A value for one of the loss's parameters (a temperature, a weight): it replaces the default that
+ * the artefact carries, for this call alone. */
+typedef struct pykd_parameter {
+  const char* name;
+  double value;
+} pykd_parameter;
+
+/* How to load. Start from PYKD_LOAD_OPTIONS_INIT and change what you need. */
+typedef struct pykd_load_options {
+  size_t struct_size;              /* sizeof(pykd_load_options); lets the struct grow */
+  const char* engine;              /* "onnxruntime", "torchscript", or NULL: the first of the two for
+                                      which the file is there and the engine can be opened */
+  const char* device;              /* "cpu" (default when NULL), "cuda" or "cuda:<id>" */
+  const char* onnxruntime_library; /* path of libonnxruntime.so; NULL: see pykd_load() */
+  const char* torch_library;       /* path of libpykd_torch.so; NULL: beside libpykd */
+  int32_t threads;                 /* threads of one ONNX Runtime session; 0: one per core. LibTorch's
+                                      threads belong to the process: at::set_num_threads() */
+  int32_t skip_integrity_check;    /* not 0: accept a file that was changed after its export */
+  void* cuda_stream;               /* the cudaStream_t that ONNX Runtime's work is queued on. NULL:
+                                      a stream of its own, synchronised before pykd_run() returns.
+                                      TorchScript uses LibTorch's current stream */
+} pykd_load_options;
+
+#define PYKD_LOAD_OPTIONS_INIT {sizeof(pykd_load_options), NULL, NULL, NULL, NULL, 0, 0, NULL}
+
+/* A loaded loss. */
+typedef struct pykd_loss pykd_loss;
+
+/* One input or output of a loss. All pointers live as long as the pykd_loss. */
+typedef struct pykd_tensor_info {
+  const char* name;
+  int32_t rank;
+  const char* const* axes; /* `rank` names; equal names mean equal lengths, across all tensors */
+  uint32_t dtypes;         /* the dtypes it may have: bit (1u << pykd_dtype). All floating tensors of
+                              one call have the same dtype */
+  int32_t has_gradient;    /* input: "grad_<name>" is among the outputs. output: it is such a gradient */
+} pykd_tensor_info;
+
+/* One parameter of a loss. */
+typedef struct pykd_parameter_info {
+  const char* name;
+  double default_value;
+  double minimum;            /* -INFINITY where there is none */
+  int32_t minimum_exclusive; /* not 0: the value must be greater than `minimum` */
+} pykd_parameter_info;
+
+/* PYKD_ABI_VERSION of the library that is running, and its release, such as "0.1.0". */
+PYKD_API uint32_t pykd_abi_version(void);
+PYKD_API const char* pykd_version(void);
+
+/* What went wrong in the last failed call on this thread; never NULL. Valid until the next failure
+ * on this thread. */
+PYKD_API const char* pykd_last_error(void);
+
+/* Loads a loss from `path`: a folder that pykd.export() wrote, or one of its files
+ * (loss.onnx: the value alone; loss.grad.onnx: value and gradient; loss.pt: both).
+ *
+ * ONNX Runtime (1.21 or newer) is looked for at options->onnxruntime_library, else at the path in
+ * the environment variable PYKD_ONNXRUNTIME_LIBRARY, else a libonnxruntime.so that this process has
+ * loaded already, else where the dynamic linker finds libonnxruntime.so. The first of these that is
+ * set decides. It is opened once per process; it stays open.
+ *
+ * TorchScript files are programs: load them only from a source you trust. ONNX files are checked
+ * before ONNX Runtime sees them: size, integrity, operators, no external data. */
+PYKD_API pykd_status pykd_load(const char* path, const pykd_load_options* options, pykd_loss** loss);
+
+/* The same for one file that is in memory already. The bytes may be freed after the call. */
+PYKD_API pykd_status pykd_load_bytes(const void* bytes, size_t size,
+                                     const pykd_load_options* options, pykd_loss** loss);
+
+/* Frees a loss; NULL is allowed. No thread may be running it. */
+PYKD_API void pykd_free(pykd_loss* loss);
+
+/* What the artefact says of itself, as JSON (docs/artefacts.md); the engine that runs it
+ * ("onnxruntime", "torchscript"), that engine's version, and the device as it was asked for. */
+PYKD_API const char* pykd_metadata(const pykd_loss* loss);
+PYKD_API const char* pykd_engine(const pykd_loss* loss);
+PYKD_API const char* pykd_engine_version(const pykd_loss* loss);
+PYKD_API const char* pykd_device_name(const pykd_loss* loss);
+
+/* The signature, by index. An index that is too large gives PYKD_INVALID_VALUE. Outputs come in the
+ * order: "loss", the terms, the per-sample vectors, the gradients. */
+PYKD_API size_t pykd_num_inputs(const pykd_loss* loss);
+PYKD_API size_t pykd_num_outputs(const pykd_loss* loss);
+PYKD_API size_t pykd_num_parameters(const pykd_loss* loss);
+PYKD_API pykd_status pykd_input_info(const pykd_loss* loss, size_t index, pykd_tensor_info* info);
+PYKD_API pykd_status pykd_output_info(const pykd_loss* loss, size_t index, pykd_tensor_info* info);
+PYKD_API pykd_status pykd_get_parameter_info(const pykd_loss* loss, size_t index,
+                                             pykd_parameter_info* info);
+
+/* The rank, shape and dtype that the output `name` will have for these inputs, which are checked on
+ * the way exactly as pykd_run() does. `shape` has room for 8 lengths. */
+PYKD_API pykd_status pykd_output_shape(const pykd_loss* loss, const pykd_tensor* inputs,
+                                       size_t num_inputs, const char* name, int64_t* shape,
+                                       int32_t* rank, pykd_dtype* dtype);
+
+/* Runs the loss.
+ *
+ * inputs:     every input of the signature, once, in any order. Labels on the CPU are checked
+ *             against the number of classes; on a GPU a label out of range makes the loss NaN.
+ * parameters: those that differ from their default, in any order; NULL when there are none.
+ * outputs:    those you want, in any order; the library writes into their memory. Any "grad_..."
+ *             among them makes it a run with gradient. Scalars may lie on the CPU whatever the
+ *             device; arrays lie on the device of the loss.
+ *
+ * The gradient is d(loss)/d(input), for an upstream gradient of 1; the parameter "grad_scale"
+ * multiplies it before it is rounded to the input's dtype (loss scaling for float16).
+ * NaN in an input gives NaN in the loss. */
+PYKD_API pykd_status pykd_run(const pykd_loss* loss, const pykd_tensor* inputs, size_t num_inputs,
+                              const pykd_parameter* parameters, size_t num_parameters,
+                              const pykd_tensor* outputs, size_t num_outputs);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* PYKD_PYKD_H_ */

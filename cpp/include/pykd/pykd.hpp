@@ -1,0 +1,375 @@
+// File: pykd/pykd.hpp
+//
+// pykd for C++17: a header over the C interface in pykd/pykd.h. Link pykd::pykd.
+//
+//     auto loss = pykd::Loss::load("recipe");
+//     std::vector<float> student = {1, 2, 3, 3, 2, 1}, teacher = {0, 2, 4, 4, 2, 0};
+//
+//     pykd::Result result = loss.value_and_gradient({{"student_logits", pykd::view(student, {2, 3})},
+//                                                    {"teacher_logits", pykd::view(teacher, {2, 3})}},
+//                                                   {{"soft_temperature", 4.0}});
+//     double value = result.value("loss");
+//     const float* gradient = result.data<float>("grad_student_logits");
+//
+// Tensors are views of your memory: contiguous, never copied, never kept. A Loss is immutable and may
+// be shared by many threads; it moves but does not copy. Whatever goes wrong is thrown as a
+// pykd::Error that says what was expected, what came, and what to do.
+//
+// To write gradients into memory of your own (a training loop's buffers, device memory), use run().
+#ifndef PYKD_PYKD_HPP_
+#define PYKD_PYKD_HPP_
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "pykd/pykd.h"
+
+namespace pykd {
+
+// The one exception of this library. status() tells its kind.
+class Error : public std::runtime_error {
+ public:
+  Error(pykd_status status, const std::string& what) : std::runtime_error(what), status_(status) {}
+  pykd_status status() const noexcept { return status_; }
+
+ private:
+  pykd_status status_;
+};
+
+namespace internal {
+inline void check(pykd_status status) {
+  if (status != PYKD_OK) throw Error(status, pykd_last_error());
+}
+template <class T>
+struct dtype_of;  // float, double and std::int64_t; name other dtypes with view(void*, ...)
+template <>
+struct dtype_of<float> {
+  static constexpr pykd_dtype value = PYKD_FLOAT32;
+};
+template <>
+struct dtype_of<double> {
+  static constexpr pykd_dtype value = PYKD_FLOAT64;
+};
+template <>
+struct dtype_of<std::int64_t> {
+  static constexpr pykd_dtype value = PYKD_INT64;
+};
+inline std::size_t size_of(pykd_dtype dtype) {
+  switch (dtype) {
+    case PYKD_FLOAT16:
+    case PYKD_BFLOAT16:
+      return 2;
+    case PYKD_FLOAT32:
+      return 4;
+    case PYKD_FLOAT64:
+    case PYKD_INT64:
+      return 8;
+  }
+  throw Error(PYKD_INVALID_TYPE, "expected one of the values of pykd_dtype, got " +
+                                     std::to_string(static_cast<int>(dtype)));
+}
+}  // namespace internal
+
+// A view of somebody's tensor: it owns its shape and nothing else.
+class Tensor {
+ public:
+  Tensor() = default;
+  // `data` holds the product of `shape` elements of `dtype`, last axis fastest; or say how they lie
+  // with `strides` (in elements), and get an error where that is not contiguous.
+  Tensor(void* data, pykd_dtype dtype, std::vector<std::int64_t> shape, pykd_device device = PYKD_CPU,
+         int device_id = 0, std::vector<std::int64_t> strides = {})
+      : data_(data),
+        dtype_(dtype),
+        shape_(std::move(shape)),
+        strides_(std::move(strides)),
+        device_(device),
+        device_id_(device_id) {}
+
+  const std::vector<std::int64_t>& shape() const { return shape_; }
+  pykd_dtype dtype() const { return dtype_; }
+  void* data() const { return data_; }
+
+  // The view as the C interface wants it. It lives as long as this Tensor and `name` do.
+  pykd_tensor c(const char* name) const {
+    return {name,
+            data_,
+            dtype_,
+            static_cast<std::int32_t>(shape_.size()),
+            shape_.data(),
+            strides_.empty() ? nullptr : strides_.data(),
+            device_,
+            device_id_};
+  }
+
+ private:
+  void* data_ = nullptr;
+  pykd_dtype dtype_ = PYKD_FLOAT32;
+  std::vector<std::int64_t> shape_;
+  std::vector<std::int64_t> strides_;
+  pykd_device device_ = PYKD_CPU;
+  int device_id_ = 0;
+};
+
+// A view of memory of a known type on the CPU. The library reads inputs and writes outputs only.
+template <class T>
+Tensor view(const T* data, std::vector<std::int64_t> shape) {
+  return Tensor(const_cast<T*>(data), internal::dtype_of<T>::value, std::move(shape));
+}
+
+// The same for a container such as std::vector, whose size must be the product of `shape`.
+template <class Container>
+auto view(const Container& values, std::vector<std::int64_t> shape)
+    -> decltype(values.data(), values.size(), Tensor()) {
+  std::size_t count = 1;
+  for (std::int64_t length : shape) count *= static_cast<std::size_t>(length);
+  if (count != values.size()) {
+    throw Error(PYKD_INVALID_VALUE, "expected a container of " + std::to_string(count) +
+                                        " elements for this shape, got " +
+                                        std::to_string(values.size()) +
+                                        "; pass the shape that the data has");
+  }
+  return view(values.data(), std::move(shape));
+}
+
+// A view of a DLTensor (dlpack.h is the caller's; any struct with its members will do).
+template <class DLTensor>
+Tensor from_dlpack(const DLTensor& tensor) {
+  const int code = static_cast<int>(tensor.dtype.code), bits = tensor.dtype.bits;
+  pykd_dtype dtype;
+  if (code == 2 && bits == 32) {
+    dtype = PYKD_FLOAT32;
+  } else if (code == 2 && bits == 64) {
+    dtype = PYKD_FLOAT64;
+  } else if (code == 2 && bits == 16) {
+    dtype = PYKD_FLOAT16;
+  } else if (code == 4 && bits == 16) {
+    dtype = PYKD_BFLOAT16;
+  } else if (code == 0 && bits == 64) {
+    dtype = PYKD_INT64;
+  } else {
+    throw Error(PYKD_INVALID_TYPE, "expected float16, bfloat16, float32, float64 or int64, got DLPack type code " +
+                                       std::to_string(code) + " with " + std::to_string(bits) +
+                                       " bits; cast the tensor first");
+  }
+  const int device = static_cast<int>(tensor.device.device_type);
+  if (device != 1 && device != 2 && device != 3) {
+    throw Error(PYKD_INVALID_TYPE, "expected a tensor on the CPU or a CUDA device, got DLPack device type " +
+                                       std::to_string(device) + "; copy it over first");
+  }
+  std::vector<std::int64_t> shape(tensor.shape, tensor.shape + tensor.ndim), strides;
+  if (tensor.strides != nullptr) strides.assign(tensor.strides, tensor.strides + tensor.ndim);
+  return Tensor(static_cast<char*>(tensor.data) + tensor.byte_offset, dtype, std::move(shape),
+                device == 2 ? PYKD_CUDA : PYKD_CPU, tensor.device.device_id, std::move(strides));
+}
+
+using Tensors = std::map<std::string, Tensor>;     // by input or output name
+using Parameters = std::map<std::string, double>;  // by parameter name
+
+// What a run returned, in memory of its own on the CPU.
+class Result {
+ public:
+  // A scalar: "loss" or a term.
+  double value(const std::string& name) const {
+    const Array& array = find(name);
+    if (!array.shape.empty()) {
+      throw Error(PYKD_INVALID_VALUE, "expected the name of a scalar, got \"" + name +
+                                          "\", which has " + std::to_string(array.shape.size()) +
+                                          " axes; use data()");
+    }
+    return array.dtype == PYKD_FLOAT64 ? *reinterpret_cast<const double*>(array.bytes.data())
+                                       : *reinterpret_cast<const float*>(array.bytes.data());
+  }
+
+  // An array: "grad_student_logits", "loss_per_sample". It lives as long as this Result.
+  template <class T>
+  const T* data(const std::string& name) const {
+    const Array& array = find(name);
+    if (internal::dtype_of<T>::value != array.dtype) {
+      throw Error(PYKD_INVALID_TYPE, "the element type of data() is not the dtype of \"" + name +
+                                         "\", which is that of the inputs; use that type or raw()");
+    }
+    return reinterpret_cast<const T*>(array.bytes.data());
+  }
+  const void* raw(const std::string& name) const { return find(name).bytes.data(); }
+  const std::vector<std::int64_t>& shape(const std::string& name) const { return find(name).shape; }
+  pykd_dtype dtype(const std::string& name) const { return find(name).dtype; }
+  bool has(const std::string& name) const { return arrays_.count(name) != 0; }
+  std::vector<std::string> names() const {
+    std::vector<std::string> all;
+    for (const auto& entry : arrays_) all.push_back(entry.first);
+    return all;
+  }
+
+ private:
+  friend class Loss;
+  struct Array {
+    pykd_dtype dtype;
+    std::vector<std::int64_t> shape;
+    std::vector<unsigned char> bytes;
+  };
+  const Array& find(const std::string& name) const {
+    auto found = arrays_.find(name);
+    if (found == arrays_.end()) {
+      std::string known;
+      for (const auto& entry : arrays_) known += (known.empty() ? "" : ", ") + entry.first;
+      throw Error(PYKD_INVALID_VALUE,
+                  "expected one of the outputs " + known + ", got \"" + name + "\"");
+    }
+    return found->second;
+  }
+  std::map<std::string, Array> arrays_;
+};
+
+// How to load; the fields are those of pykd_load_options.
+struct LoadOptions {
+  std::string engine;               // "onnxruntime", "torchscript"; empty: whichever is there
+  std::string device = "cpu";       // "cpu", "cuda", "cuda:1"
+  std::string onnxruntime_library;  // path of libonnxruntime.so; empty: looked for
+  std::string torch_library;        // path of libpykd_torch.so; empty: beside libpykd
+  int threads = 0;                  // of one ONNX Runtime session; 0: one per core
+  bool skip_integrity_check = false;
+  void* cuda_stream = nullptr;      // a cudaStream_t for ONNX Runtime
+};
+
+// A loaded loss.
+class Loss {
+ public:
+  // `path`: the folder that pykd.export() wrote, or one of its files. Throws Error.
+  static Loss load(const std::string& path, const LoadOptions& options = {}) {
+    pykd_loss* loss = nullptr;
+    const pykd_load_options c = c_options(options);
+    internal::check(pykd_load(path.c_str(), &c, &loss));
+    return Loss(loss);
+  }
+  // One file that is in memory already.
+  static Loss load_bytes(const void* bytes, std::size_t size, const LoadOptions& options = {}) {
+    pykd_loss* loss = nullptr;
+    const pykd_load_options c = c_options(options);
+    internal::check(pykd_load_bytes(bytes, size, &c, &loss));
+    return Loss(loss);
+  }
+
+  // The loss, its terms and, where they were exported, the per-sample vectors.
+  Result value(const Tensors& inputs, const Parameters& parameters = {}) const {
+    return allocate_and_run(inputs, parameters, false);
+  }
+
+  // The same and "grad_<input>" for every input that receives a gradient.
+  Result value_and_gradient(const Tensors& inputs, const Parameters& parameters = {}) const {
+    return allocate_and_run(inputs, parameters, true);
+  }
+
+  // Writes the outputs named in `outputs` into the memory behind them; nothing is allocated for them.
+  void run(const Tensors& inputs, const Tensors& outputs, const Parameters& parameters = {}) const {
+    const std::vector<pykd_tensor> in = c_tensors(inputs), out = c_tensors(outputs);
+    const std::vector<pykd_parameter> settings = c_parameters(parameters);
+    internal::check(pykd_run(loss_.get(), in.data(), in.size(), settings.data(), settings.size(),
+                             out.data(), out.size()));
+  }
+
+  // What the artefact says of itself, as JSON; the engine that runs it and that engine's version.
+  std::string metadata() const { return pykd_metadata(loss_.get()); }
+  std::string engine() const { return pykd_engine(loss_.get()); }
+  std::string engine_version() const { return pykd_engine_version(loss_.get()); }
+  std::string device() const { return pykd_device_name(loss_.get()); }
+
+  // The signature. See pykd_tensor_info; its pointers live as long as the Loss.
+  std::vector<pykd_tensor_info> inputs() const {
+    std::vector<pykd_tensor_info> all(pykd_num_inputs(loss_.get()));
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      internal::check(pykd_input_info(loss_.get(), i, &all[i]));
+    }
+    return all;
+  }
+  std::vector<pykd_tensor_info> outputs() const {
+    std::vector<pykd_tensor_info> all(pykd_num_outputs(loss_.get()));
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      internal::check(pykd_output_info(loss_.get(), i, &all[i]));
+    }
+    return all;
+  }
+  std::vector<pykd_parameter_info> parameters() const {
+    std::vector<pykd_parameter_info> all(pykd_num_parameters(loss_.get()));
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      internal::check(pykd_get_parameter_info(loss_.get(), i, &all[i]));
+    }
+    return all;
+  }
+
+  // The C handle; it stays with this Loss.
+  const pykd_loss* c() const { return loss_.get(); }
+
+ private:
+  explicit Loss(pykd_loss* loss) : loss_(loss, &pykd_free) {}
+
+  static pykd_load_options c_options(const LoadOptions& options) {
+    auto text = [](const std::string& value) { return value.empty() ? nullptr : value.c_str(); };
+    pykd_load_options c = PYKD_LOAD_OPTIONS_INIT;
+    c.engine = text(options.engine);
+    c.device = text(options.device);
+    c.onnxruntime_library = text(options.onnxruntime_library);
+    c.torch_library = text(options.torch_library);
+    c.threads = options.threads;
+    c.skip_integrity_check = options.skip_integrity_check ? 1 : 0;
+    c.cuda_stream = options.cuda_stream;
+    return c;
+  }
+  static std::vector<pykd_tensor> c_tensors(const Tensors& tensors) {
+    std::vector<pykd_tensor> all;
+    all.reserve(tensors.size());
+    for (const auto& entry : tensors) all.push_back(entry.second.c(entry.first.c_str()));
+    return all;
+  }
+  static std::vector<pykd_parameter> c_parameters(const Parameters& parameters) {
+    std::vector<pykd_parameter> all;
+    for (const auto& entry : parameters) all.push_back({entry.first.c_str(), entry.second});
+    return all;
+  }
+
+  Result allocate_and_run(const Tensors& inputs, const Parameters& parameters, bool gradient) const {
+    const std::vector<pykd_tensor> in = c_tensors(inputs);
+    const std::vector<pykd_parameter> settings = c_parameters(parameters);
+    Result result;
+    std::vector<pykd_tensor> out;
+    for (const pykd_tensor_info& info : outputs()) {
+      if (info.has_gradient && !gradient) continue;
+      Result::Array& array = result.arrays_[info.name];
+      std::int64_t shape[8];
+      std::int32_t rank = 0;
+      internal::check(pykd_output_shape(loss_.get(), in.data(), in.size(), info.name, shape, &rank,
+                                        &array.dtype));
+      array.shape.assign(shape, shape + rank);
+      std::size_t count = 1;
+      for (std::int64_t length : array.shape) count *= static_cast<std::size_t>(length);
+      array.bytes.resize(count * internal::size_of(array.dtype));
+      out.push_back({info.name, array.bytes.data(), array.dtype, rank, array.shape.data(), nullptr,
+                     PYKD_CPU, 0});
+    }
+    if (gradient && !any_gradient(out)) {
+      throw Error(PYKD_INVALID_VALUE,
+                  "expected an artefact with gradients, got one that holds the value alone; load "
+                  "loss.grad.onnx, loss.pt or their folder");
+    }
+    internal::check(pykd_run(loss_.get(), in.data(), in.size(), settings.data(), settings.size(),
+                             out.data(), out.size()));
+    return result;
+  }
+  static bool any_gradient(const std::vector<pykd_tensor>& outputs) {
+    for (const pykd_tensor& output : outputs) {
+      if (std::string(output.name).rfind("grad_", 0) == 0) return true;
+    }
+    return false;
+  }
+
+  std::unique_ptr<pykd_loss, decltype(&pykd_free)> loss_;
+};
+
+}  // namespace pykd
+
+#endif  // PYKD_PYKD_HPP_

@@ -1,0 +1,163 @@
+// The C interface: every function checks its pointers, calls the library and turns what it throws
+// into a status. What the functions do is said in pykd.h.
+#include <memory>
+#include <string>
+
+#include "error.h"
+#include "loss.h"
+#include "pykd/pykd.h"
+
+using pykd::internal::fail;
+using pykd::internal::guarded;
+using pykd::internal::InputSpec;
+using pykd::internal::Loss;
+using pykd::internal::OutputSpec;
+using pykd::internal::ParameterSpec;
+using pykd::internal::Signature;
+using pykd::internal::TensorSpec;
+
+struct pykd_loss {
+  std::unique_ptr<const Loss> loss;
+};
+
+namespace {
+
+template <class T>
+void check_pointer(const T* pointer, const char* what) {
+  if (pointer == nullptr) fail(PYKD_INVALID_VALUE, what, "NULL", "pass a pointer to one");
+}
+
+const Signature& signature_of(const pykd_loss* loss) {
+  check_pointer(loss, "a loss");
+  return loss->loss->signature();
+}
+
+template <class Specs>
+const typename Specs::value_type& item_at(const Specs& specs, std::size_t index, const char* what) {
+  if (index >= specs.size()) {
+    fail(PYKD_INVALID_VALUE,
+         std::string("the index of one of ") + std::to_string(specs.size()) + " " + what,
+         std::to_string(index), "count from 0 and ask for their number first");
+  }
+  return specs[index];
+}
+
+pykd_tensor_info tensor_info(const TensorSpec& spec, std::size_t partner) {
+  return {spec.name.c_str(), static_cast<std::int32_t>(spec.rank()), spec.axis_names.data(),
+          spec.dtypes, partner == pykd::internal::kNone ? 0 : 1};
+}
+
+void finish_load(const pykd::internal::Artefact& artefact, const pykd_load_options* options,
+                 pykd_loss** loss) {
+  auto result = std::make_unique<pykd_loss>();
+  result->loss = Loss::load(artefact, pykd::internal::read_options(options));
+  *loss = result.release();
+}
+
+}  // namespace
+
+extern "C" {
+
+uint32_t pykd_abi_version(void) { return PYKD_ABI_VERSION; }
+
+const char* pykd_version(void) { return PYKD_VERSION; }
+
+const char* pykd_last_error(void) { return pykd::internal::last_error(); }
+
+pykd_status pykd_load(const char* path, const pykd_load_options* options, pykd_loss** loss) {
+  return guarded([&] {
+    check_pointer(path, "the path of an artefact");
+    check_pointer(loss, "a pykd_loss* to write to");
+    finish_load(pykd::internal::read_artefact(path), options, loss);
+  });
+}
+
+pykd_status pykd_load_bytes(const void* bytes, size_t size, const pykd_load_options* options,
+                            pykd_loss** loss) {
+  return guarded([&] {
+    check_pointer(bytes, "the bytes of an artefact");
+    check_pointer(loss, "a pykd_loss* to write to");
+    finish_load(pykd::internal::wrap_artefact(bytes, size), options, loss);
+  });
+}
+
+void pykd_free(pykd_loss* loss) { delete loss; }
+
+const char* pykd_metadata(const pykd_loss* loss) {
+  return loss == nullptr ? "" : loss->loss->signature().metadata.c_str();
+}
+const char* pykd_engine(const pykd_loss* loss) {
+  return loss == nullptr ? "" : loss->loss->engine().c_str();
+}
+const char* pykd_engine_version(const pykd_loss* loss) {
+  return loss == nullptr ? "" : loss->loss->engine_version().c_str();
+}
+const char* pykd_device_name(const pykd_loss* loss) {
+  return loss == nullptr ? "" : loss->loss->device_name().c_str();
+}
+
+size_t pykd_num_inputs(const pykd_loss* loss) {
+  return loss == nullptr ? 0 : loss->loss->signature().inputs.size();
+}
+size_t pykd_num_outputs(const pykd_loss* loss) {
+  return loss == nullptr ? 0 : loss->loss->signature().outputs.size();
+}
+size_t pykd_num_parameters(const pykd_loss* loss) {
+  return loss == nullptr ? 0 : loss->loss->signature().parameters.size();
+}
+
+pykd_status pykd_input_info(const pykd_loss* loss, size_t index, pykd_tensor_info* info) {
+  return guarded([&] {
+    const InputSpec& input = item_at(signature_of(loss).inputs, index, "inputs");
+    check_pointer(info, "a pykd_tensor_info to write to");
+    *info = tensor_info(input, input.gradient_output);
+  });
+}
+
+pykd_status pykd_output_info(const pykd_loss* loss, size_t index, pykd_tensor_info* info) {
+  return guarded([&] {
+    const OutputSpec& output = item_at(signature_of(loss).outputs, index, "outputs");
+    check_pointer(info, "a pykd_tensor_info to write to");
+    *info = tensor_info(output, output.gradient_of);
+  });
+}
+
+pykd_status pykd_get_parameter_info(const pykd_loss* loss, size_t index,
+                                    pykd_parameter_info* info) {
+  return guarded([&] {
+    const ParameterSpec& parameter = item_at(signature_of(loss).parameters, index, "parameters");
+    check_pointer(info, "a pykd_parameter_info to write to");
+    *info = {parameter.name.c_str(), parameter.default_value, parameter.minimum,
+             parameter.minimum_exclusive ? 1 : 0};
+  });
+}
+
+pykd_status pykd_output_shape(const pykd_loss* loss, const pykd_tensor* inputs, size_t num_inputs,
+                              const char* name, int64_t* shape, int32_t* rank, pykd_dtype* dtype) {
+  return guarded([&] {
+    const Signature& signature = signature_of(loss);
+    check_pointer(name, "the name of an output");
+    check_pointer(shape, "room for 8 lengths");
+    check_pointer(rank, "a rank to write to");
+    check_pointer(dtype, "a dtype to write to");
+    const OutputSpec& output = signature.outputs[find_output(signature, name)];
+    std::vector<pykd_tensor> ordered;
+    const pykd::internal::Binding binding = loss->loss->check_inputs(inputs, num_inputs, ordered);
+    for (std::size_t axis = 0; axis < output.rank(); ++axis) {
+      shape[axis] = binding.lengths[output.axis_ids[axis]];
+    }
+    *rank = static_cast<int32_t>(output.rank());
+    *dtype = output_dtype(output, binding.float_dtype);
+  });
+}
+
+pykd_status pykd_run(const pykd_loss* loss, const pykd_tensor* inputs, size_t num_inputs,
+                     const pykd_parameter* parameters, size_t num_parameters,
+                     const pykd_tensor* outputs, size_t num_outputs) {
+  return guarded([&] {
+    check_pointer(loss, "a loss");
+    loss->loss->run(inputs, num_inputs, parameters, num_parameters, outputs, num_outputs);
+  });
+}
+
+}  // extern "C"

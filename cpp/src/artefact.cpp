@@ -1,0 +1,665 @@
+#include "artefact.h"
+
+#include <zlib.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <protozero/pbf_reader.hpp>
+#include <system_error>
+#include <unordered_map>
+#include <unordered_set>
+
+#include "error.h"
+
+namespace pykd::internal {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr std::string_view kZipMagic = "PK\x03\x04";
+constexpr std::size_t kMaxTorchScriptSize = 1u << 30;
+
+// The trailers of docs/artefacts.md, without the eight digits that follow.
+constexpr std::string_view kOnnxTrailer("\x72\x16\x0a\x0apykd.crc32\x12\x08", 16);
+constexpr std::string_view kZipTrailer = "pykd.crc32=";
+constexpr std::size_t kDigits = 8;
+
+// ---- Reading files -----------------------------------------------------------------------------
+
+[[noreturn]] void cannot_read(const std::string& path, const std::string& why) {
+  fail(PYKD_NOT_FOUND, "a file that can be read at " + path, why,
+       "check the path and its permissions");
+}
+
+void check_size(const std::string& label, FileFormat format, std::uintmax_t size) {
+  const std::size_t limit = format == FileFormat::kOnnx ? kMaxOnnxSize : kMaxTorchScriptSize;
+  if (size > limit) {
+    fail(PYKD_BAD_ARTEFACT,
+         std::string(format == FileFormat::kOnnx ? "an ONNX" : "a TorchScript") +
+             " file of at most " + std::to_string(limit >> 20) + " MiB at " + label,
+         std::to_string(size) + " bytes",
+         "load a file that pykd.export wrote; they hold no weights");
+  }
+}
+
+ArtefactFile read_file(const fs::path& path) {
+  ArtefactFile file;
+  file.label = path.string();
+  std::error_code error;
+  // A device or a pipe might never end.
+  if (!fs::is_regular_file(path, error)) cannot_read(file.label, "no regular file there");
+  const std::uintmax_t size = fs::file_size(path, error);
+  if (error) cannot_read(file.label, error.message());
+  std::ifstream stream(path, std::ios::binary);
+  if (!stream) cannot_read(file.label, std::strerror(errno));
+  char magic[4] = {};
+  stream.read(magic, sizeof magic);
+  const auto start = static_cast<std::size_t>(stream.gcount());
+  file.format = detect_format({magic, start});
+  check_size(file.label, file.format, size);
+  file.bytes.assign(magic, start);
+  if (size > start) {
+    file.bytes.resize(static_cast<std::size_t>(size));
+    stream.read(&file.bytes[start], static_cast<std::streamsize>(size - start));
+    file.bytes.resize(start + static_cast<std::size_t>(stream.gcount()));
+  }
+  if (stream.bad()) cannot_read(file.label, "an error while reading it");
+  return file;
+}
+
+std::optional<ArtefactFile> read_member(const fs::path& folder, const char* name, FileFormat format,
+                                        const std::string& manifest) {
+  const fs::path path = folder / name;
+  std::error_code error;
+  if (!fs::exists(path, error)) {
+    if (manifest.find('"' + std::string(name) + '"') != std::string::npos) {
+      fail(PYKD_NOT_FOUND,
+           std::string(name) + " in " + folder.string() + ", as manifest.json lists it",
+           "no such file", "copy the whole folder, or export the loss again");
+    }
+    return std::nullopt;
+  }
+  ArtefactFile file = read_file(path);
+  if (file.format != format) {
+    fail(PYKD_BAD_ARTEFACT,
+         std::string(format == FileFormat::kOnnx ? "an ONNX" : "a TorchScript") + " file at " +
+             file.label,
+         file.format == FileFormat::kOnnx ? "no ZIP archive" : "a ZIP archive",
+         "export the loss again");
+  }
+  return file;
+}
+
+Artefact read_folder(const fs::path& folder) {
+  std::error_code error;
+  const fs::path manifest_path = folder / "manifest.json";
+  if (!fs::exists(manifest_path, error)) {
+    fail(PYKD_NOT_FOUND, "a folder that pykd.export wrote at " + folder.string(),
+         "one without manifest.json",
+         "give the folder that was exported, or one of its files by its path");
+  }
+  const std::string manifest = read_file(manifest_path).bytes;
+  Artefact artefact;
+  artefact.value = read_member(folder, "loss.onnx", FileFormat::kOnnx, manifest);
+  artefact.gradient = read_member(folder, "loss.grad.onnx", FileFormat::kOnnx, manifest);
+  artefact.torchscript = read_member(folder, "loss.pt", FileFormat::kTorchScript, manifest);
+  if (!artefact.has_onnx() && !artefact.torchscript) {
+    fail(PYKD_NOT_FOUND, "loss.onnx, loss.grad.onnx or loss.pt in " + folder.string(),
+         "none of them", "export the loss again");
+  }
+  return artefact;
+}
+
+Artefact single(ArtefactFile file) {
+  Artefact artefact;
+  (file.format == FileFormat::kOnnx ? artefact.value : artefact.torchscript) = std::move(file);
+  return artefact;
+}
+
+// ---- Integrity ---------------------------------------------------------------------------------
+
+std::string hex_digits(unsigned long value) {
+  constexpr char kHex[] = "0123456789abcdef";
+  std::string text(kDigits, '0');
+  for (std::size_t i = 0; i < kDigits; ++i) text[i] = kHex[(value >> (28 - 4 * i)) & 15];
+  return text;
+}
+
+[[noreturn]] void cut_short(const ArtefactFile& file) {
+  fail(PYKD_BAD_ARTEFACT, "a whole file at " + file.label,
+       "one that was cut short or is damaged (" + std::to_string(file.bytes.size()) + " bytes)",
+       "copy it again");
+}
+
+// Whether the file ends in the middle of something. Called where the checksum is missing.
+bool is_cut_short(const ArtefactFile& file) {
+  if (file.format == FileFormat::kTorchScript) {
+    // A ZIP archive ends with a record of at least 22 bytes and a comment of at most 65535.
+    const std::size_t tail = std::min<std::size_t>(file.bytes.size(), 22 + 65535);
+    return file.bytes.find("PK\x05\x06", file.bytes.size() - tail) == std::string::npos;
+  }
+  try {
+    protozero::pbf_reader model(file.bytes);
+    while (model.next()) model.skip();
+    return false;
+  } catch (const protozero::end_of_buffer_exception&) {
+    return true;
+  }
+}
+
+// ---- Scanning ONNX -----------------------------------------------------------------------------
+
+using protozero::pbf_reader;
+using protozero::pbf_wire_type;
+using protozero::tag_and_type;
+
+// A field with the wire type that onnx.proto gives it. One with another wire type is, to every
+// protobuf parser, an unknown field: it is skipped.
+constexpr std::uint32_t message(protozero::pbf_tag_type tag) {
+  return tag_and_type(tag, pbf_wire_type::length_delimited);
+}
+constexpr std::uint32_t number(protozero::pbf_tag_type tag) {
+  return tag_and_type(tag, pbf_wire_type::varint);
+}
+
+[[noreturn]] void refuse(const std::string& expected, const std::string& got) {
+  fail(PYKD_BAD_ARTEFACT, expected + " in the ONNX file", got,
+       "load a file that pykd.export wrote");
+}
+
+// protobuf merges or overwrites a singular field that comes twice; parsers that disagree about it
+// are how checks are passed by.
+template <class T>
+void set_once(std::optional<T>& field, T value, const char* name) {
+  if (field) refuse(std::string(name) + " once", "it twice");
+  field = std::move(value);
+}
+
+bool is_standard(std::string_view domain) { return domain.empty() || domain == "ai.onnx"; }
+
+void check_domain(std::string_view domain, const char* what) {
+  if (!is_standard(domain) && domain != "pykd") {
+    refuse(std::string(what) + " of the standard domain or of \"pykd\"",
+           "domain " + in_quotes(domain));
+  }
+}
+
+std::string_view view_of(const pbf_reader& reader) {
+  const protozero::data_view bytes = const_cast<pbf_reader&>(reader).get_view();
+  return {bytes.data(), bytes.size()};
+}
+
+// onnx.TensorProto.DataType
+constexpr std::int64_t kOnnxFloat = 1, kOnnxInt64 = 7, kOnnxFloat16 = 10, kOnnxDouble = 11,
+                       kOnnxBfloat16 = 16;
+
+std::int64_t onnx_dtype(pykd_dtype dtype) {
+  switch (dtype) {
+    case PYKD_FLOAT16:
+      return kOnnxFloat16;
+    case PYKD_BFLOAT16:
+      return kOnnxBfloat16;
+    case PYKD_FLOAT32:
+      return kOnnxFloat;
+    case PYKD_FLOAT64:
+      return kOnnxDouble;
+    case PYKD_INT64:
+      return kOnnxInt64;
+  }
+  return 0;
+}
+
+struct ValueInfo {
+  std::string_view name;
+  std::int64_t dtype = 0;
+  std::size_t rank = 0;
+};
+
+// What the scan collects. All views point into the file.
+struct Scan {
+  std::optional<std::string_view> metadata;
+  std::vector<ValueInfo> inputs, outputs;
+  std::unordered_set<std::string_view> initializers;
+
+  // The functions of domain "pykd" and which of them each calls, for check_functions().
+  struct Function {
+    std::string_view name;
+    std::size_t nodes = 0;
+    std::vector<std::string_view> calls;
+  };
+  std::vector<Function> functions;
+};
+
+std::string_view scan_tensor(pbf_reader tensor) {
+  std::string_view name;
+  while (tensor.next()) {
+    switch (tensor.tag_and_type()) {
+      case message(8):
+        name = view_of(tensor);
+        break;
+      case message(13):
+        refuse("no external data", "a tensor with external_data");
+      case number(14):
+        if (tensor.get_uint64() != 0) refuse("no external data", "a tensor that lies elsewhere");
+        break;
+      default:
+        tensor.skip();
+    }
+  }
+  return name;
+}
+
+void scan_attribute(pbf_reader attribute) {
+  while (attribute.next()) {
+    switch (attribute.tag_and_type()) {
+      case message(5):
+      case message(10):
+        scan_tensor(attribute.get_message());
+        break;
+      case message(6):
+      case message(11):
+        refuse("no subgraphs", "an attribute that holds a graph");
+      case message(22):
+      case message(23):
+        refuse("no sparse tensors", "an attribute that holds one");
+      default:
+        attribute.skip();
+    }
+  }
+}
+
+struct NodeType {
+  std::string_view domain, op;
+};
+
+NodeType scan_node(pbf_reader node) {
+  std::optional<std::string_view> domain, op;
+  while (node.next()) {
+    switch (node.tag_and_type()) {
+      case message(4):
+        set_once(op, view_of(node), "the operator of a node");
+        break;
+      case message(5):
+        scan_attribute(node.get_message());
+        break;
+      case message(7):
+        set_once(domain, view_of(node), "the domain of a node");
+        break;
+      default:
+        node.skip();
+    }
+  }
+  check_domain(domain.value_or(""), "operators");
+  return {domain.value_or(""), op.value_or("")};
+}
+
+void scan_opset(pbf_reader opset) {
+  std::optional<std::string_view> domain;
+  while (opset.next()) {
+    if (opset.tag_and_type() == message(1)) {
+      set_once(domain, view_of(opset), "the domain of an operator set");
+    } else {
+      opset.skip();
+    }
+  }
+  check_domain(domain.value_or(""), "operator sets");
+}
+
+void scan_function(pbf_reader function, Scan& scan) {
+  std::optional<std::string_view> name, domain;
+  Scan::Function result;
+  while (function.next()) {
+    switch (function.tag_and_type()) {
+      case message(1):
+        set_once(name, view_of(function), "the name of a function");
+        break;
+      case message(7): {
+        const NodeType type = scan_node(function.get_message());
+        ++result.nodes;
+        if (!is_standard(type.domain)) result.calls.push_back(type.op);
+        break;
+      }
+      case message(9):
+        scan_opset(function.get_message());
+        break;
+      case message(10):
+        set_once(domain, view_of(function), "the domain of a function");
+        break;
+      case message(11):
+        scan_attribute(function.get_message());
+        break;
+      case message(13):
+        refuse("functions without overloads", "one that has them");
+      default:
+        function.skip();
+    }
+  }
+  if (domain.value_or("") != "pykd") {
+    refuse("functions of domain \"pykd\"", "domain " + in_quotes(domain.value_or("")));
+  }
+  result.name = name.value_or("");
+  scan.functions.push_back(std::move(result));
+}
+
+// Engines replace calls by bodies. A function that calls itself would keep them busy for ever, and
+// a few that call each other ten times over would fill the memory: so they come in order, callees
+// first, and what they expand to is bounded.
+void check_functions(const Scan& scan, const std::vector<std::string_view>& graph_calls) {
+  constexpr std::size_t kMaxNodes = 1000000;
+  std::unordered_map<std::string_view, std::size_t> indices;  // into scan.functions
+  for (const Scan::Function& function : scan.functions) {
+    if (!indices.emplace(function.name, indices.size()).second) {
+      refuse("every function once", in_quotes(function.name) + " twice");
+    }
+  }
+  std::vector<std::size_t> sizes;  // in nodes, of those functions that have been looked at
+  auto expand = [&](std::size_t nodes, const std::vector<std::string_view>& calls) {
+    for (std::string_view call : calls) {
+      auto found = indices.find(call);
+      if (found == indices.end()) continue;  // an operator of pykd's op library, not a function
+      if (found->second >= sizes.size()) {
+        refuse("functions that call earlier ones alone",
+               "a call of " + in_quotes(call) + " before it");
+      }
+      nodes += sizes[found->second];
+      if (nodes > kMaxNodes) refuse("functions of reasonable size", "more than a million nodes");
+    }
+    return nodes;
+  };
+  for (const Scan::Function& function : scan.functions) {
+    sizes.push_back(expand(function.nodes, function.calls));
+  }
+  expand(0, graph_calls);
+}
+
+std::size_t scan_shape(pbf_reader shape) {
+  std::size_t rank = 0;
+  while (shape.next()) {
+    if (shape.tag_and_type() == message(1)) ++rank;
+    shape.skip();
+  }
+  return rank;
+}
+
+void scan_tensor_type(pbf_reader type, ValueInfo& info, const std::string& name) {
+  std::optional<std::int64_t> dtype;
+  std::optional<std::size_t> rank;
+  while (type.next()) {
+    switch (type.tag_and_type()) {
+      case number(1):
+        set_once(dtype, static_cast<std::int64_t>(type.get_int64()), "an element type");
+        break;
+      case message(2):
+        set_once(rank, scan_shape(type.get_message()), "a shape");
+        break;
+      default:
+        type.skip();
+    }
+  }
+  if (!dtype || !rank) refuse("an element type and a shape for " + name, "none");
+  info.dtype = *dtype;
+  info.rank = *rank;
+}
+
+ValueInfo scan_value_info(pbf_reader value) {
+  std::optional<std::string_view> name, type, tensor;
+  while (value.next()) {
+    switch (value.tag_and_type()) {
+      case message(1):
+        set_once(name, view_of(value), "the name of an input or output");
+        break;
+      case message(2):
+        set_once(type, view_of(value), "the type of an input or output");
+        break;
+      default:
+        value.skip();
+    }
+  }
+  ValueInfo info;
+  info.name = name.value_or("");
+  pbf_reader type_reader(protozero::data_view(type.value_or("").data(), type.value_or("").size()));
+  while (type_reader.next()) {
+    if (type_reader.tag_and_type() == message(1)) {
+      set_once(tensor, view_of(type_reader), "a tensor type");
+    } else if (type_reader.tag_and_type() == message(6)) {
+      type_reader.skip();  // denotation: a remark
+    } else {
+      refuse("tensors as inputs and outputs", in_quotes(info.name) + " of another kind");
+    }
+  }
+  const std::string_view bytes = tensor.value_or("");
+  scan_tensor_type(pbf_reader(protozero::data_view(bytes.data(), bytes.size())), info,
+                   in_quotes(info.name));
+  return info;
+}
+
+void scan_graph(pbf_reader graph, Scan& scan, std::vector<std::string_view>& calls) {
+  while (graph.next()) {
+    switch (graph.tag_and_type()) {
+      case message(1): {
+        const NodeType type = scan_node(graph.get_message());
+        if (!is_standard(type.domain)) calls.push_back(type.op);
+        break;
+      }
+      case message(5):
+        scan.initializers.insert(scan_tensor(graph.get_message()));
+        break;
+      case message(11):
+        scan.inputs.push_back(scan_value_info(graph.get_message()));
+        break;
+      case message(12):
+        scan.outputs.push_back(scan_value_info(graph.get_message()));
+        break;
+      case message(15):
+        refuse("no sparse tensors", "a sparse initializer");
+      default:
+        graph.skip();
+    }
+  }
+}
+
+void scan_property(pbf_reader property, Scan& scan) {
+  std::optional<std::string_view> key, value;
+  while (property.next()) {
+    switch (property.tag_and_type()) {
+      case message(1):
+        set_once(key, view_of(property), "the key of a metadata entry");
+        break;
+      case message(2):
+        set_once(value, view_of(property), "the value of a metadata entry");
+        break;
+      default:
+        property.skip();
+    }
+  }
+  if (key.value_or("") == "pykd")
+    set_once(scan.metadata, value.value_or(""), "the metadata \"pykd\"");
+}
+
+Scan scan_model(const std::string& bytes) {
+  Scan scan;
+  std::vector<std::string_view> calls;
+  bool has_graph = false;
+  pbf_reader model(bytes);
+  while (model.next()) {
+    switch (model.tag_and_type()) {
+      case message(7):
+        if (has_graph) refuse("one graph", "two");
+        has_graph = true;
+        scan_graph(model.get_message(), scan, calls);
+        break;
+      case message(8):
+        scan_opset(model.get_message());
+        break;
+      case message(14):
+        scan_property(model.get_message(), scan);
+        break;
+      case message(20):
+        refuse("no training information", "some");
+      case message(25):
+        scan_function(model.get_message(), scan);
+        break;
+      default:
+        model.skip();
+    }
+  }
+  if (!has_graph) refuse("a graph", "none");
+  check_functions(scan, calls);
+  return scan;
+}
+
+// ---- The graph against the metadata ------------------------------------------------------------
+
+const ValueInfo& find_value(const std::vector<ValueInfo>& values, const std::string& name,
+                            const char* what) {
+  const ValueInfo* found = nullptr;
+  for (const ValueInfo& value : values) {
+    if (value.name != name) continue;
+    if (found != nullptr) refuse(std::string(what) + " " + name + " once", "it twice");
+    found = &value;
+  }
+  if (found == nullptr) {
+    refuse(std::string(what) + " " + name + ", as its metadata says,", "none of that name");
+  }
+  return *found;
+}
+
+void check_value(const std::vector<ValueInfo>& values, const std::string& name, const char* what,
+                 pykd_dtype dtype, std::size_t rank) {
+  const ValueInfo& value = find_value(values, name, what);
+  if (value.dtype != onnx_dtype(dtype) || value.rank != rank) {
+    refuse(std::string(what) + " " + name + " of " + dtype_name(dtype) + " and rank " +
+               std::to_string(rank) + ", as its metadata says,",
+           "ONNX type " + std::to_string(value.dtype) + " and rank " + std::to_string(value.rank));
+  }
+}
+
+void check_initializer(const Scan& scan, const std::string& name, bool expected) {
+  const bool found = scan.initializers.count(name) != 0;
+  if (found != expected) {
+    refuse(expected ? "a default for the parameter " + name : "no default for the input " + name,
+           found ? "one" : "none");
+  }
+}
+
+// "float" is for TorchScript files, so that every dtype here is a single one.
+pykd_dtype single_dtype(std::uint32_t dtypes) {
+  for (int dtype = PYKD_FLOAT16; dtype <= PYKD_INT64; ++dtype) {
+    if (dtypes == dtype_bit(static_cast<pykd_dtype>(dtype))) return static_cast<pykd_dtype>(dtype);
+  }
+  return PYKD_FLOAT32;
+}
+
+void check_counts(const Scan& scan, const Signature& signature) {
+  const std::size_t arguments = signature.inputs.size() + signature.parameters.size();
+  if (scan.inputs.size() != arguments) {
+    refuse(std::to_string(arguments) + " inputs, as its metadata says,",
+           std::to_string(scan.inputs.size()));
+  }
+  if (scan.outputs.size() != signature.outputs.size()) {
+    refuse(std::to_string(signature.outputs.size()) + " outputs, as its metadata says,",
+           std::to_string(scan.outputs.size()));
+  }
+}
+
+void check_graph(const Scan& scan, const Signature& signature) {
+  check_counts(scan, signature);
+  pykd_dtype parameter_dtype = PYKD_FLOAT32;
+  for (const InputSpec& input : signature.inputs) {
+    const pykd_dtype dtype = single_dtype(input.dtypes);
+    if (dtype == PYKD_FLOAT64) parameter_dtype = PYKD_FLOAT64;
+    check_value(scan.inputs, input.name, "an input", dtype, input.rank());
+    check_initializer(scan, input.name, false);
+  }
+  for (const ParameterSpec& parameter : signature.parameters) {
+    check_value(scan.inputs, parameter.name, "an input", parameter_dtype, 0);
+    check_initializer(scan, parameter.name, true);
+  }
+  for (const OutputSpec& output : signature.outputs) {
+    check_value(scan.outputs, output.name, "an output", single_dtype(output.dtypes), output.rank());
+  }
+}
+
+}  // namespace
+
+FileFormat detect_format(std::string_view bytes) {
+  return bytes.substr(0, kZipMagic.size()) == kZipMagic ? FileFormat::kTorchScript
+                                                        : FileFormat::kOnnx;
+}
+
+Artefact read_artefact(const std::string& path) {
+  std::error_code error;
+  const fs::file_status status = fs::status(path, error);
+  if (!fs::exists(status)) {
+    fail(PYKD_NOT_FOUND, "a folder that pykd.export wrote, or one of its files, at " + path,
+         error && error != std::errc::no_such_file_or_directory ? error.message() : "nothing there",
+         "check the path");
+  }
+  if (fs::is_directory(status)) return read_folder(path);
+  return single(read_file(path));
+}
+
+Artefact wrap_artefact(const void* bytes, std::size_t size) {
+  ArtefactFile file;
+  file.label = "the bytes that were given";
+  const std::string_view view(static_cast<const char*>(bytes), size);
+  file.format = detect_format(view);
+  check_size(file.label, file.format, size);
+  file.bytes = view;
+  return single(std::move(file));
+}
+
+void check_integrity(const ArtefactFile& file) {
+  const std::string_view bytes = file.bytes;
+  const std::string_view trailer = file.format == FileFormat::kOnnx ? kOnnxTrailer : kZipTrailer;
+  const std::size_t length = trailer.size() + kDigits;
+  if (bytes.empty()) {
+    fail(PYKD_BAD_ARTEFACT, "a whole file at " + file.label, "an empty one", "copy it again");
+  }
+  if (bytes.size() < length || bytes.substr(bytes.size() - length, trailer.size()) != trailer) {
+    bool truncated = false;
+    try {
+      truncated = is_cut_short(file);
+    } catch (const protozero::exception&) {
+      fail(PYKD_BAD_ARTEFACT, "an ONNX or a TorchScript file at " + file.label, "neither",
+           "load a file that pykd.export wrote");
+    }
+    if (truncated) cut_short(file);
+    fail(PYKD_BAD_ARTEFACT, "pykd's checksum at the end of " + file.label, "none",
+         "it was not written by pykd.export or was changed afterwards: export the loss again, or "
+         "load it with the integrity check switched off if you changed it yourself");
+  }
+  const std::size_t covered = bytes.size() - length;
+  const unsigned long checksum =
+      crc32_z(crc32_z(0, nullptr, 0), reinterpret_cast<const Bytef*>(bytes.data()), covered);
+  const std::string_view written = bytes.substr(bytes.size() - kDigits);
+  if (written != hex_digits(checksum)) {
+    fail(PYKD_BAD_ARTEFACT,
+         "contents with the checksum " + in_quotes(written) + " at " + file.label,
+         in_quotes(hex_digits(checksum)), "the file is damaged: copy it again");
+  }
+}
+
+Signature scan_onnx(const ArtefactFile& file) {
+  check_size(file.label, FileFormat::kOnnx, file.bytes.size());
+  try {
+    const Scan scan = scan_model(file.bytes);
+    if (!scan.metadata) refuse("the metadata entry \"pykd\"", "none");
+    Signature signature = parse_signature(std::string(*scan.metadata));
+    if (signature.kind == ArtefactKind::kTorchScript) {
+      refuse("\"value\" or \"gradient\" as the kind", "\"torchscript\"");
+    }
+    check_graph(scan, signature);
+    return signature;
+  } catch (const protozero::exception& error) {
+    fail(PYKD_BAD_ARTEFACT, "an ONNX file at " + file.label,
+         std::string("bytes that are none (") + error.what() + ")",
+         "load a file that pykd.export wrote");
+  } catch (const Failure& failure) {
+    throw Failure(failure.status(), file.label + ": " + failure.what());
+  }
+}
+
+}  // namespace pykd::internal

@@ -1,0 +1,379 @@
+// The engine that runs ONNX files. ONNX Runtime is opened with dlopen and spoken to through its C
+// interface of version 21, so that libpykd links no ONNX Runtime and runs with every release
+// from 1.21.
+#include <onnxruntime_c_api.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "artefact.h"
+#include "engines.h"
+#include "error.h"
+#include "shared_library.h"
+#include "signature.h"
+
+namespace pykd::internal {
+namespace {
+
+constexpr std::uint32_t kApiVersion = 21;
+static_assert(ORT_API_VERSION >= kApiVersion,
+              "pykd needs the headers of ONNX Runtime 1.21 or newer");
+
+constexpr char kInstall[] =
+    "install ONNX Runtime 1.21 or newer (pip install onnxruntime) and set "
+    "PYKD_ONNXRUNTIME_LIBRARY, or "
+    "onnxruntime_library in the load options, to its libonnxruntime.so";
+
+// One ONNX Runtime, opened once per process and never closed.
+struct Runtime {
+  SharedLibrary library;
+  std::string path;
+  std::string version;
+  const OrtApi* api = nullptr;
+  OrtEnv* env = nullptr;
+};
+
+// ---- Opening ONNX Runtime ----------------------------------------------------------------------
+
+[[noreturn]] void unavailable(const std::string& got) {
+  fail(PYKD_UNAVAILABLE, "libonnxruntime.so for the engine \"onnxruntime\"", got, kInstall);
+}
+
+SharedLibrary open_named(const std::string& path, const char* who) {
+  SharedLibrary library;
+  if (!library.open(path)) unavailable(library.error() + " (named by " + who + ")");
+  return library;
+}
+
+// In the order that pykd.h promises: the first that is set decides.
+SharedLibrary find_library(const std::string& named) {
+  if (!named.empty()) return open_named(named, "the load options");
+  const std::string variable = environment("PYKD_ONNXRUNTIME_LIBRARY");
+  if (!variable.empty()) return open_named(variable, "PYKD_ONNXRUNTIME_LIBRARY");
+  SharedLibrary library;
+  const std::string loaded = find_loaded_library("libonnxruntime.so");
+  if (!loaded.empty() && library.open_loaded(loaded)) return library;
+  std::string tried;
+  for (const char* name : {"libonnxruntime.so", "libonnxruntime.so.1"}) {
+    if (library.open(name)) return library;
+    tried += (tried.empty() ? "" : "; ") + library.error();
+  }
+  unavailable(
+      "none: the load options name no library, PYKD_ONNXRUNTIME_LIBRARY is not set, this process "
+      "has "
+      "loaded none, and the dynamic linker says: " +
+      tried);
+}
+
+bool is_new_enough(const std::string& version) {
+  int major = 0, minor = 0;
+  if (std::sscanf(version.c_str(), "%d.%d", &major, &minor) != 2) return false;
+  return major > 1 || (major == 1 && minor >= static_cast<int>(kApiVersion));
+}
+
+// A library prints nothing: what ONNX Runtime has to say comes with its status.
+void ORT_API_CALL drop_log(void*, OrtLoggingLevel, const char*, const char*, const char*,
+                           const char*) {}
+
+std::string take_message(const OrtApi& api, OrtStatus* status) {
+  std::string message = api.GetErrorMessage(status);
+  api.ReleaseStatus(status);
+  return message;
+}
+
+Runtime open_runtime(const std::string& named) {
+  Runtime runtime;
+  runtime.library = find_library(named);
+  const auto get_base =
+      reinterpret_cast<const OrtApiBase*(ORT_API_CALL*)()>(runtime.library.symbol("OrtGetApiBase"));
+  if (get_base == nullptr) unavailable(named + ", which has no function OrtGetApiBase");
+  const OrtApiBase* base = get_base();
+  runtime.path = library_path_of(base);
+  runtime.version = base->GetVersionString();
+  // Asked for more than it has, GetApi() prints: so the version is compared first.
+  if (is_new_enough(runtime.version)) runtime.api = base->GetApi(kApiVersion);
+  if (runtime.api == nullptr) {
+    fail(PYKD_UNAVAILABLE, "ONNX Runtime 1.21 or newer",
+         "ONNX Runtime " + runtime.version + " at " + runtime.path, kInstall);
+  }
+  OrtStatus* status = runtime.api->CreateEnvWithCustomLogger(
+      drop_log, nullptr, ORT_LOGGING_LEVEL_FATAL, "pykd", &runtime.env);
+  if (status != nullptr) unavailable(take_message(*runtime.api, status));
+  return runtime;
+}
+
+const Runtime& runtime_for(const std::string& named) {
+  static std::mutex mutex;
+  static const Runtime* opened = nullptr;  // never freed: sessions may outlive static destructors
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (opened == nullptr) {
+    opened = new Runtime(open_runtime(named));
+  } else if (!named.empty()) {
+    SharedLibrary wanted;
+    if (!wanted.open_loaded(named) || !(wanted == opened->library)) {
+      fail(PYKD_UNAVAILABLE, named, opened->path + ", which this process uses already",
+           "name one ONNX Runtime per process");
+    }
+  }
+  return *opened;
+}
+
+// ---- Owners of ONNX Runtime's objects ----------------------------------------------------------
+
+template <class T>
+struct Release {
+  void (*release)(T*) = nullptr;
+  void operator()(T* object) const { release(object); }
+};
+template <class T>
+using Owner = std::unique_ptr<T, Release<T>>;
+
+// Calls create(&object) and owns the result.
+template <class T, class Create, class Check>
+Owner<T> make_owner(void (*release)(T*), Create create, Check check) {
+  T* object = nullptr;
+  check(create(&object));
+  return Owner<T>(object, Release<T>{release});
+}
+
+// ---- The session -------------------------------------------------------------------------------
+
+ONNXTensorElementDataType element_type(pykd_dtype dtype) {
+  switch (dtype) {
+    case PYKD_FLOAT16:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+    case PYKD_BFLOAT16:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+    case PYKD_FLOAT32:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    case PYKD_FLOAT64:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE;
+    case PYKD_INT64:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+  }
+  return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+}
+
+class OnnxRuntimeSession : public Session {
+ public:
+  OnnxRuntimeSession(const Runtime& runtime, const void* bytes, std::size_t size,
+                     const Signature& signature, const EngineOptions& options)
+      : api_(*runtime.api), options_(options) {
+    for (const InputSpec& input : signature.inputs) {
+      input_names_.push_back(input.name.c_str());
+      double_parameters_ |= input.dtypes == dtype_bit(PYKD_FLOAT64);
+    }
+    for (const ParameterSpec& parameter : signature.parameters) {
+      input_names_.push_back(parameter.name.c_str());
+    }
+    for (const OutputSpec& output : signature.outputs) output_names_.push_back(output.name.c_str());
+    make_memory_infos();
+    make_run_options();
+    make_session(runtime, bytes, size);
+  }
+
+  void run(const Request& request) const override {
+    const std::size_t num_inputs = request.inputs.size();
+    const std::size_t num_arguments = num_inputs + request.parameters.size();
+    Values values(api_, num_arguments + request.outputs.size());
+    for (const pykd_tensor& tensor : request.inputs) values.push(wrap(tensor));
+    std::vector<double> scalars = request.parameters;
+    for (double& scalar : scalars) values.push(wrap_parameter(scalar));
+    bool cpu_output = false;
+    std::vector<const char*> names;
+    names.reserve(request.outputs.size());
+    for (std::size_t i = 0; i < request.outputs.size(); ++i) {
+      names.push_back(output_names_[request.output_ids[i]]);
+      values.push(wrap(request.outputs[i]));
+      cpu_output |= request.outputs[i].device == PYKD_CPU;
+    }
+    // Work on the caller's stream is left running, unless the caller is about to read from the CPU.
+    const OrtRunOptions* run_options =
+        options_.cuda_stream != nullptr && !cpu_output ? no_wait_.get() : nullptr;
+    check_run(api_.Run(session_.get(), run_options, input_names_.data(), values.data(),
+                       num_arguments, names.data(), names.size(), values.data() + num_arguments));
+  }
+
+ private:
+  // The tensors of one call: views that ONNX Runtime made for us.
+  class Values {
+   public:
+    Values(const OrtApi& api, std::size_t count) : api_(api) { values_.reserve(count); }
+    Values(const Values&) = delete;
+    Values& operator=(const Values&) = delete;
+    ~Values() {
+      for (OrtValue* value : values_) api_.ReleaseValue(value);
+    }
+    void push(OrtValue* value) { values_.push_back(value); }  // within the reserved count
+    OrtValue** data() { return values_.data(); }
+
+   private:
+    const OrtApi& api_;
+    std::vector<OrtValue*> values_;
+  };
+
+  void check_run(OrtStatus* status) const {
+    if (status == nullptr) return;
+    throw Failure(PYKD_ENGINE_FAILURE, "ONNX Runtime reported: " + take_message(api_, status));
+  }
+
+  OrtValue* wrap(const pykd_tensor& tensor) const {
+    OrtValue* value = nullptr;
+    const OrtMemoryInfo* memory = tensor.device == PYKD_CPU ? cpu_.get() : cuda_.get();
+    std::size_t bytes = dtype_size(tensor.dtype);
+    for (std::int32_t axis = 0; axis < tensor.rank; ++axis) {
+      bytes *= static_cast<std::size_t>(tensor.shape[axis]);
+    }
+    check_run(api_.CreateTensorWithDataAsOrtValue(memory, tensor.data, bytes, tensor.shape,
+                                                  static_cast<std::size_t>(tensor.rank),
+                                                  element_type(tensor.dtype), &value));
+    return value;
+  }
+
+  // The number lives in `scalar`, in the dtype that the file declares.
+  OrtValue* wrap_parameter(double& scalar) const {
+    pykd_tensor tensor = {nullptr, &scalar, PYKD_FLOAT64, 0, nullptr, nullptr, PYKD_CPU, 0};
+    if (!double_parameters_) {
+      const auto narrow = static_cast<float>(scalar);
+      std::memcpy(&scalar, &narrow, sizeof narrow);
+      tensor.dtype = PYKD_FLOAT32;
+    }
+    return wrap(tensor);
+  }
+
+  void make_memory_infos() {
+    auto check = [this](OrtStatus* status) { check_run(status); };
+    cpu_ = make_owner<OrtMemoryInfo>(
+        api_.ReleaseMemoryInfo,
+        [&](OrtMemoryInfo** info) {
+          return api_.CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, info);
+        },
+        check);
+    if (options_.device.kind == PYKD_CPU) return;
+    cuda_ = make_owner<OrtMemoryInfo>(
+        api_.ReleaseMemoryInfo,
+        [&](OrtMemoryInfo** info) {
+          return api_.CreateMemoryInfo("Cuda", OrtDeviceAllocator, options_.device.id,
+                                       OrtMemTypeDefault, info);
+        },
+        check);
+  }
+
+  void make_run_options() {
+    auto check = [this](OrtStatus* status) { check_run(status); };
+    no_wait_ = make_owner<OrtRunOptions>(
+        api_.ReleaseRunOptions,
+        [&](OrtRunOptions** run_options) { return api_.CreateRunOptions(run_options); }, check);
+    check_run(
+        api_.AddRunConfigEntry(no_wait_.get(), "disable_synchronize_execution_providers", "1"));
+  }
+
+  void make_session(const Runtime& runtime, const void* bytes, std::size_t size) {
+    auto check = [this](OrtStatus* status) { check_run(status); };
+    const Owner<OrtSessionOptions> session_options = make_owner<OrtSessionOptions>(
+        api_.ReleaseSessionOptions,
+        [&](OrtSessionOptions** made) { return api_.CreateSessionOptions(made); }, check);
+    OrtSessionOptions* settings = session_options.get();
+    // A count of our own, because ONNX Runtime pins the threads of its default to cores. Threads
+    // that spin between two small graphs would take the cores of the training loop around us.
+    const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
+    check(api_.SetIntraOpNumThreads(
+        settings, options_.threads > 0 ? options_.threads : static_cast<int>(cores)));
+    check(api_.SetInterOpNumThreads(settings, 1));
+    check(api_.AddSessionConfigEntry(settings, "session.intra_op.allow_spinning", "0"));
+    check(api_.SetSessionGraphOptimizationLevel(settings, ORT_ENABLE_ALL));
+    // A plan is kept for every new shape, without end, where batches change their size; on graphs
+    // of this kind it gains nothing.
+    check(api_.DisableMemPattern(settings));
+    if (options_.device.kind == PYKD_CUDA) append_cuda(runtime, settings);
+    session_ = make_owner<OrtSession>(
+        api_.ReleaseSession,
+        [&](OrtSession** session) {
+          return api_.CreateSessionFromArray(runtime.env, bytes, size, settings, session);
+        },
+        [&](OrtStatus* status) { check_open(runtime, status); });
+  }
+
+  void check_open(const Runtime& runtime, OrtStatus* status) const {
+    if (status == nullptr) return;
+    const bool not_here =
+        options_.device.kind == PYKD_CUDA || api_.GetErrorCode(status) == ORT_NOT_IMPLEMENTED;
+    fail(not_here ? PYKD_UNAVAILABLE : PYKD_BAD_ARTEFACT,
+         "an ONNX file that ONNX Runtime " + runtime.version + " can run on " +
+             device_name(options_.device),
+         "its error \"" + take_message(api_, status) + "\"",
+         "use a newer ONNX Runtime, another dtype or device, or export the loss again");
+  }
+
+  void append_cuda(const Runtime& runtime, OrtSessionOptions* settings) {
+    auto check = [&](OrtStatus* status) {
+      if (status == nullptr) return;
+      fail(PYKD_UNAVAILABLE,
+           "ONNX Runtime with its CUDA provider for the device " + device_name(options_.device),
+           "ONNX Runtime " + runtime.version + " at " + runtime.path + ", which says \"" +
+               take_message(api_, status) + "\"",
+           "install onnxruntime-gpu with the CUDA and cuDNN it wants, and set "
+           "PYKD_ONNXRUNTIME_LIBRARY to its libonnxruntime.so, or load the loss on the CPU");
+    };
+    const Owner<OrtCUDAProviderOptionsV2> cuda = make_owner<OrtCUDAProviderOptionsV2>(
+        api_.ReleaseCUDAProviderOptions,
+        [&](OrtCUDAProviderOptionsV2** made) { return api_.CreateCUDAProviderOptions(made); },
+        check);
+    const std::string id = std::to_string(options_.device.id);
+    const char* key = "device_id";
+    const char* value = id.c_str();
+    check(api_.UpdateCUDAProviderOptions(cuda.get(), &key, &value, 1));
+    if (options_.cuda_stream != nullptr) {
+      check(api_.UpdateCUDAProviderOptionsWithValue(cuda.get(), "user_compute_stream",
+                                                    options_.cuda_stream));
+    }
+    check(api_.SessionOptionsAppendExecutionProvider_CUDA_V2(settings, cuda.get()));
+  }
+
+  const OrtApi& api_;
+  const EngineOptions options_;
+  std::vector<const char*> input_names_;  // the inputs, then the parameters
+  std::vector<const char*> output_names_;
+  bool double_parameters_ = false;
+  Owner<OrtMemoryInfo> cpu_, cuda_;
+  Owner<OrtRunOptions> no_wait_;
+  Owner<OrtSession> session_;
+};
+
+class OnnxRuntimeEngine : public Engine {
+ public:
+  explicit OnnxRuntimeEngine(const Runtime& runtime) : runtime_(runtime) {}
+
+  std::string version() const override { return runtime_.version; }
+
+  std::string metadata(const void* bytes, std::size_t size) override {
+    ArtefactFile file;
+    file.label = "the ONNX file";
+    file.bytes.assign(static_cast<const char*>(bytes), size);
+    return scan_onnx(file).metadata;
+  }
+
+  std::unique_ptr<Session> open(const void* bytes, std::size_t size, const Signature& signature,
+                                const EngineOptions& options) override {
+    return std::make_unique<OnnxRuntimeSession>(runtime_, bytes, size, signature, options);
+  }
+
+ private:
+  const Runtime& runtime_;
+};
+
+}  // namespace
+
+Engine& onnxruntime_engine(const std::string& library) {
+  const Runtime& runtime = runtime_for(library);  // one per process, hence one engine
+  static OnnxRuntimeEngine engine(runtime);
+  return engine;
+}
+
+}  // namespace pykd::internal

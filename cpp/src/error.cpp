@@ -1,0 +1,106 @@
+#include "error.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+namespace pykd::internal {
+namespace {
+
+// A plain array: recording an error needs no memory, and a thread that ends has nothing to destroy.
+constexpr std::size_t kMaxMessage = 4096;
+thread_local char last_message[kMaxMessage] = "";
+
+void set_last_error(const char* text) noexcept {
+  std::size_t length = std::strlen(text);
+  if (length >= kMaxMessage) {
+    length = kMaxMessage - 1;
+    // Do not cut inside a UTF-8 character: Python decodes this text.
+    while (length > 0 && (static_cast<unsigned char>(text[length]) & 0xC0) == 0x80) --length;
+  }
+  std::memcpy(last_message, text, length);
+  last_message[length] = '\0';
+}
+
+std::size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<std::size_t> row(b.size() + 1);
+  for (std::size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    std::size_t diagonal = row[0];
+    row[0] = i + 1;
+    for (std::size_t j = 0; j < b.size(); ++j) {
+      const std::size_t substituted = diagonal + (a[i] == b[j] ? 0 : 1);
+      diagonal = row[j + 1];
+      row[j + 1] = std::min({row[j] + 1, row[j + 1] + 1, substituted});
+    }
+  }
+  return row.back();
+}
+
+}  // namespace
+
+Failure::Failure(pykd_status status, const std::string& what)
+    : std::runtime_error(what), status_(status) {}
+Failure::~Failure() = default;
+
+void fail(pykd_status status, const std::string& expected, const std::string& got,
+          const std::string& remedy) {
+  throw Failure(status, "expected " + expected + ", got " + got + "; " + remedy);
+}
+
+std::string in_quotes(std::string_view text) {
+  constexpr std::size_t kMaxQuoted = 100;
+  constexpr char kDigits[] = "0123456789abcdef";
+  std::string result = "\"";
+  for (char c : text.substr(0, kMaxQuoted)) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (byte < 0x20 || byte >= 0x7F) {
+      result += {'\\', 'x', kDigits[byte >> 4], kDigits[byte & 15]};
+    } else {
+      if (c == '"' || c == '\\') result += '\\';
+      result += c;
+    }
+  }
+  return result + (text.size() > kMaxQuoted ? "...\"" : "\"");
+}
+
+std::string nearest(std::string_view wrong, const std::vector<std::string>& names) {
+  // A third of the letters may be wrong: "student_logit" is a slip, "teacher_logits" is another
+  // name.
+  std::size_t best = wrong.size() / 3 + 1;
+  std::string found;
+  if (wrong.size() > 100) return found;
+  for (const std::string& name : names) {
+    if (name.size() > 100) continue;
+    const std::size_t distance = edit_distance(wrong, name);
+    if (distance < best) {
+      best = distance;
+      found = name;
+    }
+  }
+  return found;
+}
+
+const char* last_error() noexcept { return last_message; }
+
+pykd_status record_exception() noexcept {
+  try {
+    throw;
+  } catch (const Failure& failure) {
+    set_last_error(failure.what());
+    return failure.status();
+  } catch (const std::bad_alloc&) {
+    set_last_error(
+        "expected enough memory for this call, got none; free some or use smaller tensors");
+    return PYKD_UNAVAILABLE;
+  } catch (const std::exception& error) {
+    set_last_error("a mistake in pykd itself, please report it: ");
+    std::strncat(last_message, error.what(), kMaxMessage - std::strlen(last_message) - 1);
+    return PYKD_INTERNAL;
+  } catch (...) {
+    set_last_error("a mistake in pykd itself, please report it: an exception of unknown type");
+    return PYKD_INTERNAL;
+  }
+}
+
+}  // namespace pykd::internal

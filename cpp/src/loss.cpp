@@ -1,0 +1,282 @@
+#include "loss.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "engines.h"
+#include "error.h"
+
+namespace pykd::internal {
+namespace {
+
+// ---- Options -----------------------------------------------------------------------------------
+
+Device parse_device(const std::string& text) {
+  if (text == "cpu") return {PYKD_CPU, 0};
+  if (text == "cuda") return {PYKD_CUDA, 0};
+  const std::string digits = text.rfind("cuda:", 0) == 0 ? text.substr(5) : "";
+  const bool is_number =
+      !digits.empty() && digits.size() <= 4 &&
+      std::all_of(digits.begin(), digits.end(), [](char c) { return c >= '0' && c <= '9'; });
+  if (!is_number) {
+    fail(PYKD_INVALID_VALUE, "\"cpu\", \"cuda\" or \"cuda:<id>\" as the device", in_quotes(text),
+         "correct the load options");
+  }
+  return {PYKD_CUDA, std::stoi(digits)};
+}
+
+void check_engine_name(const std::string& engine) {
+  if (engine.empty() || engine == "onnxruntime" || engine == "torchscript") return;
+  fail(PYKD_INVALID_VALUE, "\"onnxruntime\" or \"torchscript\" as the engine", in_quotes(engine),
+       "correct the load options, or leave the engine out to take whichever is there");
+}
+
+// The caller may have been built with an older or a newer header than this library.
+pykd_load_options copy_options(const pykd_load_options& given) {
+  pykd_load_options options = PYKD_LOAD_OPTIONS_INIT;
+  constexpr std::size_t kFirstSize = sizeof(pykd_load_options);  // of ABI version 1
+  if (given.struct_size < kFirstSize || given.struct_size > 4096) {
+    fail(PYKD_INVALID_VALUE,
+         "load options of " + std::to_string(kFirstSize) + " bytes, as struct_size tells",
+         std::to_string(given.struct_size), "start from PYKD_LOAD_OPTIONS_INIT");
+  }
+  const auto* bytes = reinterpret_cast<const unsigned char*>(&given);
+  const bool unknown_set = std::any_of(bytes + kFirstSize, bytes + given.struct_size,
+                                       [](unsigned char byte) { return byte != 0; });
+  if (unknown_set) {
+    fail(PYKD_INVALID_VALUE, "load options that this library knows", "a newer one that is set",
+         "use the libpykd that belongs to the header");
+  }
+  std::memcpy(&options, &given, sizeof options);
+  return options;
+}
+
+std::string text_or(const char* text, const char* otherwise) {
+  return text == nullptr ? otherwise : text;
+}
+
+// ---- Engines -----------------------------------------------------------------------------------
+
+// What an engine throws while it opens a file; its own words reach the user.
+template <class Body>
+auto opening(const ArtefactFile& file, Body&& body) -> decltype(body()) {
+  try {
+    return body();
+  } catch (const Failure& failure) {
+    throw Failure(failure.status(), file.label + ": " + failure.what());
+  } catch (const std::bad_alloc&) {
+    throw;
+  } catch (const std::exception& error) {
+    fail(PYKD_BAD_ARTEFACT, "a file that its engine can open at " + file.label, error.what(),
+         "export the loss again");
+  }
+}
+
+void run_session(const Session& session, const Request& request) {
+  try {
+    session.run(request);
+  } catch (const Failure&) {
+    throw;
+  } catch (const std::bad_alloc&) {
+    throw;
+  } catch (const std::exception& error) {
+    throw Failure(PYKD_ENGINE_FAILURE, error.what());
+  } catch (...) {
+    throw Failure(PYKD_ENGINE_FAILURE, "the engine threw an exception of unknown type");
+  }
+}
+
+void check_integrity(const ArtefactFile& file, const LoadOptions& options) {
+  if (!options.skip_integrity_check) check_integrity(file);
+}
+
+void check_kind(const ArtefactFile& file, const Signature& signature, ArtefactKind expected) {
+  if (signature.kind != expected) {
+    fail(PYKD_BAD_ARTEFACT, "the kind of " + file.label + " to be that of its name", "another kind",
+         "export the loss again");
+  }
+}
+
+template <class Specs>
+std::size_t index_of(const Specs& specs, const std::string& name) {
+  for (std::size_t i = 0; i < specs.size(); ++i) {
+    if (specs[i].name == name) return i;
+  }
+  return kNone;
+}
+
+}  // namespace
+
+LoadOptions read_options(const pykd_load_options* options) {
+  LoadOptions result;
+  if (options == nullptr) return result;
+  const pykd_load_options given = copy_options(*options);
+  result.engine = text_or(given.engine, "");
+  result.device = text_or(given.device, "cpu");
+  result.onnxruntime_library = text_or(given.onnxruntime_library, "");
+  result.torch_library = text_or(given.torch_library, "");
+  result.skip_integrity_check = given.skip_integrity_check != 0;
+  result.engine_options.device = parse_device(result.device);
+  result.engine_options.threads = given.threads;
+  result.engine_options.cuda_stream = given.cuda_stream;
+  check_engine_name(result.engine);
+  if (given.threads < 0) {
+    fail(PYKD_INVALID_VALUE, "0 or more threads", std::to_string(given.threads),
+         "use 0 for one per core");
+  }
+  return result;
+}
+
+Loss::Loss(const LoadOptions& options, std::string engine)
+    : device_(options.engine_options.device),
+      engine_(std::move(engine)),
+      device_name_(options.device) {}
+
+std::unique_ptr<Loss> Loss::load(const Artefact& artefact, const LoadOptions& options) {
+  const bool may_onnx = options.engine != "torchscript" && artefact.has_onnx();
+  const bool may_torchscript = options.engine != "onnxruntime" && artefact.torchscript.has_value();
+  if (!may_onnx && !may_torchscript) {
+    fail(PYKD_NOT_FOUND, "a file for the engine " + in_quotes(options.engine),
+         artefact.has_onnx() ? "ONNX alone" : "TorchScript alone",
+         "choose the other engine, or export the loss in that format, too");
+  }
+  if (!may_onnx) return load_torchscript(artefact, options);
+  if (!may_torchscript) return load_onnx(artefact, options);
+  std::string onnx_problem;
+  try {
+    return load_onnx(artefact, options);
+  } catch (const Failure& failure) {
+    if (failure.status() != PYKD_UNAVAILABLE) throw;
+    onnx_problem = failure.what();
+  }
+  try {
+    return load_torchscript(artefact, options);
+  } catch (const Failure& failure) {
+    if (failure.status() != PYKD_UNAVAILABLE) throw;
+    fail(PYKD_UNAVAILABLE, "one of the two engines",
+         "neither. onnxruntime: " + onnx_problem + ". torchscript: " + failure.what(),
+         "make one of them available");
+  }
+}
+
+std::unique_ptr<Loss> Loss::load_onnx(const Artefact& artefact, const LoadOptions& options) {
+  // Every check that needs no engine comes first: a bad file is a bad file wherever it is loaded.
+  struct Checked {
+    const ArtefactFile* file;
+    Signature signature;
+  };
+  std::vector<Checked> files;
+  for (const std::optional<ArtefactFile>* file : {&artefact.value, &artefact.gradient}) {
+    if (!file->has_value()) continue;
+    check_integrity(**file, options);
+    files.push_back({&**file, scan_onnx(**file)});
+  }
+  std::unique_ptr<Loss> loss(new Loss(options, "onnxruntime"));
+  if (files.size() == 2) {
+    check_kind(*files[0].file, files[0].signature, ArtefactKind::kValue);
+    check_kind(*files[1].file, files[1].signature, ArtefactKind::kGradient);
+    loss->signature_ = merge_signatures(files[0].signature, files[1].signature);
+  } else {
+    loss->signature_ = parse_signature(files[0].signature.metadata);
+  }
+  EngineOptions engine_options = options.engine_options;
+  engine_options.library = options.onnxruntime_library;
+  Engine& engine = onnxruntime_engine(engine_options.library);
+  for (Checked& checked : files) {
+    loss->add_part(engine, *checked.file, std::move(checked.signature), engine_options);
+  }
+  loss->connect_parts();
+  return loss;
+}
+
+std::unique_ptr<Loss> Loss::load_torchscript(const Artefact& artefact, const LoadOptions& options) {
+  const ArtefactFile& file = *artefact.torchscript;
+  check_integrity(file, options);
+  EngineOptions engine_options = options.engine_options;
+  engine_options.library = options.torch_library;
+  Engine& engine = torchscript_engine(engine_options.library);
+  Signature signature = opening(
+      file, [&] { return parse_signature(engine.metadata(file.bytes.data(), file.bytes.size())); });
+  check_kind(file, signature, ArtefactKind::kTorchScript);
+  std::unique_ptr<Loss> loss(new Loss(options, "torchscript"));
+  loss->signature_ = parse_signature(signature.metadata);
+  loss->add_part(engine, file, std::move(signature), engine_options);
+  loss->connect_parts();
+  return loss;
+}
+
+void Loss::add_part(Engine& engine, const ArtefactFile& file, Signature signature,
+                    const EngineOptions& options) {
+  engine_version_ = engine.version();
+  auto part = std::make_unique<Part>();
+  part->signature = std::move(signature);
+  part->session = opening(file, [&] {
+    return engine.open(file.bytes.data(), file.bytes.size(), part->signature, options);
+  });
+  parts_.push_back(std::move(part));
+}
+
+void Loss::connect_parts() {
+  for (const std::unique_ptr<Part>& part : parts_) {
+    for (const ParameterSpec& parameter : part->signature.parameters) {
+      part->parameters.push_back(index_of(signature_.parameters, parameter.name));
+    }
+    for (const OutputSpec& output : signature_.outputs) {
+      part->outputs.push_back(index_of(part->signature.outputs, output.name));
+    }
+  }
+}
+
+Binding Loss::check_inputs(const pykd_tensor* inputs, std::size_t num_inputs,
+                           std::vector<pykd_tensor>& ordered) const {
+  return internal::check_inputs(signature_, device_, inputs, num_inputs, ordered);
+}
+
+void Loss::run(const pykd_tensor* inputs, std::size_t num_inputs, const pykd_parameter* parameters,
+               std::size_t num_parameters, const pykd_tensor* outputs,
+               std::size_t num_outputs) const {
+  Request request;
+  const Binding binding = check_inputs(inputs, num_inputs, request.inputs);
+  check_parameters(signature_, binding, parameters, num_parameters, request.parameters);
+  check_outputs(signature_, device_, binding, request.inputs, outputs, num_outputs,
+                request.output_ids);
+  request.outputs.assign(outputs, outputs + num_outputs);
+  if (parts_.size() == 1) return run_session(*parts_[0]->session, request);
+  if (!wants_gradient(request)) return run_part(*parts_[0], request, nullptr);
+  // The gradient's file computes the values, too; only what it lacks needs the other one.
+  Request rest;
+  run_part(*parts_[1], request, &rest);
+  if (!rest.outputs.empty()) run_part(*parts_[0], rest, nullptr);
+}
+
+bool Loss::wants_gradient(const Request& request) const {
+  return std::any_of(request.output_ids.begin(), request.output_ids.end(),
+                     [&](std::size_t id) { return signature_.outputs[id].gradient_of != kNone; });
+}
+
+// Runs the part for those outputs that it has. The others go to `rest`.
+void Loss::run_part(const Part& part, const Request& request, Request* rest) const {
+  Request own;
+  own.inputs = request.inputs;
+  own.parameters.reserve(part.parameters.size());
+  for (std::size_t id : part.parameters) own.parameters.push_back(request.parameters[id]);
+  own.outputs.reserve(request.outputs.size());
+  own.output_ids.reserve(request.outputs.size());
+  for (std::size_t i = 0; i < request.outputs.size(); ++i) {
+    const std::size_t id = part.outputs[request.output_ids[i]];
+    if (id != kNone) {
+      own.outputs.push_back(request.outputs[i]);
+      own.output_ids.push_back(id);
+    } else {
+      rest->outputs.push_back(request.outputs[i]);
+      rest->output_ids.push_back(request.output_ids[i]);
+    }
+  }
+  run_session(*part.session, own);
+  if (rest == nullptr || rest->outputs.empty()) return;
+  rest->inputs = std::move(own.inputs);
+  rest->parameters = request.parameters;
+}
+
+}  // namespace pykd::internal

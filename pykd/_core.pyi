@@ -1,0 +1,48 @@
+"""Types of the compiled module: libpykd by DLPack. `pykd.runtime` is the face of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+version: str
+
+class Loss:
+    def __init__(
+        self,
+        path_or_bytes: str | bytes,
+        engine: str | None,
+        device: str,
+        onnxruntime_library: str | None,
+        torch_library: str | None,
+        threads: int,
+        check_integrity: bool,
+        cuda_stream: int,
+    ) -> None: ...
+    @property
+    def metadata(self) -> str: ...
+    @property
+    def engine(self) -> str: ...
+    @property
+    def engine_version(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def inputs(self) -> list[tuple[str, tuple[str, ...], tuple[str, ...], bool]]:
+        """Per input: name, axes, dtypes, whether it receives a gradient."""
+    @property
+    def outputs(self) -> list[tuple[str, tuple[str, ...], tuple[str, ...], bool]]:
+        """Per output: name, axes, dtypes, whether it is a gradient."""
+    @property
+    def parameters(self) -> list[tuple[str, float, float, bool]]:
+        """Per parameter: name, default, minimum, whether the minimum itself is excluded."""
+    def output_shape(self, inputs: dict[str, Any], name: str) -> tuple[tuple[int, ...], str]:
+        """The shape and dtype that an output has for these inputs."""
+    def run(self, inputs: dict[str, Any], parameters: dict[str, float], outputs: dict[str, Any]) -> None:
+        """Runs the loss and writes into the memory of `outputs`. Leave the dicts alone meanwhile."""
+    def run_into_new(
+        self,
+        inputs: dict[str, Any],
+        parameters: dict[str, float],
+        names: tuple[str, ...],
+        allocate: Callable[[tuple[int, ...], str], Any],
+    ) -> dict[str, Any]:
+        """The same, into what `allocate(shape, dtype)` returns for each of `names`."""

@@ -1,0 +1,359 @@
+"""Runs exported losses from Python, by libpykd: the code that C++ programs run, on the same files.
+
+    >>> import numpy as np, pykd
+    >>> loss = pykd.load("build/losses/hard_soft")
+    >>> result = loss.value_and_gradient(
+    ...     student_logits=np.array([[2.0, 0.0]], np.float32),
+    ...     teacher_logits=np.array([[1.0, 1.0]], np.float32),
+    ...     labels=np.array([0]),
+    ...     soft_temperature=4.0)
+    >>> result["loss"], result["grad_student_logits"]
+
+It needs NumPy and nothing else: torch is imported where a TorchScript file is loaded, never otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import importlib
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pykd import _core
+
+__all__ = ["Loss", "ParameterInfo", "Signature", "TensorInfo", "load"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output of a loss."""
+
+    name: str
+    axes: tuple[str, ...]  # equal names mean equal lengths, across all tensors of a call
+    dtypes: tuple[str, ...]  # those it may have; all floating tensors of a call have the same
+    gradient: bool  # an input: it receives a gradient. An output: it is one
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """One scalar that every call may set."""
+
+    name: str
+    default: float
+    minimum: float | None
+    minimum_exclusive: bool
+
+
+@dataclass(frozen=True, repr=False)
+class Signature:
+    """What a loss takes and returns; printed, it is a table."""
+
+    inputs: tuple[TensorInfo, ...]
+    parameters: tuple[ParameterInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+    def __repr__(self) -> str:
+        rows = [("input", *_row(info), "gradient" if info.gradient else "") for info in self.inputs]
+        for parameter in self.parameters:
+            bound = ""
+            if parameter.minimum is not None:
+                bound = f"{'>' if parameter.minimum_exclusive else '>='} {parameter.minimum:g}"
+            rows.append(("parameter", parameter.name, f"{parameter.default:g}", bound, ""))
+        rows += [("output", *_row(info), "") for info in self.outputs]
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+
+def _row(info: TensorInfo) -> tuple[str, str, str]:
+    dtypes = "any float" if len(info.dtypes) > 1 else info.dtypes[0]
+    return info.name, f"({', '.join(info.axes)})", dtypes
+
+
+class Loss:
+    """A loaded loss. Immutable; any number of threads may call it at once, and calls release the GIL.
+
+    :func:`load` makes it. ``print(loss.signature)`` shows what it takes and returns.
+    """
+
+    __slots__ = ("_core", "_everything", "_metadata", "_parameters", "_signature", "_stream", "_values")
+
+    def __init__(self, core: _core.Loss, cuda_stream: int | None) -> None:
+        self._core = core
+        self._stream = cuda_stream
+        self._metadata: dict[str, Any] = json.loads(core.metadata)
+        self._signature = Signature(
+            tuple(TensorInfo(*info) for info in core.inputs),
+            tuple(
+                ParameterInfo(name, default, None if math.isinf(minimum) else minimum, exclusive)
+                for name, default, minimum, exclusive in core.parameters
+            ),
+            tuple(TensorInfo(*info) for info in core.outputs),
+        )
+        self._parameters = frozenset(info.name for info in self._signature.parameters)
+        self._values = tuple(info.name for info in self._signature.outputs if not info.gradient)
+        self._everything = tuple(info.name for info in self._signature.outputs)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the artefact says of itself (docs/artefacts.md); a copy."""
+        return json.loads(self._core.metadata)  # type: ignore[no-any-return]
+
+    @property
+    def signature(self) -> Signature:
+        """The inputs, parameters and outputs."""
+        return self._signature
+
+    @property
+    def engine(self) -> str:
+        """What runs it: ``"onnxruntime"`` or ``"torchscript"``."""
+        return self._core.engine
+
+    @property
+    def engine_version(self) -> str:
+        """The version of that engine, such as ``"1.32.0"``."""
+        return self._core.engine_version
+
+    @property
+    def device(self) -> str:
+        """Where it runs, as it was asked for: ``"cpu"``, ``"cuda:0"``."""
+        return self._core.device
+
+    def __repr__(self) -> str:
+        name = self._metadata.get("name", "loss")
+        return f"<pykd loss {name!r}: {self.engine} {self.engine_version} on {self.device}>\n{self._signature!r}"
+
+    def value(self, **tensors_and_parameters: Any) -> dict[str, Any]:
+        """Computes the loss.
+
+        Args:
+            tensors_and_parameters: every input of the signature by name, and any of its parameters as a
+                float, in place of its default. Tensors are NumPy arrays, torch tensors or other objects with
+                ``__dlpack__``; they are read where they lie, without a copy, and must be contiguous.
+                Axes with equal names in the signature have equal lengths, at least 1.
+
+        Returns:
+            A new dict with ``"loss"`` (scalar, in float32, or float64 for float64 inputs), each term by
+            its name (scalar), and ``"loss_per_sample"`` and the like (batch) where they were exported.
+            Torch inputs give torch tensors on their device, detached; all others give NumPy arrays.
+
+        Raises:
+            ValueError: a name, shape, stride, label or parameter is wrong.
+            TypeError: something is no tensor, or has the wrong dtype or device.
+            RuntimeError: the engine failed.
+
+        Example:
+            >>> loss.value(student_logits=student, teacher_logits=teacher)["loss"]
+            array(0.125, dtype=float32)
+        """
+        return self._run(self._values, tensors_and_parameters)
+
+    def value_and_gradient(self, **tensors_and_parameters: Any) -> dict[str, Any]:
+        """Computes the loss and its gradient with respect to the student's tensors.
+
+        Arguments, results and errors are those of :meth:`value`. In addition the dict has
+        ``"grad_<input>"`` for each input that receives a gradient, with the shape and the dtype of that
+        input: d(loss)/d(input), times the parameter ``grad_scale`` (default 1), which is applied
+        before the gradient is rounded to float16 or bfloat16. A ValueError where the artefact holds
+        the value alone (``loss.onnx``).
+
+        The results take no part in torch's autograd. In a training loop hand them on:
+
+            >>> result = loss.value_and_gradient(student_logits=logits, teacher_logits=teacher)
+            >>> logits.backward(result["grad_student_logits"])
+        """
+        if self._values == self._everything:
+            raise ValueError(
+                "expected an artefact with gradients, got one that holds the value alone; load "
+                "loss.grad.onnx, loss.pt or their folder"
+            )
+        return self._run(self._everything, tensors_and_parameters)
+
+    def _run(self, names: tuple[str, ...], arguments: dict[str, Any]) -> dict[str, Any]:
+        torch = sys.modules.get("torch")
+        tensor_type = None if torch is None else torch.Tensor
+        torch_device = None
+        any_bfloat16 = False
+        inputs: dict[str, Any] = {}
+        parameters: dict[str, float] = {}
+        for name, argument in arguments.items():
+            if name in self._parameters:
+                parameters[name] = _number(name, argument)
+            elif type(argument) is np.ndarray:
+                if argument.dtype.kind == "V":
+                    argument, any_bfloat16 = _bfloat16_as_uint16(argument), True
+                inputs[name] = argument
+            elif tensor_type is not None and isinstance(argument, tensor_type):
+                inputs[name] = argument.detach() if argument.requires_grad else argument
+                if torch_device is None or argument.is_cuda:
+                    torch_device = argument.device
+            elif isinstance(argument, (int, float)):
+                raise ValueError(self._unknown_parameter(name))
+            else:
+                inputs[name], any_bfloat16 = argument, True  # it may be
+        if torch_device is not None:
+            return self._run_torch(torch, torch_device, inputs, parameters, names)
+        results = self._core.run_into_new(inputs, parameters, names, _new_array)
+        if any_bfloat16:
+            for name, array in results.items():
+                if array.dtype == np.uint16:
+                    results[name] = array.view(_bfloat16())
+        return results
+
+    def _unknown_parameter(self, name: str) -> str:
+        if any(info.name == name for info in self._signature.inputs):
+            return f"expected a tensor for the input {name}, got a number; pass an array of its axes"
+        known = [info.name for info in self._signature.parameters]
+        near = difflib.get_close_matches(name, known, 1)
+        remedy = f"did you mean {near[0]}?" if near else "print(loss.signature) shows what it takes"
+        return f"expected one of the parameters {', '.join(known) or '(none)'}, got {name}; {remedy}"
+
+    def _run_torch(
+        self,
+        torch: Any,
+        device: Any,
+        inputs: dict[str, Any],
+        parameters: dict[str, float],
+        names: tuple[str, ...],
+    ) -> dict[str, Any]:
+        def new_tensor(shape: tuple[int, ...], dtype: str) -> Any:
+            return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+
+        if device.type != "cuda" or self.engine == "torchscript":  # which uses torch's current stream
+            return self._core.run_into_new(inputs, parameters, names, new_tensor)
+        current = torch.cuda.current_stream(device)
+        if self._stream is None:  # ONNX Runtime has a stream of its own, and waits for it before it returns
+            current.synchronize()
+            return self._core.run_into_new(inputs, parameters, names, new_tensor)
+        if self._stream == current.cuda_stream:
+            return self._core.run_into_new(inputs, parameters, names, new_tensor)
+        other = torch.cuda.ExternalStream(self._stream, device=device)
+        other.wait_stream(current)
+        results = self._core.run_into_new(inputs, parameters, names, new_tensor)
+        current.wait_stream(other)
+        return results
+
+
+def load(
+    path: str | os.PathLike[str] | bytes,
+    engine: str | None = None,
+    device: str = "cpu",
+    *,
+    onnxruntime_library: str | os.PathLike[str] | None = None,
+    threads: int = 0,
+    check_integrity: bool = True,
+    cuda_stream: int | None = None,
+) -> Loss:
+    """Loads an exported loss, ready to run.
+
+    TorchScript files (``loss.pt``) are programs: load them only from a source you trust. ONNX files are
+    checked before ONNX Runtime sees them.
+
+    Args:
+        path: the folder that :func:`pykd.export` wrote, or one of its files (``loss.onnx``: the value alone;
+            ``loss.grad.onnx``: value and gradient; ``loss.pt``: both), or the bytes of one such file.
+        engine: ``"onnxruntime"`` or ``"torchscript"``; None takes the first of the two for which the file
+            is there and the engine can be opened.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:<id>"``.
+        onnxruntime_library: path of ``libonnxruntime.so``. None: the path in the environment variable
+            ``PYKD_ONNXRUNTIME_LIBRARY``, else the library in the installed wheel ``onnxruntime`` (or
+            ``onnxruntime-gpu``), else wherever the system finds one. The first one opened in a process
+            serves all losses.
+        threads: threads of ONNX Runtime; 0 means one per core, and 1 is best for small tensors. For
+            TorchScript use ``torch.set_num_threads``.
+        check_integrity: False accepts a file that a tool has rewritten after its export.
+        cuda_stream: the ``cudaStream_t``, as an integer, on which ONNX Runtime works, such as
+            ``torch.cuda.current_stream().cuda_stream``. None: a stream of its own. TorchScript uses
+            torch's current stream.
+
+    Returns:
+        The loss, with :meth:`Loss.value` and :meth:`Loss.value_and_gradient`.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: the file is damaged, was not made by pykd, or is newer than this release.
+        RuntimeError: the engine or the device is not to be had here; the message says what to install.
+
+    Example:
+        >>> loss = pykd.load("build/losses/hard_soft", engine="onnxruntime", threads=1)
+        >>> print(loss.signature)
+    """
+    source = bytes(path) if isinstance(path, (bytes, bytearray, memoryview)) else os.fspath(path)
+    onnxruntime = _onnxruntime_library() if onnxruntime_library is None else os.fspath(onnxruntime_library)
+    if engine == "torchscript" or (engine is None and _wants_torch(source, onnxruntime)):
+        _import_torch()
+    core = _core.Loss(source, engine, device, onnxruntime, None, threads, check_integrity, cuda_stream or 0)
+    return Loss(core, cuda_stream)
+
+
+def _onnxruntime_library() -> str | None:
+    """The library inside the installed wheel, without importing it; None leaves the search to libpykd."""
+    if os.environ.get("PYKD_ONNXRUNTIME_LIBRARY"):
+        return None
+    spec = importlib.util.find_spec("onnxruntime")
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        found = sorted(glob.glob(os.path.join(glob.escape(folder), "capi", "libonnxruntime.so.1.*")))
+        if found:
+            return found[-1]
+    return None
+
+
+def _wants_torch(source: str | bytes, onnxruntime: str | None) -> bool:
+    """Whether a load with no engine named may come to TorchScript."""
+    if isinstance(source, bytes):
+        return source.startswith(b"PK")  # a ZIP archive, as TorchScript files are
+    if not os.path.isdir(source):
+        return source.endswith(".pt")
+    if not os.path.exists(os.path.join(source, "loss.pt")):
+        return False
+    has_onnx = any(os.path.exists(os.path.join(source, name)) for name in ("loss.onnx", "loss.grad.onnx"))
+    return not has_onnx or (onnxruntime is None and not os.environ.get("PYKD_ONNXRUNTIME_LIBRARY"))
+
+
+def _import_torch() -> None:
+    """Loads torch's libraries, in which libpykd_torch then finds LibTorch."""
+    if "torch" not in sys.modules and importlib.util.find_spec("torch") is not None:
+        importlib.import_module("torch")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"expected a number for the parameter {name}, got {type(value).__name__}; pass a float"
+        ) from error
+
+
+_DTYPES = {name: np.dtype(name) for name in ("float16", "float32", "float64", "int64")}
+_empty: Callable[..., Any] = np.empty
+
+
+def _new_array(shape: tuple[int, ...], dtype: str) -> Any:
+    if dtype == "bfloat16":
+        return (_empty(shape, np.uint16),)  # so marked, _core takes it for bfloat16
+    return _empty(shape, _DTYPES[dtype])
+
+
+def _bfloat16_as_uint16(array: Any) -> Any:
+    return (array.view(np.uint16),) if array.dtype.name == "bfloat16" else array
+
+
+def _bfloat16() -> Any:
+    """NumPy's dtype for it, which the package ml_dtypes provides."""
+    try:
+        return importlib.import_module("ml_dtypes").bfloat16
+    except ImportError as error:
+        raise TypeError(
+            "expected inputs of a dtype that NumPy has, got bfloat16; pass torch tensors, or install ml_dtypes"
+        ) from error
