@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pykd.export.verify import Report, verify
+from pykd.export.verification import Report, verify
 
 __all__ = ["FILES", "Report", "export", "verify"]
 
@@ -54,8 +54,9 @@ def export(
         ValueError: for an unknown layout, input or dtype.
         RuntimeError: where a written file disagrees with the float64 reference.
     """
-    from pykd.composition import as_composition
     from pykd.export import metadata, onnx_files, torchscript
+
+    from pykd.composition import as_composition
 
     say = progress or (lambda line: print(line, file=sys.stderr, flush=True))
     if dtype not in DTYPES:

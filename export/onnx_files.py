@@ -16,12 +16,12 @@ from weakref import WeakKeyDictionary
 
 import onnx
 import torch
+from pykd.export import integrity, metadata
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pykd.composition import Composition, LossGraph
-from pykd.export import integrity, metadata
 
 OPSET = 18
 _ONNX_TYPES = {
@@ -32,9 +32,7 @@ _ONNX_TYPES = {
 }
 
 
-def write(
-    composition: Composition, graph: LossGraph, value_path: Path, gradient_path: Path, dtype: str
-) -> None:
+def write(composition: Composition, graph: LossGraph, value_path: Path, gradient_path: Path, dtype: str) -> None:
     """Exports ``graph`` (built with ``check=False``) for inputs of the floating type ``dtype``."""
     model = _cast_ends(_traced(composition, graph, "float64" if dtype == "float64" else "float32"), graph, dtype)
     gradients = metadata.gradient_inputs(graph)
@@ -114,9 +112,10 @@ def _export(composition: Composition, graph: LossGraph, dtype: str) -> onnx.Mode
     arguments = (*examples.values(), *(torch.tensor(value, dtype=compute_dtype) for value in numbers.values()))
     function = value_and_gradient(graph, list(examples), list(signature.parameters))
     with _quiet():
-        traced = make_fx(function, tracing_mode="symbolic", decomposition_table=core_aten_decompositions())(*arguments)
+        table = dict(core_aten_decompositions())
+        traced = make_fx(function, tracing_mode="symbolic", decomposition_table=table)(*arguments)
         _tidy(traced)
-        free = [{i: torch.export.Dim.AUTO for i in range(argument.dim())} for argument in arguments]
+        free = [dict.fromkeys(range(argument.dim()), torch.export.Dim.AUTO) for argument in arguments]
         exported = torch.export.export(traced, arguments, dynamic_shapes=tuple(free))
         program = torch.onnx.export(
             exported,
@@ -191,7 +190,10 @@ def _describe(
     types = {**_ONNX_TYPES, "int64": onnx.TensorProto.INT64}
     compute = "float64" if dtype == "float64" else "float32"
     numbers = [{"name": entry["name"], "axes": [], "dtype": compute} for entry in described["parameters"]]
-    for wanted, found in (([*described["inputs"], *numbers], model.graph.input), (described["outputs"], model.graph.output)):
+    for wanted, found in (
+        ([*described["inputs"], *numbers], model.graph.input),
+        (described["outputs"], model.graph.output),
+    ):
         if [entry["name"] for entry in wanted] != [item.name for item in found]:
             raise RuntimeError(
                 f"expected the exporter to keep {[e['name'] for e in wanted]}, got {[i.name for i in found]}; please report this"

@@ -97,11 +97,22 @@ class Report:
     def __str__(self) -> str:
         head = ("engine", "device", "dtype", "size", "value error", "gradient error", "")
         body = [
-            (r.engine, r.device, r.dtype, r.size, f"{r.value_error:.1e}", f"{r.gradient_error:.1e}", "" if r.ok else "DISAGREES")
+            (
+                r.engine,
+                r.device,
+                r.dtype,
+                r.size,
+                f"{r.value_error:.1e}",
+                f"{r.gradient_error:.1e}",
+                "" if r.ok else "DISAGREES",
+            )
             for r in self.rows
         ]
         widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *body)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (head, *body)
+        ]
         return "\n".join([*lines, *(f"not run: {reason}" for reason in self.missing)])
 
 
@@ -125,8 +136,9 @@ def verify(
         FileNotFoundError: where there is no such export.
         ValueError: where a file is damaged or not the one of the manifest.
     """
-    from pykd import recipe
     from pykd.export import integrity
+
+    from pykd import recipe
 
     directory = Path(directory)
     manifest = _manifest(directory)
@@ -160,7 +172,9 @@ def verify(
     return Report(tuple(sorted(rows, key=lambda row: (row.engine, row.device))), tuple(missing))
 
 
-def truth(composition: Any, graph: Any, inputs: Values, numbers: Mapping[str, float], per_sample: bool) -> dict[str, Any]:
+def truth(
+    composition: Any, graph: Any, inputs: Values, numbers: Mapping[str, float], per_sample: bool
+) -> dict[str, Any]:
     """Every output in float64: values by NumPy, gradients by autograd of the definition."""
     double = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
     values = composition.reference(
@@ -226,10 +240,8 @@ def _runs(directory: Path, engines: Sequence[str], missing: list[str]) -> Iterat
 def _torch_jit(directory: Path) -> Run:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit")
-        module = torch.jit.load(str(directory / "loss.pt"))
-    wanted = [
-        entry["name"] for entry in _manifest(directory)["inputs"] if entry["gradient"]
-    ]
+        module = torch.jit.load(str(directory / "loss.pt"))  # type: ignore[no-untyped-call]
+    wanted = [entry["name"] for entry in _manifest(directory)["inputs"] if entry["gradient"]]
 
     def run(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
         leaves = {name: t.detach().clone().requires_grad_(name in wanted) for name, t in inputs.items()}
@@ -240,7 +252,9 @@ def _torch_jit(directory: Path) -> Run:
     return run
 
 
-def _both_files(directory: Path, open_file: Callable[[Path], Callable[[Values, Mapping[str, float]], dict[str, Tensor]]]) -> Run:
+def _both_files(
+    directory: Path, open_file: Callable[[Path], Callable[[Values, Mapping[str, float]], dict[str, Tensor]]]
+) -> Run:
     value, gradient = (open_file(directory / name) for name in ("loss.onnx", "loss.grad.onnx"))
 
     def run(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
@@ -269,7 +283,7 @@ def _onnxruntime(directory: Path) -> Run:
                 array = np.array(value, dtype=np.float64 if "double" in compute[name] else np.float32)
                 feeds[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
             results = session.run_with_ort_values(names, feeds)
-            return {n: torch.from_dlpack(v).clone() for n, v in zip(names, results, strict=True)}
+            return {n: torch.utils.dlpack.from_dlpack(v).clone() for n, v in zip(names, results, strict=True)}
 
         return run
 
@@ -300,9 +314,9 @@ def _onnx_reference(directory: Path) -> Run:
 
 
 def _runtime(directory: Path, engine: str, device: str) -> Run:
-    import pykd
+    from pykd.runtime import load
 
-    loss = pykd.load(str(directory), engine=engine, device=device)
+    loss = load(str(directory), engine=engine, device=device)
 
     def run(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
         return dict(loss.value_and_gradient(**inputs, **numbers))

@@ -13,11 +13,19 @@ from typing import TYPE_CHECKING, Any
 from pykd._version import __version__
 
 if TYPE_CHECKING:
-    from pykd.composition import Composition, LossGraph, Part, compose
-    from pykd.distillation_loss import DistillationLoss
-    from pykd.export import export, verify
-    from pykd.registry import Case, Loss, Scalar, Spec, register
-    from pykd.runtime import load
+    from pykd.composition import Composition as Composition
+    from pykd.composition import LossGraph as LossGraph
+    from pykd.composition import Part as Part
+    from pykd.composition import compose as compose
+    from pykd.distillation_loss import DistillationLoss as DistillationLoss
+    from pykd.export import export as export
+    from pykd.export import verify as verify
+    from pykd.registry import Case as Case
+    from pykd.registry import Loss as Loss
+    from pykd.registry import Scalar as Scalar
+    from pykd.registry import Spec as Spec
+    from pykd.registry import register as register
+    from pykd.runtime import load as load
 
 _HOME = {
     "Case": "pykd.registry",

@@ -11,7 +11,9 @@ from pykd._version import __version__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code (0: fine, 1: a disagreement, 2: a wrong call)."""
-    parser = argparse.ArgumentParser(prog="pykd", description="Knowledge-distillation losses: one definition, every engine.")
+    parser = argparse.ArgumentParser(
+        prog="pykd", description="Knowledge-distillation losses: one definition, every engine."
+    )
     parser.add_argument("--version", action="version", version=f"pykd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -64,8 +66,8 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    import pykd
     from pykd import recipe
+    from pykd.export import export
 
     table = recipe.load(options.recipe)
     settings = dict(table.get("export", {}))
@@ -73,17 +75,19 @@ def _export(options: argparse.Namespace) -> None:
         settings["dtype"] = options.dtype
     if options.per_sample:
         settings["per_sample"] = True
-    known = inspect.signature(pykd.export.export).parameters
+    known = inspect.signature(export).parameters
     unknown = [name for name in settings if name not in known]
     if unknown:
-        raise ValueError(f"expected [export] to hold arguments of pykd.export, got {', '.join(unknown)}; mend the recipe")
-    print(pykd.export(recipe.build(table), options.out, **settings))
+        raise ValueError(
+            f"expected [export] to hold arguments of pykd.export, got {', '.join(unknown)}; mend the recipe"
+        )
+    print(export(recipe.build(table), options.out, **settings))
 
 
 def _verify(options: argparse.Namespace) -> int:
-    import pykd
+    from pykd.export import verify
 
-    report = pykd.verify(options.directory, seed=options.seed)
+    report = verify(options.directory, seed=options.seed)
     print(report)
     print(report.summary() if report.ok else "DISAGREEMENT: see the rows marked so")
     return 0 if report.ok else 1

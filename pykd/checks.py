@@ -4,7 +4,7 @@ Every message has three parts: what was expected, what came, what to do; and it 
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, List
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_axes(tensors: List[Tensor], names: List[str], axes: List[List[str]]) -> None:
+def check_axes(tensors: list[Tensor], names: list[str], axes: list[list[str]]) -> None:
     """Raises where a tensor's rank or lengths differ from its axis names. Scriptable.
 
     It is the first line of every loss graph, so a TorchScript file checks its inputs by itself.
     """
-    known_axes: List[str] = []
-    known_sizes: List[int] = []
-    known_from: List[str] = []
+    known_axes: list[str] = []
+    known_sizes: list[int] = []
+    known_from: list[str] = []
     for i in range(len(tensors)):
         shape = tensors[i].shape
         if len(shape) != len(axes[i]):
@@ -120,9 +120,7 @@ def check_call(loss: "Loss", arguments: Mapping[str, object]) -> None:
 def check_ranges(specs: Mapping[str, "Spec"], tensors: Mapping[str, Tensor], ignore_indices: Mapping[str, int]) -> None:
     """:func:`check_range` for every input that counts along an axis."""
     sizes = {
-        axis: size
-        for name, spec in specs.items()
-        for axis, size in zip(spec.names, tensors[name].shape, strict=True)
+        axis: size for name, spec in specs.items() for axis, size in zip(spec.names, tensors[name].shape, strict=True)
     }
     for name, spec in specs.items():
         if spec.index_of is not None:

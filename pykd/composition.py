@@ -315,7 +315,10 @@ class Composition(nn.Module):
                     )
                     here = layouts.setdefault(graph_name, own)
                     common = tuple(
-                        dataclasses.replace(a, grad=a.grad or b.grad) for a in here for b in own if a.axes == b.axes and a.dtype == b.dtype
+                        dataclasses.replace(a, grad=a.grad or b.grad)
+                        for a in here
+                        for b in own
+                        if a.axes == b.axes and a.dtype == b.dtype
                     )
                     if not common:
                         raise ValueError(
@@ -348,7 +351,9 @@ class Composition(nn.Module):
                     "give the parts of a term the same setting"
                 )
             if name in self.layouts_:
-                raise ValueError(f"expected parameters and inputs to differ in name, got {name!r} twice; rename the term")
+                raise ValueError(
+                    f"expected parameters and inputs to differ in name, got {name!r} twice; rename the term"
+                )
 
         for term in self.terms_:
             if not self.single:
@@ -363,7 +368,7 @@ class Composition(nn.Module):
     def _parameter_name(self, term: Term, name: str) -> str:
         return name if self.single else f"{term.name}_{name}"
 
-    def _numbers_of(self, term: Term, part: Part, numbers: Mapping[str, float]) -> dict[str, float]:
+    def _numbers_of(self, term: Term, part: Part, numbers: Mapping[str, Any]) -> dict[str, Any]:
         return {name: numbers[self._parameter_name(term, name)] for name in part.loss.scalars}
 
     def _count_students(self, inputs: Mapping[str, Any]) -> int:
@@ -486,8 +491,10 @@ def _build(composition: Composition, specs: dict[str, Spec], per_sample: bool, c
             path = f"{term.name}_{i}" + ("_per_sample" if reduction else "")
             modules[path] = part.loss.with_settings(**({"reduction": reduction} if reduction else {}))
             modules[path].checks_inputs = False  # type: ignore[assignment]
-            kwargs = {n: rows[part.graph_input(n)] for n in part.loss.inputs if part.graph_input(n) in specs}
-            kwargs |= composition._numbers_of(term, part, numbers)  # type: ignore[arg-type]
+            kwargs: dict[str, Any] = {
+                n: rows[part.graph_input(n)] for n in part.loss.inputs if part.graph_input(n) in specs
+            }
+            kwargs |= composition._numbers_of(term, part, numbers)
             value = graph.call_module(path, kwargs=kwargs)
             if part.weight_name is not None:
                 value = graph.call_function(operator.mul, (value, numbers[part.weight_name]))

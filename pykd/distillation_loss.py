@@ -114,6 +114,7 @@ class DistillationLoss(Composition):
                 terms.append(Term("logit", parts, float(gamma)))
         if aux_loss is not None and beta != 0:
             cls = registry.get(_AUX[aux_loss])
+            settings: dict[str, Any] = {"spatial_avg": spatial_avg}
             aux = tuple(
                 Part(
                     cls(spatial_avg=spatial_avg),
@@ -182,9 +183,11 @@ class DistillationLoss(Composition):
         return ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
 
     def _pick(self, name: str, features: Sequence[Tensor] | None) -> Mapping[str, Tensor]:
-        if features is None or isinstance(features, Tensor):
-            got = "None" if features is None else "one tensor"
-            raise TypeError(f"expected {name} to be a list of tensors (batch, tokens, channels), got {got}; pass a list")
+        if not isinstance(features, list | tuple):
+            got = "None" if features is None else type(features).__name__
+            raise TypeError(
+                f"expected {name} to be a list of tensors (batch, tokens, channels), got {got}; pass a list"
+            )
         for index in self.features_index:
             if not -len(features) <= index < len(features):
                 raise ValueError(

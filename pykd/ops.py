@@ -4,10 +4,9 @@ Everything here works in TorchScript, in eager mode and under the symbolic traci
 no data-dependent shapes, no boolean indexing, no ``float(x.shape[0])`` (it would freeze the batch size).
 """
 
-from typing import List, Optional, Tuple
-
 import torch
 from torch import Tensor
+
 
 def upcast(x: Tensor) -> Tensor:
     """float16 and bfloat16 become float32; wider types stay. Autograd rounds the gradient back."""
@@ -16,7 +15,7 @@ def upcast(x: Tensor) -> Tensor:
     return x
 
 
-def normalize(x: Tensor, dim: List[int], tiny: float = 1e-24) -> Tensor:
+def normalize(x: Tensor, dim: list[int], tiny: float = 1e-24) -> Tensor:
     """``x`` divided by its Euclidean norm over the axes ``dim``.
 
     A vector whose squared norm is at most ``tiny`` counts as the zero vector: it becomes zero, with a zero
@@ -36,7 +35,7 @@ def product_or_zero(weight: Tensor, x: Tensor) -> Tensor:
     return torch.where(weight == 0, torch.zeros_like(x), weight * x)
 
 
-def reduce(values: Tensor, weight: Optional[Tensor], reduction: str) -> Tensor:
+def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     """Reduces one value per sample, in the last line of a loss.
 
     Args:
@@ -61,21 +60,21 @@ def reduce(values: Tensor, weight: Optional[Tensor], reduction: str) -> Tensor:
     return torch.where(kept, weighted.sum() / torch.where(kept, total, torch.ones_like(total)), torch.zeros_like(total))
 
 
-def weigh(kept: Tensor, sample_weight: Optional[Tensor]) -> Tensor:
+def weigh(kept: Tensor, sample_weight: Tensor | None) -> Tensor:
     """Per-sample weight from a mask of kept samples and the user's weights."""
     if sample_weight is None:
         return kept
     return kept * sample_weight
 
 
-def optional_weight(sample_weight: Optional[Tensor]) -> Optional[Tensor]:
+def optional_weight(sample_weight: Tensor | None) -> Tensor | None:
     """The user's weights as constants in the compute type, or None."""
     if sample_weight is None:
         return None
     return upcast(sample_weight.detach())
 
 
-def pool_tokens(features: Tensor, spatial_avg: Optional[str]) -> Tensor:
+def pool_tokens(features: Tensor, spatial_avg: str | None) -> Tensor:
     """Features in the compute type, ``(batch, tokens, channels)``, averaged to one token where asked."""
     features = upcast(features)
     if spatial_avg is not None:  # "mean" is the only choice, see check_spatial_avg
@@ -83,7 +82,7 @@ def pool_tokens(features: Tensor, spatial_avg: Optional[str]) -> Tensor:
     return features
 
 
-def normalized_pair(student: Tensor, teacher: Tensor, spatial_avg: Optional[str]) -> Tuple[Tensor, Tensor]:
+def normalized_pair(student: Tensor, teacher: Tensor, spatial_avg: str | None) -> tuple[Tensor, Tensor]:
     """Both sides pooled and normalised along their channels; the teacher's as a constant."""
     return (
         normalize(pool_tokens(student, spatial_avg), dim=[-1]),
@@ -91,8 +90,7 @@ def normalized_pair(student: Tensor, teacher: Tensor, spatial_avg: Optional[str]
     )
 
 
-@torch.jit.ignore
-def check_spatial_avg(spatial_avg: Optional[str]) -> Optional[str]:
+def check_spatial_avg(spatial_avg: str | None) -> str | None:
     """``spatial_avg``, or a ValueError."""
     if spatial_avg not in (None, "mean"):
         raise ValueError(f"expected spatial_avg to be None or 'mean', got {spatial_avg!r}; pass one of these")

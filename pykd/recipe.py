@@ -64,7 +64,9 @@ def build(recipe: Mapping[str, Any]) -> Composition:
         try:
             return DistillationLoss(**recipe["distillation_loss"])
         except TypeError as error:
-            raise ValueError(f"expected the arguments of pykd.DistillationLoss, got {error}; mend the recipe") from error
+            raise ValueError(
+                f"expected the arguments of pykd.DistillationLoss, got {error}; mend the recipe"
+            ) from error
     _known(recipe, ("terms", "students", "export"), "a recipe of terms")
     terms = []
     for name, table in recipe["terms"].items():

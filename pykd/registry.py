@@ -219,7 +219,9 @@ def registered() -> dict[str, type[Loss]]:
 def get(name: str) -> type[Loss]:
     """The loss class called ``name``."""
     if name not in _LOSSES:
-        raise ValueError(f"expected the name of a loss ({', '.join(registered())}), got {name!r}; `pykd list` tells more")
+        raise ValueError(
+            f"expected the name of a loss ({', '.join(registered())}), got {name!r}; `pykd list` tells more"
+        )
     return _LOSSES[name]
 
 

@@ -44,7 +44,9 @@ def renew(text: str) -> str:
 def stale(path: Path) -> list[str]:
     """The parts of a file that differ from what they should be, or are missing."""
     text = path.read_text(encoding="utf-8")
-    return [name for name, part in parts().items() if f"<!-- pykd:{name} -->\n{part}\n<!-- /pykd:{name} -->" not in text]
+    return [
+        name for name, part in parts().items() if f"<!-- pykd:{name} -->\n{part}\n<!-- /pykd:{name} -->" not in text
+    ]
 
 
 def write(path: Path) -> None:

@@ -25,7 +25,9 @@ class Subject:
     def graph(self, per_sample: bool = False, check: bool = False) -> LossGraph:
         return self.composition.graph(self.layouts, self.optional, per_sample, check)
 
-    def draw(self, sizes: dict[str, int] | None = None, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    def draw(
+        self, sizes: dict[str, int] | None = None, seed: int = 0, dtype: torch.dtype = torch.float64
+    ) -> dict[str, Any]:
         return self.composition.draw(self.graph().signature.inputs, sizes, seed, dtype)
 
     def __str__(self) -> str:
@@ -46,7 +48,14 @@ def composed_subjects() -> Iterator[Subject]:
     yield Subject("recipe-l1", pykd.DistillationLoss(aux_loss="l1", **seed), {}, ())
     yield Subject("recipe-mk-mmd", pykd.DistillationLoss(aux_loss="MK-MMD", **seed), {"labels": "batch"}, ())
     both = pykd.DistillationLoss(
-        logit_loss="soft_entropy", aux_loss="l2", lambda1=0.5, tau=3, features_index=[-1, 0], alpha=2.0, beta=0.5, gamma=1.5
+        logit_loss="soft_entropy",
+        aux_loss="l2",
+        lambda1=0.5,
+        tau=3,
+        features_index=[-1, 0],
+        alpha=2.0,
+        beta=0.5,
+        gamma=1.5,
     )
     yield Subject("two-parts-two-features", both, {"labels": "batch"}, ())
     students = pykd.DistillationLoss(logit_loss="soft_entropy", aux_loss="l1", multiple_lrs=3, spatial_avg="mean")

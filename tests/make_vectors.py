@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from pykd.export import metadata
+from pykd.export.verification import LIMITS, truth
 
 import pykd
-from pykd.export import metadata
-from pykd.export.verify import LIMITS, truth
 from tests.conftest import Subject, subjects
 
 SIZES: tuple[dict[str, int], ...] = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pykd
-from pykd import FeatureL1, HardTarget, MKMMD, Part, SoftTarget, compose
+from pykd import MKMMD, FeatureL1, HardTarget, Part, SoftTarget, compose
 from pykd import recipe as recipes
 from pykd.__main__ import main
 
@@ -36,7 +36,9 @@ def test_terms_and_inputs_can_be_renamed(tensors):
     second = Part(SoftTarget(temperature=4.0), 0.25, "small", inputs={"student_logits": "student_logits_small"})
     loss = compose({"soft": ([Part(SoftTarget(temperature=4.0)), second], 2.0)})
     small = tensors["student_logits"].flip(0)
-    got = loss(student_logits=tensors["student_logits"], teacher_logits=tensors["teacher_logits"], student_logits_small=small)
+    got = loss(
+        student_logits=tensors["student_logits"], teacher_logits=tensors["teacher_logits"], student_logits_small=small
+    )
     one = SoftTarget(4.0)(tensors["student_logits"], tensors["teacher_logits"])
     two = SoftTarget(4.0)(small, tensors["teacher_logits"])
     torch.testing.assert_close(got["loss"], 2.0 * (one + 0.25 * two))
@@ -72,7 +74,9 @@ def test_wrong_recipes(table, message):
 def test_graph_checks_its_inputs_in_torchscript_too(loss, tensors):
     module = torch.jit.script(loss.graph({"labels": "batch"}))
     wrong = {**tensors, "teacher_logits": torch.zeros(2, 4)}
-    with pytest.raises(Exception, match='expected teacher_logits to have length 3 along "classes", as student_logits has, got 4'):
+    with pytest.raises(
+        Exception, match='expected teacher_logits to have length 3 along "classes", as student_logits has, got 4'
+    ):
         module(**wrong)
     with pytest.raises(Exception, match=r"expected labels with axes \(batch\), got shape \[2, 1\]"):
         module(**{**tensors, "labels": tensors["labels"].unsqueeze(1)})
@@ -81,15 +85,39 @@ def test_graph_checks_its_inputs_in_torchscript_too(loss, tensors):
 WRONG_TENSORS = [
     (dict(labels=None), ValueError, "none for labels; pass each of them by its name"),
     (dict(teacher_logit=torch.zeros(2, 3)), ValueError, "the unknown teacher_logit"),
-    (dict(student_logits=torch.zeros(3)), ValueError, r"expected student_logits as float with axes \(batch, classes\), got .*\[3\]"),
+    (
+        dict(student_logits=torch.zeros(3)),
+        ValueError,
+        r"expected student_logits as float with axes \(batch, classes\), got .*\[3\]",
+    ),
     (dict(teacher_logits=torch.zeros(2, 4)), ValueError, 'expected teacher_logits to have length 3 along "classes"'),
     (dict(teacher_logits=torch.zeros(1, 3)), ValueError, 'expected teacher_logits to have length 2 along "batch"'),
-    (dict(teacher_logits=torch.zeros(2, 3).double()), TypeError, "to be torch.float32, as student_logits is, got torch.float64"),
-    (dict(teacher_logits=torch.zeros(2, 3, dtype=torch.int32)), TypeError, "expected teacher_logits as float .* got torch.int32"),
-    (dict(labels=torch.zeros(2, dtype=torch.int32)), TypeError, "expected labels as float .* or int64 .*, got torch.int32"),
-    (dict(labels=torch.tensor([0, 3])), ValueError, 'expected labels to hold indices along "classes" from 0 to 2 or -100'),
+    (
+        dict(teacher_logits=torch.zeros(2, 3).double()),
+        TypeError,
+        "to be torch.float32, as student_logits is, got torch.float64",
+    ),
+    (
+        dict(teacher_logits=torch.zeros(2, 3, dtype=torch.int32)),
+        TypeError,
+        "expected teacher_logits as float .* got torch.int32",
+    ),
+    (
+        dict(labels=torch.zeros(2, dtype=torch.int32)),
+        TypeError,
+        "expected labels as float .* or int64 .*, got torch.int32",
+    ),
+    (
+        dict(labels=torch.tensor([0, 3])),
+        ValueError,
+        'expected labels to hold indices along "classes" from 0 to 2 or -100',
+    ),
     (dict(labels=torch.tensor([0, -1])), ValueError, "got -1; mend the data"),
-    (dict(teacher_logits=torch.zeros(2, 3, device="meta")), TypeError, "expected teacher_logits on cpu, where student_logits is, got meta"),
+    (
+        dict(teacher_logits=torch.zeros(2, 3, device="meta")),
+        TypeError,
+        "expected teacher_logits on cpu, where student_logits is, got meta",
+    ),
     (dict(teacher_logits=[[0.0, 1.0, 2.0]]), TypeError, "expected teacher_logits to be a torch.Tensor, got list"),
     (dict(soft_temperature=0.0), ValueError, "expected soft_temperature to be a number greater than 0, got 0"),
     (dict(soft_weight=float("inf")), ValueError, "expected soft_weight to be a number that is finite, got inf"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import pykd
-from pykd import DistillationLoss, FeatureL1, FeatureL2, HardTarget, MKMMD, SoftTarget
+from pykd import MKMMD, DistillationLoss, FeatureL1, FeatureL2, HardTarget, SoftTarget
 from pykd import recipe as recipes
 
 
@@ -169,7 +169,9 @@ def test_wrong_calls(inputs):
     inputs["student_logits_teacher_features"] = inputs["student_logits"]
     with pytest.raises(TypeError, match="expected student_features to be a list"):
         loss(**{**inputs, "student_features": inputs["student_features"][0]})
-    with pytest.raises(ValueError, match="expected teacher_features to have the entry 1 of features_index, got a list of 1"):
+    with pytest.raises(
+        ValueError, match="expected teacher_features to have the entry 1 of features_index, got a list of 1"
+    ):
         loss(**{**inputs, "teacher_features": inputs["teacher_features"][:1]})
     with pytest.raises(ValueError, match='expected teacher_features_0 to have length 196 along "tokens"'):
         loss(**{**inputs, "teacher_features": [inputs["teacher_features"][1], inputs["teacher_features"][0]]})

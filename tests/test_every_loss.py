@@ -33,7 +33,11 @@ def leaves(subject, tensors):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_value_matches_the_reference(subject, sizes):
     tensors = subject.draw(sizes, seed=1)
-    got = subject.composition.terms(**tensors) if subject.composition.__class__ is pykd.Composition else subject.graph()(**tensors)
+    got = (
+        subject.composition.terms(**tensors)
+        if subject.composition.__class__ is pykd.Composition
+        else subject.graph()(**tensors)
+    )
     want = subject.composition.reference(**as_numpy(tensors))
     assert got.keys() == want.keys()
     for name in want:
@@ -185,7 +189,11 @@ def test_gradients_are_finite_where_the_value_is(subject, scale, dtype):
 def test_masked_classes_have_no_part(subject):
     """A class whose logit is −inf for student and teacher, with label probability 0, is as good as absent."""
     tensors = subject.draw({"classes": 5}, seed=11)
-    logits = [name for name in tensors if name.endswith(("_logits", "teacher_features")) and "classes" in subject.graph().signature.inputs[name].names]
+    logits = [
+        name
+        for name in tensors
+        if name.endswith(("_logits", "teacher_features")) and "classes" in subject.graph().signature.inputs[name].names
+    ]
     if not logits:
         pytest.skip("no logits")
     masked = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -212,7 +220,9 @@ def test_nothing_kept_is_zero_with_a_zero_gradient(subject):
     with_grad = leaves(subject, tensors)
     values = subject.graph()(**with_grad)
     values["loss"].backward()
-    aux_without_weight = [t for t in subject.composition.terms_ if not any("sample_weight" in p.loss.inputs for p in t.parts)]
+    aux_without_weight = [
+        t for t in subject.composition.terms_ if not any("sample_weight" in p.loss.inputs for p in t.parts)
+    ]
     if not aux_without_weight:
         assert values["loss"] == 0
         for tensor in with_grad.values():
@@ -261,7 +271,9 @@ def test_docstring_is_a_specification(loss_class):
 
 def test_docstring_examples_print_what_they_say(loss_class):
     module = importlib.import_module(loss_class.__module__)
-    tests = doctest.DocTestFinder(recurse=False).find(loss_class, loss_class.__name__, globs={**vars(module), "torch": torch})
+    tests = doctest.DocTestFinder(recurse=False).find(
+        loss_class, loss_class.__name__, globs={**vars(module), "torch": torch}
+    )
     runner = doctest.DocTestRunner()
     assert sum(len(test.examples) for test in tests) > 0
     for test in tests:

@@ -7,12 +7,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from pykd.export import integrity
+from pykd.export.verification import verify
 
 import pykd
-from pykd import HardTarget, MKMMD, SoftTarget, compose
+from pykd import MKMMD, HardTarget, SoftTarget, compose
 from pykd.__main__ import main
-from pykd.export import integrity
-from pykd.export.verify import verify
 
 RECIPE = """
 [terms.hard]
@@ -32,9 +32,15 @@ per_sample = true
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     lines = []
-    loss = compose({"hard": HardTarget(), "soft": (SoftTarget(temperature=2.0), 0.5), "aux": (MKMMD(spatial_avg="mean"), 0.25)})
+    loss = compose(
+        {"hard": HardTarget(), "soft": (SoftTarget(temperature=2.0), 0.5), "aux": (MKMMD(spatial_avg="mean"), 0.25)}
+    )
     target = pykd.export(
-        loss, tmp_path_factory.mktemp("out") / "new", layouts={"labels": "batch"}, per_sample=True, progress=lines.append
+        loss,
+        tmp_path_factory.mktemp("out") / "new",
+        layouts={"labels": "batch"},
+        per_sample=True,
+        progress=lines.append,
     )
     assert [line.split(":")[1].split("(")[0].strip() for line in lines] == [
         "wrote loss.pt",
@@ -123,9 +129,11 @@ def test_files_are_the_same_when_exported_again(tmp_path):
 
 def test_the_reference_evaluator_agrees_too(folder):
     """A third implementation of ONNX, where onnxruntime is not installed."""
-    from pykd.export.verify import _onnx_reference, errors, truth
+    from pykd.export.verification import _onnx_reference, errors, truth
 
-    loss = compose({"hard": HardTarget(), "soft": (SoftTarget(temperature=2.0), 0.5), "aux": (MKMMD(spatial_avg="mean"), 0.25)})
+    loss = compose(
+        {"hard": HardTarget(), "soft": (SoftTarget(temperature=2.0), 0.5), "aux": (MKMMD(spatial_avg="mean"), 0.25)}
+    )
     graph = loss.graph({"labels": "batch"}, per_sample=True, check=False)
     tensors = loss.draw(graph.signature.inputs)
     want = truth(loss, graph, tensors, {}, True)
@@ -174,13 +182,17 @@ def test_export_keeps_the_old_files_where_it_fails(tmp_path, monkeypatch):
 def test_wrong_export_arguments(tmp_path):
     with pytest.raises(ValueError, match="expected dtype to be one of float32, .*, got 'int8'"):
         pykd.export(SoftTarget(), tmp_path, dtype="int8")
-    with pytest.raises(ValueError, match="expected the layout of labels to be 'batch classes' or 'batch', got 'batch tokens'"):
+    with pytest.raises(
+        ValueError, match="expected the layout of labels to be 'batch classes' or 'batch', got 'batch tokens'"
+    ):
         pykd.export(HardTarget(), tmp_path, layouts={"labels": "batch tokens"})
     with pytest.raises(ValueError, match="expected the name of an input .*, got 'label'"):
         pykd.export(HardTarget(), tmp_path, layouts={"label": "batch"})
     with pytest.raises(ValueError, match="expected the name of an optional input .*, got 'weight'"):
         pykd.export(HardTarget(), tmp_path, optional_inputs=["weight"])
-    with pytest.raises(ValueError, match="expected a term that splits over samples, got none .*mk_mmd compares every sample"):
+    with pytest.raises(
+        ValueError, match="expected a term that splits over samples, got none .*mk_mmd compares every sample"
+    ):
         pykd.export(MKMMD(), tmp_path, per_sample=True)
     with pytest.raises(TypeError, match="expected a pykd loss, DistillationLoss or composition, got Linear"):
         pykd.export(torch.nn.Linear(1, 1), tmp_path)

@@ -1,7 +1,5 @@
 """L1 distance between normalised features."""
 
-from typing import Optional
-
 import numpy as np
 from torch import Tensor
 
@@ -13,8 +11,8 @@ from pykd.registry import Case, Loss, Spec, register
 def feature_l1(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Optional[Tensor] = None,
-    spatial_avg: Optional[str] = None,
+    sample_weight: Tensor | None = None,
+    spatial_avg: str | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Sum over channels of |x̂ − ŷ|, mean over tokens; see :class:`FeatureL1`."""
@@ -73,14 +71,14 @@ class FeatureL1(Loss):
     )
     paper = "Wang et al. ICCVW 2019"
 
-    spatial_avg: Optional[str]  # TorchScript must know that it may be either
+    spatial_avg: str | None  # TorchScript must know that it may be either
 
-    def __init__(self, spatial_avg: Optional[str] = None, reduction: str = "mean"):
+    def __init__(self, spatial_avg: str | None = None, reduction: str = "mean"):
         super().__init__(reduction)
         self.spatial_avg = ops.check_spatial_avg(spatial_avg)
 
     def forward(
-        self, student_features: Tensor, teacher_features: Tensor, sample_weight: Optional[Tensor] = None
+        self, student_features: Tensor, teacher_features: Tensor, sample_weight: Tensor | None = None
     ) -> Tensor:
         return feature_l1(student_features, teacher_features, sample_weight, self.spatial_avg, self.reduction)
 
@@ -91,9 +89,9 @@ class FeatureL1(Loss):
     def reference(student_features, teacher_features, sample_weight=None, spatial_avg=None, reduction="mean"):
         """One token at a time, from the definition."""
         values = []
-        for x, y in zip(student_features, teacher_features):
+        for x, y in zip(student_features, teacher_features, strict=True):
             if spatial_avg == "mean":
                 x, y = x.mean(axis=0, keepdims=True), y.mean(axis=0, keepdims=True)
-            values.append(np.mean([np.abs(unit(a) - unit(b)).sum() for a, b in zip(x, y)]))
+            values.append(np.mean([np.abs(unit(a) - unit(b)).sum() for a, b in zip(x, y, strict=True)]))
         weights = np.ones(len(values)) if sample_weight is None else sample_weight
         return reduce_samples(values, weights, reduction)

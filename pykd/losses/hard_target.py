@@ -1,7 +1,5 @@
 """Hard targets: the cross-entropy of the student against the labels."""
 
-from typing import Optional
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from pykd.registry import Case, Loss, Spec, register
 def hard_target(
     student_logits: Tensor,
     labels: Tensor,
-    sample_weight: Optional[Tensor] = None,
+    sample_weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
@@ -27,7 +25,8 @@ def hard_target(
     ignored = labels == ignore_index
     valid = (labels >= 0) & (labels < log_q.size(-1))
     index = torch.where(valid, labels, torch.zeros_like(labels))
-    picked = -torch.gather(log_q, -1, index.unsqueeze(-1)).squeeze(-1)
+    # The axis counted from the front: the onnx package's reference evaluator does not gather along -1.
+    picked = -torch.gather(log_q, log_q.dim() - 1, index.unsqueeze(-1)).squeeze(-1)
     # A label out of range must not pass for class 0: the loss becomes NaN.
     values = torch.where(valid | ignored, picked, torch.full_like(picked, float("nan")))
     kept = torch.ones_like(picked).masked_fill(ignored, 0.0)
@@ -96,7 +95,7 @@ class HardTarget(Loss):
         super().__init__(reduction)
         self.ignore_index = ignore_index
 
-    def forward(self, student_logits: Tensor, labels: Tensor, sample_weight: Optional[Tensor] = None) -> Tensor:
+    def forward(self, student_logits: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         return hard_target(student_logits, labels, sample_weight, self.ignore_index, self.reduction)
 
     @staticmethod
@@ -113,6 +112,6 @@ class HardTarget(Loss):
                     continue
                 values.append(-log_q[labels[b]])
             else:
-                values.append(-sum(y * l for y, l in zip(labels[b], log_q) if y != 0))
+                values.append(-sum(y * lq for y, lq in zip(labels[b], log_q, strict=True) if y != 0))
             weights.append(weight)
         return reduce_samples(values, weights, reduction)

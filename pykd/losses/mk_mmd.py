@@ -1,7 +1,5 @@
 """Multi-kernel maximum mean discrepancy between the teacher's and the student's features."""
 
-from typing import Optional
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +7,7 @@ from torch import Tensor
 from pykd import ops
 from pykd.reference import unit
 from pykd.registry import Case, Loss, Spec, register
+
 
 def _kernel(squared_distances: Tensor, bandwidth: Tensor, tiny: float = 1e-20) -> Tensor:
     """Sum of five Gaussians whose squared bandwidths are 1, 2, 4, 8 and 16 times ``bandwidth``.
@@ -25,7 +24,7 @@ def _kernel(squared_distances: Tensor, bandwidth: Tensor, tiny: float = 1e-20) -
 def mk_mmd(
     student_features: Tensor,
     teacher_features: Tensor,
-    spatial_avg: Optional[str] = None,
+    spatial_avg: str | None = None,
     bandwidth: str = "joint",
 ) -> Tensor:
     """Squared discrepancy with five Gaussian kernels; see :class:`MKMMD`."""
@@ -117,9 +116,9 @@ class MKMMD(Loss):
     couples_batch = "compares every sample of the batch with every other"
     paper = "Long et al. 2015, arXiv:1502.02791"
 
-    spatial_avg: Optional[str]  # TorchScript must know that it may be either
+    spatial_avg: str | None  # TorchScript must know that it may be either
 
-    def __init__(self, spatial_avg: Optional[str] = None, bandwidth: str = "joint", reduction: str = "mean"):
+    def __init__(self, spatial_avg: str | None = None, bandwidth: str = "joint", reduction: str = "mean"):
         super().__init__(reduction)
         if bandwidth not in ("joint", "per_block"):
             raise ValueError(f"expected bandwidth to be 'joint' or 'per_block', got {bandwidth!r}; pass one of these")

@@ -1,7 +1,5 @@
 """Soft targets: match the teacher's softened class probabilities."""
 
-from typing import Optional
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from pykd.registry import Case, Loss, Scalar, Spec, register
 def soft_target(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Optional[Tensor] = None,
+    sample_weight: Tensor | None = None,
     temperature: float = 2.0,
     soften_student: bool = True,
     form: str = "cross_entropy",
@@ -116,8 +114,8 @@ class SoftTarget(Loss):
         self,
         student_logits: Tensor,
         teacher_logits: Tensor,
-        sample_weight: Optional[Tensor] = None,
-        temperature: Optional[float] = None,
+        sample_weight: Tensor | None = None,
+        temperature: float | None = None,
     ) -> Tensor:
         if temperature is None:
             temperature = self.temperature
@@ -148,11 +146,11 @@ class SoftTarget(Loss):
     ):
         """One sample at a time, from the definition."""
         values = []
-        for s, t in zip(student_logits, teacher_logits):
+        for s, t in zip(student_logits, teacher_logits, strict=True):
             log_q = log_softmax(s / temperature if soften_student else s)
             log_p = log_softmax(t / temperature)
             value = 0.0
-            for lp, lq in zip(log_p, log_q):
+            for lp, lq in zip(log_p, log_q, strict=True):
                 if np.exp(lp) != 0:
                     value += np.exp(lp) * ((lp if form == "kl" else 0.0) - lq)
             values.append(value * (temperature**2 if tau_squared else 1.0))

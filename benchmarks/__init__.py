@@ -1,0 +1,1 @@
+"""Side-by-side comparisons: ``python -m benchmarks``, or ``make bench``."""

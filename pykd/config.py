@@ -1,0 +1,91 @@
+"""Where the C++ side of the installed package lies, for build scripts.
+
+    cmake -S . -B build -Dpykd_DIR="$(python -m pykd.config --cmake-dir)"
+    c++ -std=c++17 main.cpp $(python -m pykd.config --cflags --libs)
+
+It imports neither torch nor the extension.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pykd
+
+__all__ = ["cmake_dir", "includedir", "libdir", "onnxruntime_library", "root"]
+
+
+def root() -> Path:
+    """The folder that holds ``include`` and ``lib``.
+
+    Raises:
+        FileNotFoundError: where this pykd is a source tree that was never built and installed.
+    """
+    for folder in pykd.__path__:  # of an editable install: the source tree, and the place of what was built
+        if Path(folder, "lib", "cmake", "pykd", "pykdConfig.cmake").is_file():
+            return Path(folder)
+    raise FileNotFoundError(
+        f"expected an installed pykd, got one without libraries ({', '.join(pykd.__path__)}); "
+        "run `make build`, or `pip install --no-build-isolation .`"
+    )
+
+
+def cmake_dir() -> Path:
+    """The folder of ``pykdConfig.cmake``: CMake's ``pykd_DIR``."""
+    return root() / "lib" / "cmake" / "pykd"
+
+
+def includedir() -> Path:
+    """The folder that holds ``pykd/pykd.h``."""
+    return root() / "include"
+
+
+def libdir() -> Path:
+    """The folder that holds ``libpykd.so``."""
+    return root() / "lib"
+
+
+def onnxruntime_library() -> Path:
+    """The library inside the installed wheel ``onnxruntime`` (or ``onnxruntime-gpu``), which is not imported.
+
+    C++ programs take it from the environment variable ``PYKD_ONNXRUNTIME_LIBRARY``.
+
+    Raises:
+        FileNotFoundError: where no such wheel is installed.
+    """
+    spec = importlib.util.find_spec("onnxruntime")
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        found = sorted(Path(folder, "capi").glob("libonnxruntime.so.1.*"))
+        if found:
+            return found[-1]
+    raise FileNotFoundError("expected the package onnxruntime, got none; run `pip install onnxruntime`")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints what was asked for, in the order asked; returns the exit code."""
+    answers = {
+        "--cmake-dir": ("the folder of pykdConfig.cmake, for CMake's pykd_DIR", lambda: str(cmake_dir())),
+        "--includedir": ("the folder of the headers", lambda: str(includedir())),
+        "--libdir": ("the folder of the libraries", lambda: str(libdir())),
+        "--cflags": ("flags for the compiler", lambda: f"-I{includedir()}"),
+        "--libs": ("flags for the linker", lambda: f"-L{libdir()} -lpykd -Wl,-rpath,{libdir()}"),
+        "--onnxruntime-library": ("libonnxruntime.so of the installed wheel", lambda: str(onnxruntime_library())),
+    }
+    parser = argparse.ArgumentParser(prog="python -m pykd.config", description="Where the C++ side of pykd lies.")
+    for option, (text, _) in answers.items():
+        parser.add_argument(option, dest="asked", action="append_const", const=option, help=text)
+    asked = parser.parse_args(arguments).asked
+    if not asked:
+        parser.error(f"expected one of {', '.join(answers)}")
+    try:
+        print(" ".join(answers[option][1]() for option in asked))
+    except FileNotFoundError as error:
+        print(f"pykd.config: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
