@@ -8,6 +8,7 @@ the CPU. torch's profiler counts the copies between device and host during warme
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,12 @@ def check(folder: Path, engine: str, stream: torch.cuda.Stream) -> dict[str, Any
     return {"case": folder.name, "engine": engine, "errors": worst, "host_copies": copies, "ok": ok}
 
 
-def main() -> int:
-    """Checks every folder of PYKD_TEST_VECTORS with both engines; 0 where all is well."""
+def main(arguments: Sequence[str]) -> int:
+    """Checks every folder of PYKD_TEST_VECTORS with both engines; 0 where all is well.
+
+    Args:
+        arguments: the folder for the result; benchmarks/results where none is named.
+    """
     if not torch.cuda.is_available():
         print("gpu_check: expected a GPU, got none that torch sees; run this where there is one", file=sys.stderr)
         return 2
@@ -78,7 +83,7 @@ def main() -> int:
                 break
             print(rows[-1], flush=True)
     result = {"conditions": conditions("cuda"), "rows": rows, "not_run": skipped}
-    where = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
+    where = Path(arguments[0]) if arguments else Path(__file__).parent / "results"
     where.mkdir(parents=True, exist_ok=True)
     (where / "gpu-check.json").write_text(json.dumps(result, indent=1) + "\n")
     for line in skipped:
@@ -89,4 +94,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

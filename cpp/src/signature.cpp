@@ -685,7 +685,8 @@ Signature parse_signature(std::string text) {
   Signature signature;
   signature.kind = parse_kind(root);
   signature.name = root.text("name");
-  if (root.has("recipe")) signature.recipe = root.text("recipe");
+  // Opaque here: it is compared between the two files of a folder, and read in Python.
+  if (document.contains("recipe")) signature.recipe = document["recipe"].dump();
   parse_inputs(root, signature);
   parse_parameters(root, signature);
   parse_outputs(root, signature);
