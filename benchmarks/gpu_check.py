@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pykd.export.verification import LIMITS, errors, truth
 from torch.profiler import ProfilerActivity, profile
 
 import pykd
 from benchmarks.measure import conditions
-from pykd import recipe
+from pykd.export.verification import LIMITS, definition, errors, truth
 
 
 def host_copies(call: Any) -> int:
@@ -36,12 +35,8 @@ def host_copies(call: Any) -> int:
 def check(folder: Path, engine: str, stream: torch.cuda.Stream) -> dict[str, Any]:
     """Parity and copies of one folder with one engine."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    composition = recipe.build(manifest["recipe"])
-    layouts = {entry["name"]: " ".join(entry["axes"]) for entry in manifest["inputs"]}
-    optional = [name for name in composition.optional_inputs if name in layouts]
-    per_sample = any(entry["name"] == "loss_per_sample" for entry in manifest["outputs"])
-    graph = composition.graph(layouts, optional, per_sample, check=False)
-    dtype = next(entry["dtype"] for entry in manifest["inputs"] if entry["dtype"] != "int64")
+    composition, graph, dtype = definition(manifest)
+    per_sample = "loss_per_sample" in graph.signature.outputs
     loss = pykd.load(str(folder), engine=engine, device="cuda", cuda_stream=stream.cuda_stream)
     worst = [0.0, 0.0]
     copies = 0

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pykd.export.verification import LIMITS, errors
 from torch import Tensor
 
 import pykd
 from benchmarks.measure import copy_bandwidth, median_seconds
 from pykd import registry
 from pykd.composition import as_composition
+from pykd.export.verification import LIMITS, errors
 
 SIZES = {
     "tiny": {"batch": 8, "classes": 10, "tokens": 1, "channels": 64},

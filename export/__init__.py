@@ -54,9 +54,8 @@ def export(
         ValueError: for an unknown layout, input or dtype.
         RuntimeError: where a written file disagrees with the float64 reference.
     """
-    from pykd.export import metadata, onnx_files, torchscript
-
     from pykd.composition import as_composition
+    from pykd.export import metadata, onnx_files, torchscript
 
     say = progress or (lambda line: print(line, file=sys.stderr, flush=True))
     if dtype not in DTYPES:

@@ -16,12 +16,12 @@ from weakref import WeakKeyDictionary
 
 import onnx
 import torch
-from pykd.export import integrity, metadata
 from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pykd.composition import Composition, LossGraph
+from pykd.export import integrity, metadata
 
 OPSET = 18
 _ONNX_TYPES = {

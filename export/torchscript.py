@@ -5,9 +5,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from pykd.export import integrity, metadata
 
 from pykd.composition import Composition, LossGraph
+from pykd.export import integrity, metadata
 
 
 def write(composition: Composition, graph: LossGraph, path: Path) -> None:

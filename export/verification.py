@@ -138,8 +138,6 @@ def verify(
     """
     from pykd.export import integrity
 
-    from pykd import recipe
-
     directory = Path(directory)
     manifest = _manifest(directory)
     for name, described in manifest["files"].items():
@@ -147,12 +145,8 @@ def verify(
         if hashlib.sha256(data).hexdigest() != described["sha256"]:
             raise ValueError(f"expected {name} to be the file of the manifest, got other contents; export it again")
         integrity.check(data, name)
-    composition = recipe.build(manifest["recipe"])
-    layouts = {entry["name"]: " ".join(entry["axes"]) for entry in manifest["inputs"]}
-    optional = [name for name in composition.optional_inputs if name in layouts]
-    per_sample = any(entry["name"] == "loss_per_sample" for entry in manifest["outputs"])
-    graph = composition.graph(layouts, optional, per_sample, check=False)
-    dtype = next(entry["dtype"] for entry in manifest["inputs"] if entry["dtype"] != "int64")
+    composition, graph, dtype = definition(manifest)
+    per_sample = "loss_per_sample" in graph.signature.outputs
     missing: list[str] = []
     runs = list(_runs(directory, engines, missing))
     rows = []
@@ -170,6 +164,18 @@ def verify(
             size = " ".join(f"{axis} {length}" for axis, length in sizes.items())
             rows.append(Row(engine, device, dtype, size, value_error, gradient_error))
     return Report(tuple(sorted(rows, key=lambda row: (row.engine, row.device))), tuple(missing))
+
+
+def definition(manifest: Mapping[str, Any]) -> tuple[Any, Any, str]:
+    """What the files of a manifest were made of: the composition, its graph, and the floating type."""
+    from pykd import recipe
+
+    composition = recipe.build(manifest["recipe"])
+    layouts = {entry["name"]: " ".join(entry["axes"]) for entry in manifest["inputs"]}
+    optional = [name for name in composition.optional_inputs if name in layouts]
+    per_sample = any(entry["name"] == "loss_per_sample" for entry in manifest["outputs"])
+    graph = composition.graph(layouts, optional, per_sample, check=False)
+    return composition, graph, next(entry["dtype"] for entry in manifest["inputs"] if entry["dtype"] != "int64")
 
 
 def truth(

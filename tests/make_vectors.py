@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pykd.export import metadata
-from pykd.export.verification import LIMITS, truth
 
 import pykd
+from pykd import registry
+from pykd.export import metadata
+from pykd.export.verification import LIMITS, truth
 from tests.conftest import Subject, subjects
 
 SIZES: tuple[dict[str, int], ...] = (
@@ -66,10 +67,18 @@ def array(tensor: torch.Tensor, dtype: str) -> dict[str, Any]:
 
 def stamp() -> str:
     """Changes with the sources that make the files, and with the versions of what they use."""
-    package = Path(pykd.__file__).parent
-    export = Path(metadata.__file__ or "").parent
+    package = Path(registry.__file__).parent
     here = Path(__file__).parent
-    sources = sorted({*package.rglob("*.py"), *export.rglob("*.py"), here / "make_vectors.py", here / "conftest.py"})
+    definition = ("registry", "checks", "ops", "reference", "composition", "distillation_loss", "recipe")
+    sources = sorted(
+        {
+            *(package / f"{name}.py" for name in definition),
+            *(package / "losses").glob("*.py"),
+            *Path(metadata.__file__).parent.glob("*.py"),
+            here / "make_vectors.py",
+            here / "conftest.py",
+        }
+    )
     digest = hashlib.sha256(json.dumps(metadata.versions()).encode())
     for path in sources:
         digest.update(path.read_bytes())

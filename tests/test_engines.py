@@ -6,9 +6,9 @@ test_every_loss.py compares with finite differences of the references).
 
 import pytest
 import torch
-from pykd.export.verification import LIMITS, errors, truth, verify
 
 import pykd
+from pykd.export.verification import LIMITS, errors, truth, verify
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 SIZES = (

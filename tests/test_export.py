@@ -7,12 +7,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from pykd.export import integrity
-from pykd.export.verification import verify
 
 import pykd
 from pykd import MKMMD, HardTarget, SoftTarget, compose
 from pykd.__main__ import main
+from pykd.export import integrity
+from pykd.export.verification import verify
 
 RECIPE = """
 [terms.hard]
