@@ -282,6 +282,14 @@ void check_format(const Object& root) {
   if (version < 1) bad_metadata("at least 1 as \"format_version\"", std::to_string(version));
 }
 
+// Called while the document is parsed: json::dump() and comparison recurse, and must not run out of
+// stack on a hostile file.
+bool check_depth(int depth, json::parse_event_t, json&) {
+  constexpr int kMaxDepth = 64;
+  if (depth > kMaxDepth) bad_metadata("lists and objects nested at most 64 deep", "more");
+  return true;
+}
+
 ArtefactKind parse_kind(const Object& root) {
   const std::string kind = root.text("kind");
   if (kind == "value") return ArtefactKind::kValue;
@@ -678,7 +686,7 @@ Signature parse_signature(std::string text) {
   if (text.size() > kMaxMetadata) {
     bad_metadata("at most 1 MiB", std::to_string(text.size()) + " bytes");
   }
-  const json document = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const json document = json::parse(text, check_depth, /*allow_exceptions=*/false);
   if (document.is_discarded()) bad_metadata("JSON", in_quotes(text));
   const Object root(document, "");
   check_format(root);

@@ -1,0 +1,319 @@
+// The library as its users see it, through pykd.hpp and pykd.h, with ONNX Runtime.
+#include "pykd/pykd.hpp"
+
+#include <cmath>
+#include <limits>
+#include <regex>
+
+#include "support.h"
+#include "tiny_model.h"
+
+extern "C" int run_c_example(const char* path, float* value, float gradient[6]);
+
+namespace pykd::tests {
+namespace {
+
+#define EXPECT_ERROR(expected_status, statement, ...) \
+  EXPECT_FAILS_WITH(Error, expected_status, statement, __VA_ARGS__)
+
+class Api : public testing::Test {
+ protected:
+  void SetUp() override { write_tiny_folder(folder); }
+
+  Loss load(const LoadOptions& options = {}) { return Loss::load(folder.path(), options); }
+  Tensors inputs() const {
+    return {{"student_logits", view(student, {2, 3})}, {"teacher_logits", view(teacher, {2, 3})}};
+  }
+
+  TemporaryFolder folder;
+  std::vector<float> student = {1, 2, 3, 3, 2, 1}, teacher = {0, 2, 4, 4, 2, 0};
+};
+
+TEST_F(Api, RunsTheExampleOfTheHeader) {
+  auto loss = pykd::Loss::load(folder.path());
+  pykd::Result result = loss.value_and_gradient({{"student_logits", pykd::view(student, {2, 3})},
+                                                 {"teacher_logits", pykd::view(teacher, {2, 3})}},
+                                                {{"weight", 4.0}});
+  double value = result.value("loss");
+  const float* gradient = result.data<float>("grad_student_logits");
+
+  // The differences are 1, 0, -1, -1, 0, 1: their mean square is 4/6.
+  EXPECT_NEAR(value, 4.0 * 4.0 / 6.0, 1e-6);
+  EXPECT_NEAR(result.value("error"), 4.0 / 6.0, 1e-6);
+  const double expected[] = {1, 0, -1, -1, 0, 1};
+  for (int i = 0; i < 6; ++i) EXPECT_NEAR(gradient[i], 4.0 * 2.0 / 6.0 * expected[i], 1e-6);
+  EXPECT_EQ(result.shape("grad_student_logits"), (std::vector<std::int64_t>{2, 3}));
+  EXPECT_NEAR(result.data<float>("loss_per_sample")[1], 4.0 * 2.0 / 3.0, 1e-6);
+}
+
+TEST_F(Api, RunsTheExampleOfTheCHeader) {
+  float value = 0, gradient[6] = {};
+  EXPECT_EQ(run_c_example(folder.path().c_str(), &value, gradient), 0) << pykd_last_error();
+  EXPECT_NEAR(value, 1.5 * 4.0 / 6.0, 1e-6);
+  EXPECT_NEAR(gradient[2], -1.5 * 2.0 / 6.0, 1e-6);
+}
+
+TEST_F(Api, DescribesItself) {
+  const Loss loss = load();
+  EXPECT_EQ(loss.engine(), "onnxruntime");
+  EXPECT_TRUE(std::regex_match(loss.engine_version(), std::regex("1\\.[0-9]+\\.[0-9].*")));
+  EXPECT_EQ(loss.device(), "cpu");
+  EXPECT_EQ(json::parse(loss.metadata())["name"], "tiny");
+  ASSERT_EQ(loss.inputs().size(), 2u);
+  EXPECT_STREQ(loss.inputs()[0].name, "student_logits");
+  EXPECT_STREQ(loss.inputs()[0].axes[1], "classes");
+  EXPECT_EQ(loss.inputs()[0].dtypes, 1u << PYKD_FLOAT32);
+  EXPECT_EQ(loss.inputs()[0].has_gradient, 1);
+  EXPECT_EQ(loss.inputs()[1].has_gradient, 0);
+  std::vector<std::string> outputs;
+  for (const pykd_tensor_info& info : loss.outputs()) outputs.push_back(info.name);
+  EXPECT_EQ(outputs,
+            (std::vector<std::string>{"loss", "error", "loss_per_sample", "grad_student_logits"}));
+  ASSERT_EQ(loss.parameters().size(), 2u);
+  EXPECT_EQ(loss.parameters()[0].default_value, 1.5);
+  EXPECT_EQ(loss.parameters()[0].minimum, 0.0);
+  EXPECT_EQ(loss.parameters()[1].minimum, -std::numeric_limits<double>::infinity());
+  pykd_tensor_info info;
+  EXPECT_EQ(pykd_input_info(loss.c(), 2, &info), PYKD_INVALID_VALUE);
+  EXPECT_EQ(pykd_output_info(nullptr, 0, &info), PYKD_INVALID_VALUE);
+  EXPECT_EQ(pykd_output_info(loss.c(), 0, nullptr), PYKD_INVALID_VALUE);
+}
+
+TEST_F(Api, LoadsSingleFilesAndBytes) {
+  const Loss value = Loss::load(folder.path("loss.onnx"));
+  EXPECT_NEAR(value.value(inputs()).value("loss"), 1.0, 1e-6);
+  EXPECT_ERROR(PYKD_INVALID_VALUE, value.value_and_gradient(inputs()), "value alone",
+               "loss.grad.onnx");
+  const Loss gradient = Loss::load(folder.path("loss.grad.onnx"));
+  EXPECT_TRUE(gradient.value_and_gradient(inputs()).has("grad_student_logits"));
+  EXPECT_FALSE(gradient.value(inputs()).has("grad_student_logits"));
+  const std::string bytes = sealed(tiny_model(true).bytes());
+  EXPECT_NEAR(Loss::load_bytes(bytes.data(), bytes.size()).value(inputs()).value("loss"), 1.0,
+              1e-6);
+}
+
+TEST_F(Api, LoadsAFolderThatHoldsTheGradientAlone) {
+  std::filesystem::remove(folder.path("loss.onnx"));
+  folder.write("manifest.json", R"({"files": {"loss.grad.onnx": {}}})");
+  EXPECT_TRUE(load().value_and_gradient(inputs()).has("grad_student_logits"));
+}
+
+TEST_F(Api, WritesIntoTheCallersMemory) {
+  const Loss loss = load();
+  std::vector<float> gradient(8, -7.0f);
+  float value = 0;
+  loss.run(inputs(),
+           {{"loss", view(&value, {})}, {"grad_student_logits", view(gradient.data() + 1, {2, 3})}},
+           {{"grad_scale", 10.0}});
+  EXPECT_NEAR(value, 1.0, 1e-6);
+  EXPECT_NEAR(gradient[1], 5.0, 1e-5);
+  EXPECT_EQ(gradient[0], -7.0f);  // nothing beside it
+  EXPECT_EQ(gradient[7], -7.0f);
+}
+
+TEST_F(Api, LeavesTheInputsAsTheyWere) {
+  const std::vector<float> before = student;
+  load().value_and_gradient(inputs());
+  EXPECT_EQ(student, before);
+}
+
+TEST_F(Api, TakesOtherSizesWithOneLoss) {
+  const Loss loss = load();
+  for (std::int64_t batch : {1, 7, 2, 33}) {
+    std::vector<float> a(batch * 5, 1.0f), b(batch * 5, 3.0f);
+    const Result result = loss.value_and_gradient(
+        {{"student_logits", view(a, {batch, 5})}, {"teacher_logits", view(b, {batch, 5})}});
+    EXPECT_NEAR(result.value("loss"), 6.0, 1e-5);
+    EXPECT_NEAR(result.data<float>("grad_student_logits")[0], -6.0 / (5.0 * batch), 1e-5);
+  }
+}
+
+TEST_F(Api, GivesNanForNan) {
+  student[4] = std::nanf("");
+  EXPECT_TRUE(std::isnan(load().value(inputs()).value("loss")));
+}
+
+TEST_F(Api, ReportsWrongCallsWithoutWriting) {
+  const Loss loss = load();
+  float value = 42.0f;
+  const Tensors out = {{"loss", view(&value, {})}};
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run({{"student_logits", view(student, {2, 3})}}, out),
+               "teacher_logits");
+  EXPECT_ERROR(PYKD_INVALID_VALUE,
+               loss.run({{"student_logits", view(student, {2, 3})},
+                         {"teacher_logits", view(teacher, {3, 2})}},
+                        out),
+               "teacher_logits of length 2 along \"batch\"");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run(inputs(), out, {{"temperature", 1}}), "temperature");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run(inputs(), {}), "at least one output");
+  const std::vector<double> wide(6);
+  EXPECT_ERROR(
+      PYKD_INVALID_TYPE,
+      loss.run({{"student_logits", view(wide, {2, 3})}, {"teacher_logits", view(teacher, {2, 3})}},
+               out),
+      "student_logits of dtype float32", "float64");
+  EXPECT_EQ(value, 42.0f);
+}
+
+TEST_F(Api, TellsOutputShapes) {
+  const Loss loss = load();
+  const Tensors tensors = inputs();
+  std::vector<pykd_tensor> in;
+  for (const auto& entry : tensors) in.push_back(entry.second.c(entry.first.c_str()));
+  std::int64_t shape[8] = {};
+  std::int32_t rank = -1;
+  pykd_dtype dtype = PYKD_INT64;
+  ASSERT_EQ(pykd_output_shape(loss.c(), in.data(), in.size(), "grad_student_logits", shape, &rank,
+                              &dtype),
+            PYKD_OK);
+  EXPECT_EQ(rank, 2);
+  EXPECT_EQ(shape[1], 3);
+  EXPECT_EQ(dtype, PYKD_FLOAT32);
+  EXPECT_EQ(pykd_output_shape(loss.c(), in.data(), 1, "loss", shape, &rank, &dtype),
+            PYKD_INVALID_VALUE);
+  EXPECT_EQ(pykd_output_shape(loss.c(), in.data(), 2, "lost", shape, &rank, &dtype),
+            PYKD_INVALID_VALUE);
+}
+
+TEST_F(Api, ReportsWhatTheEngineReports) {
+  // The file fixes an axis that its metadata calls free: only ONNX Runtime can notice.
+  TinyModel model = tiny_model(false);
+  std::string dimension, shape, tensor, type, value;
+  for (int length : {2, 4}) {
+    dimension.clear();
+    pbf_writer(dimension).add_int64(1, length);
+    pbf_writer(shape).add_message(1, dimension);
+  }
+  pbf_writer(tensor).add_int32(1, kFloat);
+  pbf_writer(tensor).add_message(2, shape);
+  pbf_writer(type).add_message(1, tensor);
+  pbf_writer(value).add_string(1, "student_logits");
+  pbf_writer(value).add_message(2, type);
+  model.inputs[0] = value;
+  folder.write("loss.onnx", sealed(model.bytes()));
+  const Loss loss = Loss::load(folder.path("loss.onnx"));
+  EXPECT_ERROR(PYKD_ENGINE_FAILURE, loss.value(inputs()), "ONNX Runtime reported",
+               "student_logits");
+}
+
+TEST_F(Api, RefusesAGraphThatOnnxRuntimeRefuses) {
+  TinyModel model = tiny_model(false);
+  model.nodes[0] = node("NoSuchOperator", {"student_logits", "teacher_logits"}, "d");
+  folder.write("loss.onnx", sealed(model.bytes()));
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load(folder.path("loss.onnx")), "loss.onnx",
+               "NoSuchOperator");
+}
+
+TEST_F(Api, RefusesDamagedFiles) {
+  std::string bytes = sealed(tiny_model(true).bytes());
+  bytes[100] ^= 4;
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load_bytes(bytes.data(), bytes.size()), "damaged");
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load_bytes(bytes.data(), 50), "cut short");
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load_bytes(bytes.data(), 0), "empty");
+  EXPECT_ERROR(PYKD_NOT_FOUND, Loss::load("/nowhere"), "/nowhere");
+  folder.write("loss.onnx", sealed(tiny_model(true).bytes()));
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(), "kind of", "loss.onnx");
+}
+
+TEST_F(Api, SkipsTheIntegrityCheckOnRequestAlone) {
+  const std::string bytes = tiny_model(true).bytes();
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load_bytes(bytes.data(), bytes.size()),
+               "integrity check switched off");
+  LoadOptions options;
+  options.skip_integrity_check = true;
+  EXPECT_NEAR(Loss::load_bytes(bytes.data(), bytes.size(), options).value(inputs()).value("loss"),
+              1.0, 1e-6);
+}
+
+TEST_F(Api, RefusesWrongOptions) {
+  LoadOptions options;
+  options.engine = "onnx";
+  EXPECT_ERROR(PYKD_INVALID_VALUE, load(options), "\"onnx\"", "onnxruntime");
+  options = {};
+  options.engine = "torchscript";
+  EXPECT_ERROR(PYKD_NOT_FOUND, load(options), "\"torchscript\"", "ONNX alone");
+  for (const char* device : {"gpu", "cuda:", "cuda:x", "cuda:99999", "CPU"}) {
+    options = {};
+    options.device = device;
+    EXPECT_ERROR(PYKD_INVALID_VALUE, load(options), device);
+  }
+  options = {};
+  options.threads = -1;
+  EXPECT_ERROR(PYKD_INVALID_VALUE, load(options), "threads");
+
+  pykd_loss* loss = nullptr;
+  pykd_load_options c = PYKD_LOAD_OPTIONS_INIT;
+  c.struct_size = 0;
+  EXPECT_EQ(pykd_load(folder.path().c_str(), &c, &loss), PYKD_INVALID_VALUE);
+  struct {
+    pykd_load_options known;
+    void* unknown;
+  } newer = {PYKD_LOAD_OPTIONS_INIT, nullptr};
+  newer.known.struct_size = sizeof newer;
+  EXPECT_EQ(pykd_load(folder.path().c_str(), &newer.known, &loss), PYKD_OK);
+  pykd_free(loss);
+  loss = nullptr;
+  newer.unknown = &newer;
+  EXPECT_EQ(pykd_load(folder.path().c_str(), &newer.known, &loss), PYKD_INVALID_VALUE);
+  EXPECT_EQ(loss, nullptr);
+}
+
+TEST_F(Api, RefusesNullPointers) {
+  pykd_loss* loss = nullptr;
+  EXPECT_EQ(pykd_load(nullptr, nullptr, &loss), PYKD_INVALID_VALUE);
+  EXPECT_EQ(pykd_load("x", nullptr, nullptr), PYKD_INVALID_VALUE);
+  EXPECT_EQ(pykd_load_bytes(nullptr, 3, nullptr, &loss), PYKD_INVALID_VALUE);
+  EXPECT_EQ(pykd_run(nullptr, nullptr, 0, nullptr, 0, nullptr, 0), PYKD_INVALID_VALUE);
+  EXPECT_EQ(pykd_num_inputs(nullptr), 0u);
+  EXPECT_STREQ(pykd_metadata(nullptr), "");
+  pykd_free(nullptr);
+}
+
+TEST_F(Api, SaysWhatIsMissingForCuda) {
+  LoadOptions options;
+  options.device = "cuda";
+  try {
+    EXPECT_EQ(load(options).device(), "cuda");  // on a machine that has it
+  } catch (const Error& error) {
+    EXPECT_EQ(error.status(), PYKD_UNAVAILABLE) << error.what();
+    expect_words(error.what(), {"CUDA", "onnxruntime-gpu", "cuda:0"});
+  }
+}
+
+TEST_F(Api, MovesButStaysWhole) {
+  Loss first = load();
+  const Loss second = std::move(first);
+  EXPECT_NEAR(second.value(inputs()).value("loss"), 1.0, 1e-6);
+}
+
+TEST(Views, CheckTheirSize) {
+  const std::vector<float> values(6);
+  EXPECT_ERROR(PYKD_INVALID_VALUE, view(values, {2, 4}), "8 elements", "got 6");
+}
+
+TEST(Views, ComeFromDlpack) {
+  struct {
+    void* data;
+    struct {
+      int device_type, device_id;
+    } device;
+    int ndim;
+    struct {
+      unsigned char code, bits;
+      unsigned short lanes;
+    } dtype;
+    std::int64_t* shape;
+    std::int64_t* strides;
+    std::uint64_t byte_offset;
+  } tensor;
+  float values[4] = {};
+  std::int64_t shape[1] = {3};
+  tensor = {values, {1, 0}, 1, {2, 32, 1}, shape, nullptr, 4};
+  EXPECT_EQ(from_dlpack(tensor).data(), values + 1);
+  EXPECT_EQ(from_dlpack(tensor).dtype(), PYKD_FLOAT32);
+  tensor.dtype.bits = 8;
+  EXPECT_ERROR(PYKD_INVALID_TYPE, from_dlpack(tensor), "8 bits");
+}
+
+}  // namespace
+}  // namespace pykd::tests

@@ -1,0 +1,360 @@
+// The loader against damaged, foreign and hostile files: every one is refused with a Failure that
+// says why, and none of them crashes the scanner. No engine takes part.
+#include "artefact.h"
+
+#include <random>
+
+#include "error.h"
+#include "support.h"
+#include "tiny_model.h"
+
+namespace pykd::internal {
+namespace {
+
+using tests::attribute;
+using tests::attribute_with;
+using tests::fake_torchscript;
+using tests::function;
+using tests::kFloat;
+using tests::node;
+using tests::opset;
+using tests::property;
+using tests::scalar;
+using tests::sealed;
+using tests::TemporaryFolder;
+using tests::tiny_metadata;
+using tests::tiny_model;
+using tests::TinyModel;
+using tests::value_info;
+
+#define EXPECT_BAD(statement, ...) \
+  EXPECT_FAILS_WITH(Failure, PYKD_BAD_ARTEFACT, statement, __VA_ARGS__)
+#define EXPECT_NOT_FOUND(statement, ...) \
+  EXPECT_FAILS_WITH(Failure, PYKD_NOT_FOUND, statement, __VA_ARGS__)
+
+ArtefactFile file_of(const std::string& bytes) {
+  return {"test.onnx", detect_format(bytes), bytes};
+}
+Signature scan(const TinyModel& model) { return scan_onnx(file_of(model.bytes())); }
+
+// True where the scan refuses the bytes as it should; any other exception, or a crash, is a bug.
+bool is_refused(const std::string& bytes) {
+  try {
+    scan_onnx(file_of(bytes));
+    return false;
+  } catch (const Failure& failure) {
+    EXPECT_EQ(failure.status(), PYKD_BAD_ARTEFACT) << failure.what();
+    return true;
+  }
+}
+
+// ---- Integrity
+// -------------------------------------------------------------------------------------
+
+TEST(Integrity, AcceptsWhatExportWrites) {
+  check_integrity(file_of(sealed(tiny_model(true).bytes())));
+  check_integrity(file_of(fake_torchscript(tiny_metadata(true))));
+}
+
+TEST(Integrity, TellsThreeKindsOfDamageApart) {
+  const std::string good = sealed(tiny_model(true).bytes());
+  EXPECT_BAD(check_integrity(file_of(good.substr(0, good.size() / 2))), "cut short",
+             "copy it again");
+  std::string damaged = good;
+  damaged[damaged.size() / 2] ^= 1;
+  EXPECT_BAD(check_integrity(file_of(damaged)), "checksum", "damaged", "copy it again");
+  EXPECT_BAD(check_integrity(file_of(tiny_model(true).bytes())), "none",
+             "not written by pykd.export", "changed afterwards");
+  EXPECT_BAD(check_integrity(file_of("")), "empty");
+  EXPECT_BAD(check_integrity(file_of("\x07 is no protobuf tag")), "neither");
+}
+
+TEST(Integrity, TellsThreeKindsOfDamageApartInArchives) {
+  const std::string good = fake_torchscript(tiny_metadata(true));
+  EXPECT_BAD(check_integrity(file_of(good.substr(0, good.size() / 2))), "cut short");
+  std::string damaged = good;
+  damaged[damaged.size() / 2] ^= 1;
+  EXPECT_BAD(check_integrity(file_of(damaged)), "damaged");
+  EXPECT_BAD(check_integrity(file_of(good + "x")), "not written by pykd.export");
+}
+
+TEST(Integrity, RefusesEveryTruncation) {
+  for (const std::string& good :
+       {sealed(tiny_model(true).bytes()), fake_torchscript(tiny_metadata(true))}) {
+    for (std::size_t size = 0; size < good.size(); ++size) {
+      EXPECT_THROW(check_integrity(file_of(good.substr(0, size))), Failure) << size;
+    }
+  }
+}
+
+TEST(Integrity, RefusesEveryFlippedBit) {
+  for (const std::string& good :
+       {sealed(tiny_model(true).bytes()), fake_torchscript(tiny_metadata(true))}) {
+    for (std::size_t bit = 0; bit < good.size() * 8; ++bit) {
+      std::string damaged = good;
+      damaged[bit / 8] = static_cast<char>(damaged[bit / 8] ^ (1 << (bit % 8)));
+      EXPECT_THROW(check_integrity(file_of(damaged)), Failure) << bit;
+    }
+  }
+}
+
+// ---- The scanner on bytes that nothing vouches for
+// --------------------------------------------------
+
+TEST(Scan, AcceptsWhatExportWrites) {
+  EXPECT_EQ(scan(tiny_model(true)).outputs.size(), 3u);
+  EXPECT_EQ(scan(tiny_model(false)).kind, ArtefactKind::kValue);
+}
+
+TEST(Scan, SurvivesEveryTruncation) {
+  const std::string good = tiny_model(true).bytes();
+  for (std::size_t size = 0; size < good.size(); ++size) {
+    EXPECT_TRUE(is_refused(good.substr(0, size))) << size;
+  }
+}
+
+TEST(Scan, SurvivesEveryFlippedBit) {
+  const std::string good = tiny_model(true).bytes();
+  int refused = 0;
+  for (std::size_t bit = 0; bit < good.size() * 8; ++bit) {
+    std::string damaged = good;
+    damaged[bit / 8] = static_cast<char>(damaged[bit / 8] ^ (1 << (bit % 8)));
+    refused += is_refused(damaged);
+  }
+  EXPECT_GT(refused, 0);
+}
+
+TEST(Scan, SurvivesRandomDamage) {
+  const std::string good = tiny_model(true).bytes();
+  std::mt19937 random(7);
+  for (int round = 0; round < 20000; ++round) {
+    std::string damaged = good;
+    for (int change = 1 + random() % 6; change > 0; --change) {
+      const std::size_t at = random() % damaged.size();
+      switch (random() % 3) {
+        case 0:
+          damaged[at] = static_cast<char>(random());
+          break;
+        case 1:
+          damaged.erase(at, 1 + random() % 8);
+          break;
+        default:
+          damaged.insert(at, damaged.substr(random() % damaged.size(), random() % 16));
+      }
+      if (damaged.empty()) damaged = "x";
+    }
+    is_refused(damaged);
+  }
+}
+
+TEST(Scan, SurvivesNoise) {
+  std::mt19937 random(11);
+  for (int round = 0; round < 20000; ++round) {
+    std::string noise(random() % 200, '\0');
+    for (char& byte : noise) byte = static_cast<char>(random());
+    EXPECT_TRUE(is_refused(noise));
+  }
+}
+
+TEST(Scan, RefusesFilesThatAreTooLarge) {
+  EXPECT_BAD(scan_onnx(file_of(std::string(kMaxOnnxSize + 1, '\0'))), "at most 16 MiB");
+  const std::string large(kMaxOnnxSize + 1, '\0');
+  EXPECT_BAD(wrap_artefact(large.data(), large.size()), "at most 16 MiB");
+}
+
+// ---- Things that ONNX allows and pykd does not
+// ------------------------------------------------------
+
+std::string external_tensor() {
+  std::string bytes = scalar("weight", 1.0f);
+  tests::pbf_writer(bytes).add_message(13, property("location", "/etc/passwd"));
+  return bytes;
+}
+
+TEST(Scan, RefusesExternalData) {
+  TinyModel model = tiny_model(true);
+  model.initializers[0] = external_tensor();
+  EXPECT_BAD(scan(model), "external data");
+
+  model = tiny_model(true);
+  tests::pbf_writer(model.initializers[0]).add_enum(14, 1);
+  EXPECT_BAD(scan(model), "external data");
+
+  model = tiny_model(true);
+  model.nodes.push_back(node("Constant", {}, "c", {attribute_with(5, external_tensor())}));
+  EXPECT_BAD(scan(model), "external data");
+
+  model = tiny_model(true);
+  model.nodes.push_back(node("Constant", {}, "c", {attribute_with(10, external_tensor())}));
+  EXPECT_BAD(scan(model), "external data");
+
+  model = tiny_model(true);
+  model.functions = {
+      function("pykd", "f", {node("Constant", {}, "y", {attribute_with(5, external_tensor())})})};
+  EXPECT_BAD(scan(model), "external data");
+}
+
+TEST(Scan, RefusesForeignOperators) {
+  TinyModel model = tiny_model(true);
+  model.nodes.push_back(node("Inverse", {"d"}, "x", {}, "com.microsoft"));
+  EXPECT_BAD(scan(model), "com.microsoft");
+
+  model = tiny_model(true);
+  model.opsets.push_back(opset("ai.onnx.ml", 3));
+  EXPECT_BAD(scan(model), "ai.onnx.ml");
+
+  model = tiny_model(true);
+  model.functions = {function("pykd", "f", {node("Inverse", {"x"}, "y", {}, "evil")})};
+  EXPECT_BAD(scan(model), "evil");
+
+  model = tiny_model(true);
+  model.functions = {function("", "Mul", {node("Add", {"x", "x"}, "y")})};
+  EXPECT_BAD(scan(model), "functions of domain");
+}
+
+TEST(Scan, RefusesADomainThatIsWrittenTwice) {
+  TinyModel model = tiny_model(true);
+  std::string two = node("Inverse", {"d"}, "x", {}, "pykd");
+  tests::pbf_writer(two).add_string(7, "com.microsoft");
+  model.nodes.push_back(two);
+  EXPECT_BAD(scan(model), "domain of a node", "twice");
+}
+
+TEST(Scan, RefusesSubgraphsAndSparseTensors) {
+  TinyModel model = tiny_model(true);
+  model.nodes.push_back(node("If", {"d"}, "x", {attribute_with(6, tiny_model(true).graph())}));
+  EXPECT_BAD(scan(model), "subgraphs");
+
+  model = tiny_model(true);
+  model.nodes.push_back(node("If", {"d"}, "x", {attribute_with(11, "")}));
+  EXPECT_BAD(scan(model), "subgraphs");
+
+  model = tiny_model(true);
+  model.nodes.push_back(node("Constant", {}, "x", {attribute_with(22, "")}));
+  EXPECT_BAD(scan(model), "sparse");
+
+  model = tiny_model(true);
+  tests::pbf_writer(model.graph_extra).add_message(15, std::string());
+  EXPECT_BAD(scan(model), "sparse");
+}
+
+TEST(Scan, RefusesASecondGraph) {
+  TinyModel model = tiny_model(true);
+  tests::pbf_writer(model.model_extra).add_message(7, tiny_model(false).graph());
+  EXPECT_BAD(scan(model), "one graph");
+}
+
+TEST(Scan, RefusesTrainingInformation) {
+  TinyModel model = tiny_model(true);
+  tests::pbf_writer(model.model_extra).add_message(20, std::string());
+  EXPECT_BAD(scan(model), "training information");
+}
+
+TEST(Scan, AcceptsFunctionsOfPykd) {
+  TinyModel model = tiny_model(true);
+  model.opsets.push_back(opset("pykd", 1));
+  model.functions = {function("pykd", "f", {node("Mul", {"x", "x"}, "y")}),
+                     function("pykd", "g", {node("f", {"x"}, "y", {}, "pykd")})};
+  model.nodes[1] = node("g", {"d"}, "dd", {}, "pykd");
+  scan(model);
+}
+
+TEST(Scan, RefusesFunctionsThatNeverEnd) {
+  TinyModel model = tiny_model(true);
+  model.functions = {function("pykd", "f", {node("f", {"x"}, "y", {}, "pykd")})};
+  EXPECT_BAD(scan(model), "earlier ones alone");
+  model.functions = {function("pykd", "f", {node("g", {"x"}, "y", {}, "pykd")}),
+                     function("pykd", "g", {node("f", {"x"}, "y", {}, "pykd")})};
+  EXPECT_BAD(scan(model), "earlier ones alone");
+}
+
+TEST(Scan, RefusesFunctionsThatExplode) {
+  TinyModel model = tiny_model(true);
+  model.functions = {function("pykd", "f0", {node("Mul", {"x", "x"}, "y")})};
+  for (int level = 1; level < 30; ++level) {
+    const std::string below = "f" + std::to_string(level - 1);
+    model.functions.push_back(
+        function("pykd", "f" + std::to_string(level),
+                 {node(below, {"x"}, "a", {}, "pykd"), node(below, {"a"}, "y", {}, "pykd")}));
+  }
+  EXPECT_BAD(scan(model), "million nodes");
+}
+
+TEST(Scan, ComparesTheGraphWithItsMetadata) {
+  TinyModel model = tiny_model(true);
+  model.metadata = nullptr;
+  EXPECT_BAD(scan(model), "metadata entry");
+
+  model = tiny_model(true);
+  tests::pbf_writer(model.model_extra)
+      .add_message(14, property("pykd", tiny_metadata(false).dump()));
+  EXPECT_BAD(scan(model), "metadata \"pykd\" once");
+
+  model = tiny_model(true);
+  model.metadata["kind"] = "torchscript";
+  EXPECT_BAD(scan(model), "kind");
+
+  model = tiny_model(true);
+  model.inputs[1] = value_info("teacher", kFloat, {"batch", "classes"});
+  EXPECT_BAD(scan(model), "teacher_logits", "none of that name");
+
+  model = tiny_model(true);
+  model.inputs[1] = value_info("teacher_logits", tests::kInt64, {"batch", "classes"});
+  EXPECT_BAD(scan(model), "teacher_logits of float32 and rank 2", "ONNX type 7");
+
+  model = tiny_model(true);
+  model.inputs[1] = value_info("teacher_logits", kFloat, {"batch"});
+  EXPECT_BAD(scan(model), "teacher_logits of float32 and rank 2", "rank 1");
+
+  model = tiny_model(true);
+  model.inputs.push_back(value_info("more", kFloat, {}));
+  EXPECT_BAD(scan(model), "4 inputs", "5");
+
+  model = tiny_model(true);
+  model.initializers.push_back(scalar("teacher_logits", 0.0f));
+  EXPECT_BAD(scan(model), "no default for the input teacher_logits");
+
+  model = tiny_model(true);
+  model.initializers.erase(model.initializers.begin());
+  EXPECT_BAD(scan(model), "a default for the parameter weight");
+
+  model = tiny_model(true);
+  model.outputs.pop_back();
+  EXPECT_BAD(scan(model), "3 outputs", "2");
+
+  model = tiny_model(true);
+  model.outputs[1] = value_info("loss", kFloat, {});
+  EXPECT_BAD(scan(model), "output");
+}
+
+// ---- Folders
+// ---------------------------------------------------------------------------------------
+
+TEST(Folder, FindsItsFiles) {
+  TemporaryFolder folder;
+  tests::write_tiny_folder(folder);
+  const Artefact artefact = read_artefact(folder.path());
+  EXPECT_TRUE(artefact.value && artefact.gradient && !artefact.torchscript);
+  EXPECT_TRUE(read_artefact(folder.path("loss.grad.onnx")).value);
+}
+
+TEST(Folder, SaysWhatIsMissing) {
+  TemporaryFolder folder;
+  EXPECT_NOT_FOUND(read_artefact(folder.path("none")), "none", "check the path");
+  EXPECT_NOT_FOUND(read_artefact(folder.path()), "manifest.json");
+  folder.write("manifest.json", R"({"files": {"loss.onnx": {}}})");
+  EXPECT_NOT_FOUND(read_artefact(folder.path()), "loss.onnx", "manifest.json lists it");
+  folder.write("manifest.json", "{}");
+  EXPECT_NOT_FOUND(read_artefact(folder.path()), "loss.onnx, loss.grad.onnx or loss.pt");
+  EXPECT_NOT_FOUND(read_artefact("/dev/zero"), "no regular file");
+}
+
+TEST(Folder, SaysWhenAFileIsOfAnotherKind) {
+  TemporaryFolder folder;
+  folder.write("manifest.json", "{}");
+  folder.write("loss.onnx", fake_torchscript(tiny_metadata(true)));
+  EXPECT_BAD(read_artefact(folder.path()), "an ONNX file", "a ZIP archive");
+}
+
+}  // namespace
+}  // namespace pykd::internal

@@ -1,0 +1,156 @@
+// Finding and opening engines: what is tried, in which order, and what is said where one cannot be
+// had.
+//
+// An engine that has been opened stays for the life of the process. The tests therefore run in the
+// order in which they stand here: first what cannot be opened, then what can.
+#include <cstdlib>
+
+#include "pykd/pykd.hpp"
+#include "support.h"
+#include "tiny_model.h"
+
+namespace pykd::tests {
+namespace {
+
+#define EXPECT_ERROR(expected_status, statement, ...) \
+  EXPECT_FAILS_WITH(Error, expected_status, statement, __VA_ARGS__)
+
+json torchscript_metadata() {
+  json metadata = tiny_metadata(true);
+  metadata["kind"] = "torchscript";
+  for (const char* list : {"inputs", "outputs"}) {
+    for (json& item : metadata[list]) item["dtype"] = "float";
+  }
+  return metadata;
+}
+
+class Engines : public testing::Test {
+ protected:
+  void SetUp() override {
+    write_tiny_folder(folder);
+    folder.write("loss.pt", fake_torchscript(torchscript_metadata()));
+    torchscript.engine = "torchscript";
+    onnxruntime.engine = "onnxruntime";
+  }
+
+  Loss load(const LoadOptions& options) { return Loss::load(folder.path(), options); }
+  Tensors inputs() const {
+    return {{"student_logits", view(x, {2, 3})}, {"teacher_logits", view(x, {2, 3})}};
+  }
+
+  TemporaryFolder folder;
+  LoadOptions torchscript, onnxruntime;
+  std::vector<float> x = {1, 2, 3, 3, 2, 1};
+};
+
+TEST_F(Engines, SaysThatLibpykdTorchIsAbsent) {
+  torchscript.torch_library = folder.path("libpykd_torch.so");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "no file at ", "PYKD_TORCH=ON",
+               "PYKD_TORCH_LIBRARY");
+}
+
+TEST_F(Engines, SaysThatLibpykdTorchCannotBeOpened) {
+  folder.write("libpykd_torch.so", "not a library");
+  torchscript.torch_library = folder.path("libpykd_torch.so");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "to open", "LD_LIBRARY_PATH");
+}
+
+TEST_F(Engines, SaysThatLibpykdTorchIsOfAnotherVersion) {
+  torchscript.torch_library = FAKE_TORCH_OLD;
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "interface version 1", "got 2", "one build");
+  torchscript.torch_library = FAKE_TORCH_EMPTY;
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "a library without one", "one build");
+}
+
+TEST_F(Engines, SaysWhatLibpykdTorchSays) {
+  torchscript.torch_library = FAKE_TORCH_REFUSING;
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "torch is asleep");
+}
+
+TEST_F(Engines, SaysThatOnnxRuntimeIsTooOld) {
+  onnxruntime.onnxruntime_library = FAKE_ONNXRUNTIME;
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(onnxruntime), "1.21 or newer", "1.20.3",
+               "pip install onnxruntime");
+}
+
+TEST_F(Engines, SaysThatOnnxRuntimeIsNotThere) {
+  onnxruntime.onnxruntime_library = folder.path("libonnxruntime.so");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(onnxruntime), "libonnxruntime.so", "the load options",
+               "pip install onnxruntime");
+  onnxruntime.onnxruntime_library = FAKE_TORCH_EMPTY;
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(onnxruntime), "OrtGetApiBase");
+}
+
+TEST_F(Engines, SaysWhyNeitherCanBeHad) {
+  LoadOptions options;
+  options.onnxruntime_library = folder.path("libonnxruntime.so");
+  options.torch_library = folder.path("libpykd_torch.so");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(options), "one of the two engines",
+               "onnxruntime:", "torchscript:");
+}
+
+TEST_F(Engines, ABadFileIsABadFileWithoutAnEngine) {
+  onnxruntime.onnxruntime_library = folder.path("libonnxruntime.so");
+  folder.write("loss.onnx", "damaged");
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(onnxruntime), "loss.onnx");
+}
+
+// From here on engines are opened.
+
+TEST_F(Engines, FallsBackToTorchScriptWhereTheEngineIsFree) {
+  LoadOptions options;
+  options.onnxruntime_library = folder.path("libonnxruntime.so");
+  options.torch_library = FAKE_TORCH_GOOD;
+  const Loss loss = load(options);
+  EXPECT_EQ(loss.engine(), "torchscript");
+  EXPECT_EQ(loss.engine_version(), "0.fake");
+  EXPECT_EQ(loss.value(inputs()).value("loss"), 7.0);
+}
+
+TEST_F(Engines, NeverFallsBackFromAnExplicitRequest) {
+  onnxruntime.onnxruntime_library = folder.path("libonnxruntime.so");
+  onnxruntime.torch_library = FAKE_TORCH_GOOD;
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(onnxruntime), "libonnxruntime.so");
+}
+
+TEST_F(Engines, NeverFallsBackFromABadFile) {
+  folder.write("loss.onnx", "damaged");
+  LoadOptions options;
+  options.torch_library = FAKE_TORCH_GOOD;
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(options), "loss.onnx");
+}
+
+TEST_F(Engines, RunsTorchScriptThroughItsLibrary) {
+  torchscript.torch_library = FAKE_TORCH_GOOD;
+  const Loss loss = load(torchscript);
+  EXPECT_EQ(loss.value(inputs()).value("error"), 7.0);
+  EXPECT_ERROR(PYKD_ENGINE_FAILURE, loss.value(inputs(), {{"weight", 13.0}}), "dislikes 13");
+  torchscript.torch_library = FAKE_TORCH_OLD;
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "uses already");
+}
+
+TEST_F(Engines, RefusesATorchScriptFileWithoutMetadata) {
+  torchscript.torch_library = FAKE_TORCH_GOOD;
+  folder.write("loss.pt", fake_torchscript(nullptr));
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(torchscript), "loss.pt", "object");
+  folder.write("loss.pt", fake_torchscript(tiny_metadata(true)));
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(torchscript), "kind");
+}
+
+TEST_F(Engines, PrefersOnnxRuntime) {
+  const Loss loss = load({});
+  EXPECT_EQ(loss.engine(), "onnxruntime");
+  EXPECT_EQ(loss.value(inputs()).value("loss"), 0.0);
+}
+
+TEST_F(Engines, UsesOneOnnxRuntimePerProcess) {
+  onnxruntime.onnxruntime_library = FAKE_ONNXRUNTIME;
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(onnxruntime), "uses already", "one ONNX Runtime per process");
+  const char* path = std::getenv("PYKD_ONNXRUNTIME_LIBRARY");
+  if (path == nullptr) return;  // found by the dynamic linker
+  onnxruntime.onnxruntime_library = path;
+  EXPECT_EQ(load(onnxruntime).engine(), "onnxruntime");
+}
+
+}  // namespace
+}  // namespace pykd::tests

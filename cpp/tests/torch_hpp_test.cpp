@@ -1,0 +1,306 @@
+// Tests of pykd/torch.hpp and, through it, of the TorchScript engine: values and gradients against
+// formulas written out by hand, on one loaded loss, with shapes that change from call to call.
+#include "pykd/torch.hpp"
+
+#include <gtest/gtest.h>
+#include <torch/script.h>
+#include <torch/torch.h>
+
+#include <atomic>
+#include <cstdint>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "support.h"
+#include "tiny_model.h"
+
+namespace {
+
+using pykd::tests::expect_words;
+
+// loss = weight · mean over all elements of (student − teacher)², which is also what tiny_model()
+// is.
+constexpr char kCode[] = R"(
+def forward(self, student_logits: Tensor, teacher_logits: Tensor, weight: float) -> Dict[str, Tensor]:
+    s = student_logits
+    t = teacher_logits.detach()
+    if s.dtype != 7:
+        s = s.to(6)
+        t = t.to(6)
+    per_sample = ((s - t) ** 2).mean(1)
+    error = per_sample.mean()
+    return {"loss": error * weight, "error": error, "loss_per_sample": weight * per_sample.detach()}
+)";
+
+std::string metadata() {
+  pykd::tests::json result = pykd::tests::tiny_metadata(true);
+  result["kind"] = "torchscript";
+  for (auto& input : result["inputs"]) input["dtype"] = "float";
+  result["outputs"].insert(result["outputs"].begin() + 2,
+                           pykd::tests::tensor_json("loss_per_sample", {"batch"}));
+  for (auto& output : result["outputs"]) output["dtype"] = "float";
+  return result.dump();
+}
+
+// The bytes of a TorchScript artefact, with the checksum of docs/artefacts.md as the archive's
+// comment.
+std::string artefact(const std::string& code) {
+  torch::jit::Module module("squares");
+  module.define(code);
+  std::ostringstream stream;
+  module.save(stream, {{"pykd.json", metadata()}});
+  std::string bytes = stream.str();
+  bytes[bytes.size() - 2] = 19;  // the length of the comment
+  return bytes + "pykd.crc32=" + pykd::tests::crc_digits(bytes);
+}
+
+pykd::TorchLoss load(const std::string& engine, const std::string& device = "cpu") {
+  const pykd::tests::TemporaryFolder folder;
+  pykd::tests::write_tiny_folder(folder);
+  folder.write("loss.pt", artefact(kCode));
+  pykd::LoadOptions options;
+  options.engine = engine;
+  options.device = device;
+  options.threads = 1;
+  return pykd::TorchLoss::load(folder.path(), options);
+}
+
+// Tests of both engines, and of TorchScript alone.
+class TorchHpp : public testing::TestWithParam<const char*> {
+ protected:
+  pykd::TorchLoss loss = load(GetParam());
+};
+INSTANTIATE_TEST_SUITE_P(Engines, TorchHpp, testing::Values("torchscript", "onnxruntime"),
+                         [](const auto& engine) { return std::string(engine.param); });
+
+class TorchScript : public testing::Test {
+ protected:
+  pykd::TorchLoss loss = load("torchscript");
+};
+
+at::Tensor expected_gradient(const at::Tensor& student, const at::Tensor& teacher, double factor) {
+  return (student.detach().to(at::kDouble) - teacher.to(at::kDouble)) *
+         (2.0 * factor / static_cast<double>(student.numel()));
+}
+
+double largest(const at::Tensor& difference) { return difference.abs().max().item<double>(); }
+
+// The text and status of the Error that `body` throws.
+template <class Body>
+std::string error_of(Body&& body, pykd_status status) {
+  try {
+    body();
+  } catch (const pykd::Error& error) {
+    EXPECT_EQ(error.status(), status) << error.what();
+    return error.what();
+  }
+  ADD_FAILURE() << "expected a pykd::Error, got none";
+  return "";
+}
+
+const std::vector<std::vector<std::int64_t>> kShapes = {{4, 10}, {1, 1},  {7, 3},
+                                                        {4, 10}, {33, 5}, {2, 100}};
+
+void expect_right_gradients(const pykd::TorchLoss& loss, at::ScalarType dtype) {
+  double weight = 0.5;
+  for (const auto& shape : kShapes) {
+    const at::Tensor student = torch::randn(shape, dtype).requires_grad_(true);
+    const at::Tensor teacher = torch::randn(shape, dtype);
+    weight += 0.5;
+    const at::Tensor value =
+        loss({{"student_logits", student}, {"teacher_logits", teacher}}, {{"weight", weight}});
+    ASSERT_EQ(value.dim(), 0);
+    ASSERT_EQ(value.scalar_type(), dtype);
+    ASSERT_TRUE(value.requires_grad());
+    (value * 5.0).backward();  // an upstream gradient of 5
+
+    const double tolerance = dtype == at::kDouble ? 1e-13 : 1e-6;
+    const double truth =
+        weight * (student.detach() - teacher).to(at::kDouble).square().mean().item<double>();
+    EXPECT_NEAR(value.item<double>(), truth, tolerance * (1 + truth));
+    const at::Tensor truth_gradient = expected_gradient(student, teacher, 5.0 * weight);
+    EXPECT_LE(largest(student.grad() - truth_gradient), tolerance * (1 + largest(truth_gradient)));
+  }
+}
+
+TEST_P(TorchHpp, GradientsMatchTheFormulaInEveryCallWhateverTheShapes) {
+  expect_right_gradients(loss, at::kFloat);
+}
+
+TEST_F(TorchScript, GradientsMatchTheFormulaInFloat64) {
+  expect_right_gradients(loss, at::kDouble);
+  expect_right_gradients(loss, at::kFloat);
+}
+
+TEST_P(TorchHpp, GradientsFlowOnThroughTheStudent) {
+  const at::Tensor weights = torch::randn({6, 3}).requires_grad_(true),
+                   inputs = torch::randn({5, 6});
+  const at::Tensor teacher = torch::randn({5, 3});
+  loss({{"student_logits", inputs.mm(weights)}, {"teacher_logits", teacher}}).backward();
+  const at::Tensor truth =
+      inputs.t().to(at::kDouble).mm(expected_gradient(inputs.mm(weights), teacher, 1.5));
+  EXPECT_LE(largest(weights.grad() - truth), 1e-6);
+}
+
+TEST_P(TorchHpp, TheTeacherIsAConstant) {
+  const at::Tensor student = torch::randn({2, 3}).requires_grad_(true);
+  const at::Tensor teacher = torch::randn({2, 3}).requires_grad_(true);
+  loss({{"student_logits", student}, {"teacher_logits", teacher}}).backward();
+  EXPECT_TRUE(student.grad().defined());
+  EXPECT_FALSE(teacher.grad().defined());
+  EXPECT_FALSE(
+      loss({{"student_logits", student.detach()}, {"teacher_logits", teacher}}).requires_grad());
+}
+
+TEST_P(TorchHpp, WithoutGradModeThereIsTheValueAlone) {
+  const at::Tensor student = torch::randn({2, 3}).requires_grad_(true),
+                   teacher = torch::randn({2, 3});
+  {
+    const at::NoGradGuard no_grad;
+    EXPECT_FALSE(loss({{"student_logits", student}, {"teacher_logits", teacher}}).requires_grad());
+  }
+  const c10::InferenceMode inference;
+  const at::Tensor value =
+      loss({{"student_logits", torch::zeros({2, 3})}, {"teacher_logits", torch::ones({2, 3})}});
+  EXPECT_FLOAT_EQ(value.item<float>(), 1.5f);
+  const auto result = loss.value_and_gradient(
+      {{"student_logits", torch::zeros({2, 3})}, {"teacher_logits", torch::ones({2, 3})}});
+  EXPECT_LE(largest(result.at("grad_student_logits") + 0.5), 1e-7);
+}
+
+TEST_P(TorchHpp, TermsAreDetachedAndTheLossIsNot) {
+  const at::Tensor student = torch::randn({4, 3}).requires_grad_(true),
+                   teacher = torch::randn({4, 3});
+  const pykd::TorchTensors terms =
+      loss.terms({{"student_logits", student}, {"teacher_logits", teacher}});
+  ASSERT_EQ(terms.size(), 3u);
+  EXPECT_TRUE(terms.at("loss").requires_grad());
+  EXPECT_FALSE(terms.at("error").requires_grad());
+  const at::Tensor per_sample = (student.detach() - teacher).square().mean(1);
+  EXPECT_LE(largest(terms.at("loss_per_sample") - 1.5 * per_sample), 1e-6);
+  terms.at("loss").backward();
+  EXPECT_LE(largest(student.grad() - expected_gradient(student, teacher, 1.5)), 1e-6);
+}
+
+TEST_P(TorchHpp, ValueAndGradientIsDetached) {
+  const at::Tensor student = torch::randn({4, 3}).requires_grad_(true),
+                   teacher = torch::randn({4, 3});
+  const auto result = loss.value_and_gradient(
+      {{"student_logits", student}, {"teacher_logits", teacher}}, {{"grad_scale", 8.0}});
+  for (const auto& entry : result) EXPECT_FALSE(entry.second.requires_grad()) << entry.first;
+  EXPECT_LE(largest(result.at("grad_student_logits") - expected_gradient(student, teacher, 12.0)),
+            1e-5);
+}
+
+TEST_F(TorchScript, HalfPrecisionKeepsItsDtypeAndLossScalingWorks) {
+  for (const at::ScalarType dtype : {at::kHalf, at::kBFloat16}) {
+    const at::Tensor student = (torch::randn({64, 64}) * 1e-3).to(dtype).requires_grad_(true);
+    const at::Tensor teacher = torch::zeros({64, 64}, dtype);
+    const at::Tensor value =
+        loss({{"student_logits", student}, {"teacher_logits", teacher}}, {{"grad_scale", 65536.0}});
+    EXPECT_EQ(value.scalar_type(), at::kFloat);
+    value.backward();
+    EXPECT_EQ(student.grad().scalar_type(), dtype);
+    const at::Tensor truth = expected_gradient(student, teacher, 1.5 * 65536.0);
+    EXPECT_LE(largest(student.grad() - truth),
+              0.005 * largest(truth));  // underflows without scaling
+  }
+}
+
+TEST_P(TorchHpp, BackwardTwiceAddsUp) {
+  const at::Tensor student = torch::randn({3, 2}).requires_grad_(true),
+                   teacher = torch::randn({3, 2});
+  const at::Tensor value = loss({{"student_logits", student}, {"teacher_logits", teacher}});
+  value.backward({}, /*retain_graph=*/true);
+  value.backward({}, /*retain_graph=*/true);
+  loss({{"student_logits", student}, {"teacher_logits", teacher}}).backward();
+  EXPECT_LE(largest(student.grad() - expected_gradient(student, teacher, 4.5)), 1e-6);
+}
+
+TEST_P(TorchHpp, DoubleBackwardIsAClearError) {
+  const at::Tensor student = torch::randn({3, 2}).requires_grad_(true);
+  const at::Tensor value =
+      loss({{"student_logits", student}, {"teacher_logits", torch::randn({3, 2})}});
+  try {
+    torch::autograd::grad(torch::autograd::variable_list{value}, {student}, {}, true,
+                          /*create_graph=*/true);
+    FAIL() << "expected an exception";
+  } catch (const std::exception& error) {
+    EXPECT_NE(std::string(error.what()).find("first derivatives only"), std::string::npos)
+        << error.what();
+  }
+}
+
+TEST_P(TorchHpp, ErrorsSayWhatToDo) {
+  const at::Tensor good = torch::randn({3, 4});
+  const auto call = [&](const at::Tensor& student) {
+    return [&, student] { loss({{"student_logits", student}, {"teacher_logits", good}}); };
+  };
+  expect_words(error_of(call(torch::randn({4, 3}).t()), PYKD_INVALID_VALUE), {".contiguous()"});
+  expect_words(error_of(call(at::Tensor()), PYKD_INVALID_VALUE), {"undefined"});
+  expect_words(error_of(call(good.to(at::kInt)), PYKD_INVALID_TYPE), {"Int"});
+  expect_words(error_of(call(good.to_sparse()), PYKD_INVALID_TYPE), {"sparse"});
+  expect_words(error_of(call(good.to("meta")), PYKD_INVALID_TYPE), {"meta"});
+  expect_words(error_of(call(good.to(at::kDouble)), PYKD_INVALID_TYPE), {"float64"});
+  expect_words(error_of(call(torch::randn({2, 4})), PYKD_INVALID_VALUE), {"batch"});
+  expect_words(error_of(
+                   [&] {
+                     loss({{"student_logits", good}});
+                   },
+                   PYKD_INVALID_VALUE),
+               {"teacher_logits"});
+  if (!torch::cuda::is_available()) {
+    expect_words(error_of([] { load("torchscript", "cuda"); }, PYKD_UNAVAILABLE),
+                 {"cuda:0", "CUDA", "cpu"});
+  }
+}
+
+TEST_F(TorchScript, ALossThatIgnoresItsInputIsAnErrorAndNotZeros) {
+  std::string code = kCode;
+  code.replace(code.find("s = student_logits"), 18, "s = student_logits.detach()");
+  const std::string bytes = artefact(code);
+  const pykd::Loss broken = pykd::Loss::load_bytes(bytes.data(), bytes.size());
+  const std::vector<float> zeros(6);
+  const pykd::Tensors tensors = {{"student_logits", pykd::view(zeros, {2, 3})},
+                                 {"teacher_logits", pykd::view(zeros, {2, 3})}};
+  EXPECT_EQ(broken.value(tensors).value("loss"), 0.0);
+  expect_words(error_of([&] { broken.value_and_gradient(tensors); }, PYKD_INTERNAL),
+               {"student_logits"});
+}
+
+TEST_P(TorchHpp, ManyThreadsShareOneLoss) {
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (int thread = 0; thread < 6; ++thread) {
+    threads.emplace_back([&, thread] {
+      for (int call = 0; call < 50; ++call) {
+        const at::Tensor student =
+            torch::randn({1 + (thread + call) % 5, 1 + call % 7}).requires_grad_(true);
+        const at::Tensor teacher = torch::randn_like(student);
+        loss({{"student_logits", student}, {"teacher_logits", teacher}}, {{"weight", 1.0 + thread}})
+            .backward();
+        const at::Tensor truth = expected_gradient(student, teacher, 1.0 + thread);
+        if (largest(student.grad() - truth) > 1e-5) ++wrong;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
+}
+
+TEST_F(TorchScript, Cuda) {
+  if (!torch::cuda::is_available()) GTEST_SKIP() << "no CUDA device";
+  const pykd::TorchLoss on_gpu = load("torchscript", "cuda");
+  for (const auto& shape : kShapes) {
+    const at::Tensor student = torch::randn(shape, at::kCUDA).requires_grad_(true);
+    const at::Tensor teacher = torch::randn(shape, at::kCUDA);
+    const at::Tensor value = on_gpu({{"student_logits", student}, {"teacher_logits", teacher}});
+    EXPECT_TRUE(value.is_cuda());
+    (value * 2.0).backward();
+    EXPECT_LE(largest(student.grad() - expected_gradient(student, teacher, 3.0)), 1e-5);
+  }
+}
+
+}  // namespace
