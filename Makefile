@@ -50,6 +50,10 @@ demo: OPTIONS += -DPYKD_EXAMPLES=ON
 demo: build ## train teacher and students on the digits, in Python and C++, and check every number
 	$(PY) -m pykd demo
 
+.PHONY: readme
+readme: tested-build $(VECTORS) ## renew the generated parts of README.md
+	$(PY) scripts/readme
+
 .PHONY: bench
 bench: build ## the side-by-side comparisons
 	$(PY) -m benchmarks
@@ -69,7 +73,7 @@ test: ## every test: C++, with sanitizers, Python, installed package, machines w
 	@scripts/timed "Python tests"        $(PY) -m pytest -n $(LOGICAL)
 
 .PHONY: test-fast
-test-fast: tested-build ctest ## the inner loop: C++ tests, and Python tests that are not slow
+test-fast: ctest ## the inner loop: C++ tests, and Python tests that are not slow
 	$(PY) -m pytest -n 2 -m "not slow"
 
 .PHONY: tested-build ctest sanitizers asan tsan
@@ -80,18 +84,18 @@ $(VECTORS): $(INSTALLED) $(shell find pykd export tests/make_vectors.py -name '*
 	$(PY) -m tests.make_vectors build/vectors
 	@touch $@
 
-ctest: $(VECTORS)
+ctest: tested-build $(VECTORS)
 	$(FACTS) $(CTEST) --test-dir $(BUILD)
 
 sanitizers: asan tsan
 asan: $(VECTORS)
 	cmake --preset asan -DPYKD_TEST_ONNXRUNTIME=$(RUNTIME) -DPYKD_WERROR=$(WERROR) >build/configure-asan.log 2>&1 || { cat build/configure-asan.log; exit 1; }
 	cmake --build --preset asan
-	$(FACTS) $(CTEST) --test-dir build/asan
+	$(FACTS) $(CTEST) --preset asan
 tsan: $(VECTORS)
 	cmake --preset tsan -DPYKD_TEST_ONNXRUNTIME=$(RUNTIME) -DPYKD_WERROR=$(WERROR) >build/configure-tsan.log 2>&1 || { cat build/configure-tsan.log; exit 1; }
 	cmake --build --preset tsan
-	$(FACTS) $(CTEST) --test-dir build/tsan
+	$(FACTS) $(CTEST) --preset tsan
 
 # ---- Form -------------------------------------------------------------------------------------
 $(LINTERS): $(INSTALLED)

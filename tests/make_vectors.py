@@ -73,7 +73,7 @@ def stamp() -> str:
     sources = sorted(
         {
             *(package / f"{name}.py" for name in definition),
-            *(package / "losses").glob("*.py"),
+            *(package / "losses").glob("[!_]*.py"),
             *Path(metadata.__file__).parent.glob("*.py"),
             here / "make_vectors.py",
             here / "conftest.py",

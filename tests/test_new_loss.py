@@ -13,7 +13,7 @@ import pykd.losses
 
 # The file a newcomer copies, as it stands, under a name of its own.
 TEMPLATE = Path(pykd.losses.__path__[0]) / "_template.py"
-NEW_LOSS = TEMPLATE.read_text().replace("template", "logit_mse").replace("Template", "LogitMSE")
+NEW_LOSS = TEMPLATE.read_text().replace("template", "probability_distance").replace("Template", "ProbabilityDistance")
 
 # The package path of the losses gains a folder; the rest is the ordinary test suite and command line.
 PLUGIN = """
@@ -34,7 +34,7 @@ def test_one_file_is_enough(tmp_path):
     losses, plugins = tmp_path / "losses", tmp_path / "plugins"
     losses.mkdir()
     plugins.mkdir()
-    (losses / "logit_mse.py").write_text(NEW_LOSS)
+    (losses / "probability_distance.py").write_text(NEW_LOSS)
     (plugins / "new_loss_plugin.py").write_text(PLUGIN.format(folder=str(losses)))
 
     ran = run(
@@ -45,7 +45,7 @@ def test_one_file_is_enough(tmp_path):
             "new_loss_plugin",
             "-q",
             "-k",
-            "logit_mse",
+            "probability_distance",
             "tests/test_every_loss.py",
             "tests/test_engines.py",
         ],
@@ -55,21 +55,25 @@ def test_one_file_is_enough(tmp_path):
     passed = int(ran.stdout.split(" passed")[0].split()[-1])
     assert passed > 40, f"the new loss reached only {passed} tests\n{ran.stdout}"
 
-    broken = NEW_LOSS.replace("/ temperature) ** 2)", "/ temperature))")
+    broken = NEW_LOSS.replace("((q - p) ** 2)", "abs(q - p)")
     assert broken != NEW_LOSS
-    (losses / "logit_mse.py").write_text(broken)
-    ran = run(["-m", "pytest", "-p", "new_loss_plugin", "-q", "-k", "logit_mse", "tests/test_every_loss.py"], plugins)
+    (losses / "probability_distance.py").write_text(broken)
+    ran = run(
+        ["-m", "pytest", "-p", "new_loss_plugin", "-q", "-k", "probability_distance", "tests/test_every_loss.py"],
+        plugins,
+    )
     assert ran.returncode == 1 and "test_value_matches_the_reference" in ran.stdout
 
-    (losses / "logit_mse.py").write_text(NEW_LOSS)
+    (losses / "probability_distance.py").write_text(NEW_LOSS)
     code = "import new_loss_plugin, sys; from pykd.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    assert "LogitMSE" in run(["-c", code, "list"], plugins).stdout
-    assert "| `logit_mse` | `LogitMSE` |" in run(["-c", code, "table"], plugins).stdout
+    assert "ProbabilityDistance" in run(["-c", code, "list"], plugins).stdout
+    assert "| `probability_distance` | `ProbabilityDistance` |" in run(["-c", code, "table"], plugins).stdout
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('loss = "logit_mse"\nsettings = {temperature = 3.0}\n')
+    recipe.write_text('loss = "probability_distance"\nsettings = {temperature = 2.0}\n')
     ran = run(["-c", code, "export", "--recipe", str(recipe), "--out", str(tmp_path / "out")], plugins)
     assert ran.returncode == 0, ran.stderr
     loss = pykd.load(str(tmp_path / "out"))  # this process does not know the loss: the file is enough
-    got = loss.value_and_gradient(student_logits=np.float32([[3.0, 0.0]]), teacher_logits=np.float32([[0.0, 0.0]]))
-    assert got["loss"] == pytest.approx(0.5)
-    np.testing.assert_allclose(got["grad_student_logits"], [[1 / 3, 0.0]], rtol=1e-6)
+    student, teacher = np.float32([[0.0, 2 * np.log(3)]]), np.float32([[0.0, 0.0]])  # probabilities ¼, ¾ and ½, ½
+    got = loss.value_and_gradient(student_logits=student, teacher_logits=teacher)
+    assert got["loss"] == pytest.approx(0.125)
+    np.testing.assert_allclose(got["grad_student_logits"], [[-3 / 32, 3 / 32]], rtol=1e-5)

@@ -5,10 +5,11 @@ Then: ``pytest -k <name>`` runs every check, ``pykd table --write README.md`` re
 """
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pykd import ops
-from pykd.reference import reduce_samples
+from pykd.reference import log_softmax, reduce_samples
 from pykd.registry import Case, Loss, Scalar, Spec, register
 
 
@@ -23,21 +24,22 @@ def template(
     temperature: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Mean squared difference of softened logits; see :class:`Template`."""
-    difference = (ops.upcast(student_logits) - ops.upcast(teacher_logits.detach())) / temperature
-    values = (difference * difference).mean(dim=-1)
+    """Squared difference of softened probabilities; see :class:`Template`."""
+    q = torch.softmax(ops.upcast(student_logits) / temperature, dim=-1)
+    p = torch.softmax(ops.upcast(teacher_logits.detach()) / temperature, dim=-1)
+    values = ((q - p) * (q - p)).sum(dim=-1)
     return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
 
 
 # 2. The module: settings, and a docstring from which a reader could implement the loss.
 @register("template")
 class Template(Loss):
-    r"""Mean squared difference of the logits, divided by the temperature.
+    r"""Squared distance between the student's and the teacher's softened class probabilities.
 
-    .. math:: \ell_b = \frac1C \sum_c \left(\frac{s_{bc} - t_{bc}}{T}\right)^2
+    .. math:: \ell_b = \sum_c (q_{bc} - p_{bc})^2, \quad p = \mathrm{softmax}(t/T), \; q = \mathrm{softmax}(s/T)
 
     Args:
-        temperature: T > 0.
+        temperature: T > 0; larger is softer.
         reduction: ``"mean"``: Σ w·ℓ / Σ w with w = ``sample_weight`` or 1; ``"sum"``; ``"none"``: ``(batch,)``.
 
     Inputs:
@@ -46,19 +48,20 @@ class Template(Loss):
         sample_weight: optional ``(batch,)``, at least 0; constant.
 
     Returns:
-        At least 0, no unit; 0 when the logits are equal; a scalar unless ``reduction="none"``.
+        Between 0 and 2, no unit; 0 when the logits are equal; a scalar unless ``reduction="none"``.
 
     Raises:
         ValueError: for a temperature that is not positive, shapes that do not fit, an empty batch.
 
-    Who differs: say here which libraries mean another number by the same name.
+    Who differs: KD_Lib averages over the classes, too, and multiplies by T². (Say here which libraries mean
+    another number by the same name.)
 
     Example:
-        >>> Template(temperature=2.0)(torch.tensor([[0.0, 4.0]]), torch.tensor([[0.0, 0.0]]))
-        tensor(2.)
+        >>> Template(temperature=2.0)(torch.tensor([[0.0, 2.1972]]), torch.tensor([[0.0, 0.0]]))
+        tensor(0.1250)
 
     References:
-        Ba, Caruana: Do Deep Nets Really Need to be Deep?, 2014, arXiv:1312.6184.
+        Brier: Verification of Forecasts Expressed in Terms of Probability, Monthly Weather Review, 1950.
     """
 
     # 3. The tensors in the order of forward(), with named axes; scalars that may change in every call;
@@ -73,7 +76,7 @@ class Template(Loss):
         Case(),
         Case({"temperature": 2.0, "reduction": "sum"}, optional=("sample_weight",)),
     )
-    paper = "Ba, Caruana 2014, arXiv:1312.6184"
+    paper = "Brier 1950"
 
     def __init__(self, temperature: float = 1.0, reduction: str = "mean"):
         super().__init__(reduction, temperature=temperature)
@@ -96,6 +99,9 @@ class Template(Loss):
     # 5. The judge: NumPy float64, written from the paper, one sample at a time, to be obvious.
     @staticmethod
     def reference(student_logits, teacher_logits, sample_weight=None, temperature=1.0, reduction="mean"):
-        values = [np.mean(((s - t) / temperature) ** 2) for s, t in zip(student_logits, teacher_logits, strict=True)]
+        values = []
+        for s, t in zip(student_logits, teacher_logits, strict=True):
+            q, p = np.exp(log_softmax(s / temperature)), np.exp(log_softmax(t / temperature))
+            values.append(((q - p) ** 2).sum())
         weights = np.ones(len(values)) if sample_weight is None else sample_weight
         return reduce_samples(values, weights, reduction)
