@@ -166,7 +166,7 @@ class Composition(nn.Module):
         return {
             name: checks.resolve(name, tensors[name], layouts).axes
             for name, layouts in self.layouts_.items()
-            if name in tensors and (len(layouts) > 1 or checks.resolve(name, tensors[name], layouts))
+            if name in tensors
         }
 
     def graph(

@@ -9,7 +9,7 @@ It imports neither torch nor the extension.
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pykd
@@ -65,7 +65,7 @@ def onnxruntime_library() -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what was asked for, in the order asked; returns the exit code."""
-    answers = {
+    answers: dict[str, tuple[str, Callable[[], str]]] = {
         "--cmake-dir": ("the folder of pykdConfig.cmake, for CMake's pykd_DIR", lambda: str(cmake_dir())),
         "--includedir": ("the folder of the headers", lambda: str(includedir())),
         "--libdir": ("the folder of the libraries", lambda: str(libdir())),

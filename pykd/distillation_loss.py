@@ -117,7 +117,7 @@ class DistillationLoss(Composition):
             settings: dict[str, Any] = {"spatial_avg": spatial_avg}
             aux = tuple(
                 Part(
-                    cls(spatial_avg=spatial_avg),
+                    cls(**settings),
                     inputs={name: f"{name}_{i}" for name in ("student_features", "teacher_features")},
                     axes={axis: f"{axis}_{i}" for axis in ("tokens", "channels")} if len(indices) > 1 else {},
                 )
