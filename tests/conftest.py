@@ -12,6 +12,8 @@ import pykd
 from pykd import registry
 from pykd.composition import Composition, LossGraph, as_composition
 
+torch.set_num_threads(1)  # small tensors, and one process per core beside this one
+
 
 @dataclass(frozen=True)
 class Subject:
