@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pykd import checks, ops
+from pykd.kernel import Point
 from pykd.registry import Loss, Scalar, Spec, example_sizes
 from pykd.registry import draw as draw_tensor
 
@@ -83,6 +84,7 @@ class LossGraph(fx.GraphModule):
 
     if TYPE_CHECKING:  # an annotation that TorchScript sees would be compiled
         signature: "GraphSignature"
+        kernel_point: Point | None  # of a graph built with fused=True that has something to fuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +177,7 @@ class Composition(nn.Module):
         optional_inputs: Iterable[str] = (),
         per_sample: bool = False,
         check: bool = True,
+        fused: bool = False,
     ) -> LossGraph:
         """The loss graph for these layouts and optional inputs.
 
@@ -184,11 +187,13 @@ class Composition(nn.Module):
             optional_inputs: which of the optional inputs the graph takes.
             per_sample: whether vectors per sample are among the outputs.
             check: whether the graph checks its inputs' axes.
+            fused: whether losses that have a kernel go through the graph's ``kernel_point``; such a graph runs
+                inside :func:`pykd.kernel.value_and_gradient` alone.
         """
         specs = self.choose(layouts or {}, optional_inputs)
-        key = (tuple(specs.items()), per_sample, check)
+        key = (tuple(specs.items()), per_sample, check, fused)
         if key not in self._graphs:
-            self._graphs[key] = _build(self, specs, per_sample, check)
+            self._graphs[key] = _build(self, specs, per_sample, check, fused)
         return self._graphs[key]
 
     def choose(self, layouts: Mapping[str, str], optional_inputs: Iterable[str]) -> dict[str, Spec]:
@@ -462,9 +467,22 @@ def unfold(x: Tensor, like: Tensor) -> Tensor:
     return x.reshape(like.size(0), like.size(1))
 
 
-def _build(composition: Composition, specs: dict[str, Spec], per_sample: bool, check: bool) -> LossGraph:
+class _Fused(nn.Module):
+    """One loss by its kernel, as a module of a graph."""
+
+    def __init__(self, loss: Loss, point: Point) -> None:
+        super().__init__()
+        self.loss = loss
+        self.point = point
+
+    def forward(self, **arguments: Any) -> Tensor:
+        return self.loss.fused(self.point, **arguments)
+
+
+def _build(composition: Composition, specs: dict[str, Spec], per_sample: bool, check: bool, fused: bool) -> LossGraph:
     graph = fx.Graph()
     modules: dict[str, nn.Module] = {}
+    point = Point()
     nodes = {name: graph.placeholder(name, type_expr=Tensor) for name in specs}
     numbers = {
         name: graph.placeholder(name, type_expr=float, default_value=parameter.default)
@@ -491,6 +509,8 @@ def _build(composition: Composition, specs: dict[str, Spec], per_sample: bool, c
             path = f"{term.name}_{i}" + ("_per_sample" if reduction else "")
             modules[path] = part.loss.with_settings(**({"reduction": reduction} if reduction else {}))
             modules[path].checks_inputs = False  # type: ignore[assignment]
+            if fused and part.loss.has_kernel():
+                modules[path] = _Fused(modules[path], point)  # type: ignore[arg-type]
             kwargs: dict[str, Any] = {
                 n: rows[part.graph_input(n)] for n in part.loss.inputs if part.graph_input(n) in specs
             }
@@ -532,6 +552,7 @@ def _build(composition: Composition, specs: dict[str, Spec], per_sample: bool, c
         axes_of |= dict.fromkeys(vectors, ("batch", STUDENTS) if composition.students else ("batch",))
     graph.output(outputs, type_expr=dict[str, Tensor])
     made = LossGraph(modules, graph, class_name="LossGraph")
+    made.kernel_point = point if any(isinstance(module, _Fused) for module in modules.values()) else None
     made.signature = GraphSignature(
         inputs=specs,
         parameters=dict(composition.parameters_),

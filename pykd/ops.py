@@ -28,11 +28,12 @@ def normalize(x: Tensor, dim: list[int], tiny: float = 1e-24) -> Tensor:
 
 
 def product_or_zero(weight: Tensor, x: Tensor) -> Tensor:
-    """``weight * x``, and 0 where the weight is 0 even if ``x`` is infinite (0 · log 0 = 0).
+    """``weight * x``, and 0 where the weight is 0 even if ``x`` is infinite or NaN (0 · log 0 = 0).
 
-    The gradient with respect to ``x`` is ``weight``, everywhere.
+    The gradient with respect to ``x`` is ``weight``, everywhere; with respect to ``weight`` it is ``x``, and 0 where
+    the weight is 0.
     """
-    return torch.where(weight == 0, torch.zeros_like(x), weight * x)
+    return weight * torch.where(weight == 0, torch.zeros_like(x), x)
 
 
 def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
@@ -80,14 +81,6 @@ def pool_tokens(features: Tensor, spatial_avg: str | None) -> Tensor:
     if spatial_avg is not None:  # "mean" is the only choice, see check_spatial_avg
         return features.mean(dim=1, keepdim=True)
     return features
-
-
-def normalized_pair(student: Tensor, teacher: Tensor, spatial_avg: str | None) -> tuple[Tensor, Tensor]:
-    """Both sides pooled and normalised along their channels; the teacher's as a constant."""
-    return (
-        normalize(pool_tokens(student, spatial_avg), dim=[-1]),
-        normalize(pool_tokens(teacher.detach(), spatial_avg), dim=[-1]),
-    )
 
 
 def check_spatial_avg(spatial_avg: str | None) -> str | None:

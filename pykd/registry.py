@@ -138,6 +138,15 @@ class Loss(nn.Module):
             checks.check_call(self, inspect.signature(self.forward).bind(*args, **kwargs).arguments)
         return super().__call__(*args, **kwargs)
 
+    def fused(self, kernel: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The same as ``forward``, with a fused kernel in the middle; see :mod:`pykd.kernel`. Losses without one have none."""
+        raise NotImplementedError
+
+    @classmethod
+    def has_kernel(cls) -> bool:
+        """Whether a fused kernel computes this loss."""
+        return cls.fused is not Loss.fused
+
     @staticmethod
     def reference(**inputs: Any) -> Any:
         """The same in NumPy float64, written from the paper, to be obvious."""

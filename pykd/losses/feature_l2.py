@@ -3,9 +3,9 @@
 import numpy as np
 from torch import Tensor
 
-from pykd import ops
+from pykd.losses._feature_distance import FeatureDistance, feature_distance
 from pykd.reference import reduce_samples, unit
-from pykd.registry import Case, Loss, Spec, register
+from pykd.registry import register
 
 
 def feature_l2(
@@ -16,14 +16,11 @@ def feature_l2(
     reduction: str = "mean",
 ) -> Tensor:
     """Sum over channels of (x̂ − ŷ)², mean over tokens; see :class:`FeatureL2`."""
-    student, teacher = ops.normalized_pair(student_features, teacher_features, spatial_avg)
-    difference = student - teacher
-    values = (difference * difference).sum(dim=-1).mean(dim=-1)
-    return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
+    return feature_distance(student_features, teacher_features, sample_weight, spatial_avg, "l2", reduction)
 
 
 @register("feature_l2")
-class FeatureL2(Loss):
+class FeatureL2(FeatureDistance):
     r"""Squared L2 distance between the student's and the teacher's features, each normalised along its channels.
 
     .. math:: \ell_b = \frac1N \sum_n \sum_c \left( \frac{x_{bnc}}{\lVert x_{bn}\rVert_2}
@@ -59,31 +56,12 @@ class FeatureL2(Loss):
         Model, ICCVW 2019; Romero et al.: FitNets, 2015, arXiv:1412.6550 (comparing features as such).
     """
 
-    inputs = {
-        "student_features": Spec("batch tokens channels", grad=True),
-        "teacher_features": Spec("batch tokens channels"),
-        "sample_weight": Spec("batch", optional=True, draw="weights"),
-    }
-    cases = (
-        Case(),
-        Case({"spatial_avg": "mean"}),
-        Case({"reduction": "sum"}, optional=("sample_weight",)),
-    )
-    paper = "Wang et al. ICCVW 2019"
-
-    spatial_avg: str | None  # TorchScript must know that it may be either
-
-    def __init__(self, spatial_avg: str | None = None, reduction: str = "mean"):
-        super().__init__(reduction)
-        self.spatial_avg = ops.check_spatial_avg(spatial_avg)
+    kernel_power = "l2"
 
     def forward(
         self, student_features: Tensor, teacher_features: Tensor, sample_weight: Tensor | None = None
     ) -> Tensor:
         return feature_l2(student_features, teacher_features, sample_weight, self.spatial_avg, self.reduction)
-
-    def zero_when_equal(self) -> bool:
-        return True
 
     @staticmethod
     def reference(student_features, teacher_features, sample_weight=None, spatial_avg=None, reduction="mean"):

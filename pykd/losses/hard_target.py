@@ -5,8 +5,33 @@ import torch
 from torch import Tensor
 
 from pykd import ops
+from pykd.kernel import KernelPoint
+from pykd.losses.soft_target import KERNEL
 from pykd.reference import log_softmax, reduce_samples
 from pykd.registry import Case, Loss, Spec, register
+
+
+def hard_target_rows(student: Tensor, labels: Tensor) -> Tensor:
+    """One value per row for class indices, NaN where one is out of range; see :class:`HardTarget`."""
+    log_q = torch.log_softmax(ops.upcast(student), dim=-1)
+    valid = (labels >= 0) & (labels < log_q.size(-1))
+    index = torch.where(valid, labels, torch.zeros_like(labels))
+    # The axis counted from the front: the onnx package's reference evaluator does not gather along -1.
+    picked = -torch.gather(log_q, log_q.dim() - 1, index.unsqueeze(-1)).squeeze(-1)
+    # A label out of range must not pass for class 0: the loss becomes NaN.
+    return torch.where(valid, picked, torch.full_like(picked, float("nan")))
+
+
+def hard_target_rows_of_probabilities(student: Tensor, label_probs: Tensor) -> Tensor:
+    """One value per row for class probabilities."""
+    log_q = torch.log_softmax(ops.upcast(student), dim=-1)
+    return -ops.product_or_zero(ops.upcast(label_probs.detach()), log_q).sum(dim=-1)
+
+
+def _kept_weight(labels: Tensor, sample_weight: Tensor | None, ignore_index: int, like: Tensor) -> Tensor:
+    """1 or the sample's weight; 0 where the label is ``ignore_index``."""
+    kept = torch.ones_like(like).masked_fill(labels == ignore_index, 0.0)
+    return ops.weigh(kept, ops.optional_weight(sample_weight))
 
 
 def hard_target(
@@ -17,20 +42,11 @@ def hard_target(
     reduction: str = "mean",
 ) -> Tensor:
     """Cross-entropy against class indices or class probabilities; see :class:`HardTarget`."""
-    labels = labels.detach()
-    log_q = torch.log_softmax(ops.upcast(student_logits), dim=-1)
-    weight = ops.optional_weight(sample_weight)
-    if labels.dim() == log_q.dim():
-        return ops.reduce(-ops.product_or_zero(ops.upcast(labels), log_q).sum(dim=-1), weight, reduction)
-    ignored = labels == ignore_index
-    valid = (labels >= 0) & (labels < log_q.size(-1))
-    index = torch.where(valid, labels, torch.zeros_like(labels))
-    # The axis counted from the front: the onnx package's reference evaluator does not gather along -1.
-    picked = -torch.gather(log_q, log_q.dim() - 1, index.unsqueeze(-1)).squeeze(-1)
-    # A label out of range must not pass for class 0: the loss becomes NaN.
-    values = torch.where(valid | ignored, picked, torch.full_like(picked, float("nan")))
-    kept = torch.ones_like(picked).masked_fill(ignored, 0.0)
-    return ops.reduce(values, ops.weigh(kept, weight), reduction)
+    if labels.dim() == student_logits.dim():
+        values = hard_target_rows_of_probabilities(student_logits, labels)
+        return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
+    values = hard_target_rows(student_logits, labels)
+    return ops.reduce(values, _kept_weight(labels, sample_weight, ignore_index, values), reduction)
 
 
 @register("hard_target")
@@ -97,6 +113,18 @@ class HardTarget(Loss):
 
     def forward(self, student_logits: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         return hard_target(student_logits, labels, sample_weight, self.ignore_index, self.reduction)
+
+    def fused(
+        self, kernel: KernelPoint, student_logits: Tensor, labels: Tensor, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        if labels.dim() == student_logits.dim():
+            tensors = {"student": student_logits, "label_probs": labels}
+            values = kernel(KERNEL, "hard", hard_target_rows_of_probabilities, tensors, {}, weight="hard_weight")
+            return ops.reduce(values, ops.optional_weight(sample_weight), self.reduction)
+        tensors = {"student": student_logits, "labels": labels}
+        values = kernel(KERNEL, "hard", hard_target_rows, tensors, {}, weight="hard_weight")
+        weight = _kept_weight(labels, sample_weight, self.ignore_index, values)
+        return ops.reduce(values, weight, self.reduction)
 
     @staticmethod
     def reference(student_logits, labels, sample_weight=None, ignore_index=-100, reduction="mean"):

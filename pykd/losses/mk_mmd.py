@@ -5,8 +5,20 @@ import torch
 from torch import Tensor
 
 from pykd import ops
+from pykd.kernel import Argument, Kernel, KernelPoint
 from pykd.reference import unit
 from pykd.registry import Case, Loss, Spec, register
+
+KERNEL = Kernel(
+    "mk_mmd",
+    inputs={
+        "student": Argument("batch features"),
+        "teacher": Argument("batch features"),
+        "weight": Argument("", "float32"),
+    },
+    outputs={"value": Argument("", "float32"), "grad_student": Argument("batch features")},
+    attributes={"bandwidth": "joint"},
+)
 
 
 def _kernel(squared_distances: Tensor, bandwidth: Tensor, tiny: float = 1e-20) -> Tensor:
@@ -21,21 +33,13 @@ def _kernel(squared_distances: Tensor, bandwidth: Tensor, tiny: float = 1e-20) -
     return total
 
 
-def mk_mmd(
-    student_features: Tensor,
-    teacher_features: Tensor,
-    spatial_avg: str | None = None,
-    bandwidth: str = "joint",
-) -> Tensor:
-    """Squared discrepancy with five Gaussian kernels; see :class:`MKMMD`."""
-    student, teacher = ops.normalized_pair(student_features, teacher_features, spatial_avg)
-    x = ops.normalize(student, dim=[1, 2])
-    y = ops.normalize(teacher, dim=[1, 2])
-    n = x.size(0)
+def mk_mmd_of_samples(student: Tensor, teacher: Tensor, bandwidth: str) -> Tensor:
+    """MMD² of two matrices whose rows are the samples."""
+    n = student.size(0)
     # Distances do not change when everything is moved; near the centre their expansion loses fewer digits.
-    center = (x.detach() + y).mean(dim=0, keepdim=True) / 2
-    x = (x - center).flatten(1)
-    y = (y - center).flatten(1)
+    center = (student.detach() + teacher.detach()).mean(dim=0, keepdim=True) / 2
+    x = student - center
+    y = teacher.detach() - center
     apart = ops.distinct_pairs(x)
     xx = ops.squared_distances(x, x) * apart
     yy = ops.squared_distances(y, y) * apart
@@ -51,6 +55,23 @@ def mk_mmd(
         width_yy = joint
         width_xy = joint
     return _kernel(xx, width_xx).mean() + _kernel(yy, width_yy).mean() - 2 * _kernel(xy, width_xy).mean()
+
+
+def _samples(features: Tensor, spatial_avg: str | None) -> Tensor:
+    """One unit vector per batch row: normalised tokens, flattened, normalised again."""
+    tokens = ops.normalize(ops.pool_tokens(features, spatial_avg), dim=[-1])
+    return ops.normalize(tokens, dim=[1, 2]).flatten(1)
+
+
+def mk_mmd(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    spatial_avg: str | None = None,
+    bandwidth: str = "joint",
+) -> Tensor:
+    """Squared discrepancy with five Gaussian kernels; see :class:`MKMMD`."""
+    student = _samples(student_features, spatial_avg)
+    return mk_mmd_of_samples(student, _samples(teacher_features.detach(), spatial_avg), bandwidth)
 
 
 @register("mk_mmd")
@@ -128,6 +149,13 @@ class MKMMD(Loss):
     def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
         return mk_mmd(student_features, teacher_features, self.spatial_avg, self.bandwidth)
 
+    def fused(self, kernel: KernelPoint, student_features: Tensor, teacher_features: Tensor) -> Tensor:
+        tensors = {
+            "student": _samples(student_features, self.spatial_avg),
+            "teacher": _samples(teacher_features.detach(), self.spatial_avg),
+        }
+        return kernel(KERNEL, "value", mk_mmd_of_samples, tensors, {"bandwidth": self.bandwidth}, weight="weight")
+
     def zero_when_equal(self) -> bool:
         return self.bandwidth == "joint"
 
@@ -136,7 +164,7 @@ class MKMMD(Loss):
         student_features, teacher_features, spatial_avg=None, bandwidth="joint", reduction="mean", widths=None
     ):
         """Pair by pair, from the definition; ``widths`` fixes the three σ²."""
-        x, y = _samples(student_features, spatial_avg), _samples(teacher_features, spatial_avg)
+        x, y = _numpy_samples(student_features, spatial_avg), _numpy_samples(teacher_features, spatial_avg)
         own = _widths(x, y, bandwidth) if widths is None else widths
 
         def mean_kernel(a, b, width):
@@ -149,11 +177,11 @@ class MKMMD(Loss):
     @staticmethod
     def constants(student_features, teacher_features, spatial_avg=None, bandwidth="joint", reduction="mean"):
         """The bandwidths, through which no gradient flows."""
-        x, y = _samples(student_features, spatial_avg), _samples(teacher_features, spatial_avg)
+        x, y = _numpy_samples(student_features, spatial_avg), _numpy_samples(teacher_features, spatial_avg)
         return {"widths": _widths(x, y, bandwidth)}
 
 
-def _samples(features, spatial_avg):
+def _numpy_samples(features, spatial_avg):
     """One unit vector per batch row, in float64."""
     if spatial_avg == "mean":
         features = features.mean(axis=1, keepdims=True)

@@ -1,12 +1,72 @@
 """Soft targets: match the teacher's softened class probabilities."""
 
+import math
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from pykd import ops
+from pykd.kernel import Argument, Kernel, KernelPoint
 from pykd.reference import log_softmax, reduce_samples
 from pykd.registry import Case, Loss, Scalar, Spec, register
+
+FORMS = ("cross_entropy", "kl", "reverse_kl", "symmetric_kl", "jsd")
+
+# One pass over a row of logits serves the soft term, the hard term (hard_target.py), or both.
+KERNEL = Kernel(
+    "soft_target",
+    inputs={
+        "student": Argument("batch classes"),
+        "teacher": Argument("batch classes"),
+        "temperature": Argument("", "number"),
+        "soft_weight": Argument("batch", "float32"),
+        "labels": Argument("batch", "index"),
+        "label_probs": Argument("batch classes"),
+        "hard_weight": Argument("batch", "float32"),
+    },
+    outputs={
+        "soft": Argument("batch", "float32"),
+        "hard": Argument("batch", "float32"),
+        "grad_student": Argument("batch classes"),
+    },
+    attributes={"form": "cross_entropy", "soften_student": True, "beta": 0.5},
+)
+
+
+def soft_target_rows(
+    student: Tensor, teacher: Tensor, temperature: float, form: str, soften_student: bool, beta: float
+) -> Tensor:
+    """One value per row; see :class:`SoftTarget`."""
+    student = ops.upcast(student)
+    if soften_student:
+        student = student / temperature
+    log_q = torch.log_softmax(student, dim=-1)
+    log_p = torch.log_softmax(ops.upcast(teacher.detach()) / temperature, dim=-1)
+    p = torch.exp(log_p)
+    if form == "cross_entropy":
+        return -ops.product_or_zero(p, log_q).sum(dim=-1)
+    if form == "kl":
+        return ops.product_or_zero(p, log_p - log_q).sum(dim=-1)
+    q = torch.exp(log_q)
+    if form == "reverse_kl":
+        return ops.product_or_zero(q, log_q - log_p).sum(dim=-1)
+    if form == "symmetric_kl":
+        forward = ops.product_or_zero(p, log_p - log_q).sum(dim=-1)
+        return (forward + ops.product_or_zero(q, log_q - log_p).sum(dim=-1)) / 2
+    m = beta * p + (1 - beta) * q
+    log_m = torch.log(torch.where(m == 0, torch.ones_like(m), m))  # where m is 0, so are both its parts
+    teacher_side = ops.product_or_zero(p, log_p - log_m).sum(dim=-1)
+    return beta * teacher_side + (1 - beta) * ops.product_or_zero(q, log_q - log_m).sum(dim=-1)
+
+
+def _reduce(
+    values: Tensor, sample_weight: Tensor | None, temperature: float, tau_squared: bool, reduction: str
+) -> Tensor:
+    if tau_squared:
+        values = values * (temperature * temperature)
+    return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
 
 
 def soft_target(
@@ -16,39 +76,37 @@ def soft_target(
     temperature: float = 2.0,
     soften_student: bool = True,
     form: str = "cross_entropy",
+    beta: float = 0.5,
     tau_squared: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy or KL divergence to the teacher's softened targets; see :class:`SoftTarget`."""
-    student = ops.upcast(student_logits)
-    if soften_student:
-        student = student / temperature
-    log_q = torch.log_softmax(student, dim=-1)
-    log_p = torch.log_softmax(ops.upcast(teacher_logits.detach()) / temperature, dim=-1)
-    p = torch.exp(log_p)
-    if form == "kl":
-        values = ops.product_or_zero(p, log_p - log_q).sum(dim=-1)
-    else:
-        values = -ops.product_or_zero(p, log_q).sum(dim=-1)
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
+    """Cross-entropy or a divergence to the teacher's softened targets; see :class:`SoftTarget`."""
+    values = soft_target_rows(student_logits, teacher_logits, temperature, form, soften_student, beta)
+    return _reduce(values, sample_weight, temperature, tau_squared, reduction)
 
 
 @register("soft_target")
 class SoftTarget(Loss):
-    r"""Cross-entropy (or KL divergence) of the student against the teacher's softened probabilities.
+    r"""Cross-entropy (or KL divergence, forward, reverse or in between) of the student against the softened teacher.
 
     .. math:: \ell_b = -\sum_c p_{bc} \log q_{bc}, \quad p = \mathrm{softmax}(t/T), \;
               q = \mathrm{softmax}(s/T) \text{ or } \mathrm{softmax}(s)
 
-    With ``form="kl"`` the teacher's entropy is taken off, :math:`\sum_c p_{bc} (\log p_{bc} - \log q_{bc})`:
-    the gradient is the same, and the value is 0 when the student equals the teacher.
+    That is ``form="cross_entropy"``. The other forms are divergences, 0 when q = p:
+
+    - ``"kl"`` (forward): :math:`\mathrm{KL}(p \Vert q) = \sum_c p_c (\log p_c - \log q_c)`; the gradient is that of
+      the cross-entropy.
+    - ``"reverse_kl"``: :math:`\mathrm{KL}(q \Vert p)`, which prefers to miss modes of the teacher over covering all.
+    - ``"symmetric_kl"``: :math:`\frac12 \mathrm{KL}(p \Vert q) + \frac12 \mathrm{KL}(q \Vert p)`.
+    - ``"jsd"``: the generalised Jensen-Shannon divergence :math:`\beta \mathrm{KL}(p \Vert m) + (1 - \beta)
+      \mathrm{KL}(q \Vert m)` with :math:`m = \beta p + (1 - \beta) q`.
 
     Args:
         temperature: T > 0; larger is softer.
         soften_student: whether the student's logits are divided by T too, as Hinton et al. do.
-        form: ``"cross_entropy"`` or ``"kl"``.
+        form: ``"cross_entropy"``, ``"kl"``, ``"reverse_kl"``, ``"symmetric_kl"`` or ``"jsd"``.
+        beta: β of ``"jsd"``, between 0 and 1 and neither; no other form looks at it. Near 0 the divergence tends to
+            β times the forward KL, near 1 to 1 − β times the reverse.
         tau_squared: whether to multiply by T², which keeps the size of the gradient comparable when T
             changes (Hinton et al., section 2). Off by default.
         reduction: ``"mean"``: Σ w·ℓ / Σ w with w = ``sample_weight`` or 1; ``"sum"``; ``"none"``: ``(batch,)``.
@@ -61,14 +119,17 @@ class SoftTarget(Loss):
     Returns:
         Nats, at least 0; a scalar unless ``reduction="none"``. float32 for half-precision inputs, which
         are computed in float32. A class that the teacher rules out (−inf) adds 0 whatever the student
-        says; one that only the student rules out gives +inf. NaN in an input gives NaN.
+        says; one that only the student rules out gives +inf. In the reverse direction the two change places, and ``"jsd"``
+        is finite always, at most log 2. NaN in an input gives NaN.
 
     Raises:
         ValueError: for a temperature that is not positive, shapes that do not fit, an empty batch.
 
     Who differs: timm, RepDistiller and mdistiller take the KL form with T², summed over classes and
     averaged over the batch (``form="kl", tau_squared=True``); TextBrewer the cross-entropy without T² (the default
-    here); torchtune's forward KL is the cross-entropy at T = 1; DeiT also divides by the number of classes.
+    here); torchtune's forward KL is the cross-entropy at T = 1; DeiT also divides by the number of classes. For
+    ``"jsd"`` TRL and Liger take β = 0 for the forward and β = 1 for the reverse KL, which are not the limits of the
+    formula: use ``"kl"`` and ``"reverse_kl"``. torchtune mixes its symmetric KL in a free ratio, 0.5 by default, as here.
 
     Example:
         >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]])
@@ -78,7 +139,8 @@ class SoftTarget(Loss):
         tensor(0.4438)
 
     References:
-        Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531.
+        Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531; Gu et al.: MiniLLM,
+        2023, arXiv:2306.08543 (reverse KL); Agarwal et al.: GKD, 2023, arXiv:2306.13649 (generalised JSD).
     """
 
     inputs = {
@@ -92,6 +154,9 @@ class SoftTarget(Loss):
         Case({"temperature": 3.0, "soften_student": False}),
         Case({"temperature": 4.0, "form": "kl", "tau_squared": True}),
         Case({"temperature": 1.5, "form": "kl", "reduction": "sum"}, optional=("sample_weight",)),
+        Case({"temperature": 2.0, "form": "reverse_kl"}),
+        Case({"temperature": 1.5, "form": "symmetric_kl"}),
+        Case({"temperature": 2.5, "form": "jsd", "beta": 0.3}),
     )
     paper = "Hinton, Vinyals, Dean 2015, arXiv:1503.02531"
 
@@ -100,14 +165,23 @@ class SoftTarget(Loss):
         temperature: float = 2.0,
         soften_student: bool = True,
         form: str = "cross_entropy",
+        beta: float = 0.5,
         tau_squared: bool = False,
         reduction: str = "mean",
     ):
         super().__init__(reduction, temperature=temperature)
-        if form not in ("cross_entropy", "kl"):
-            raise ValueError(f"expected form to be 'cross_entropy' or 'kl', got {form!r}; pass one of these")
+        if form not in FORMS:
+            raise ValueError(
+                f"expected form to be one of {', '.join(map(repr, FORMS))}, got {form!r}; pass one of these"
+            )
+        if not 0 < beta < 1:
+            raise ValueError(
+                f"expected beta to be between 0 and 1 and neither, got {beta!r}; "
+                "the ends are form='kl' and form='reverse_kl'"
+            )
         self.soften_student = soften_student
         self.form = form
+        self.beta = float(beta)
         self.tau_squared = tau_squared
 
     def forward(
@@ -126,12 +200,33 @@ class SoftTarget(Loss):
             temperature,
             self.soften_student,
             self.form,
+            self.beta,
             self.tau_squared,
             self.reduction,
         )
 
+    def fused(
+        self,
+        kernel: KernelPoint,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        sample_weight: Tensor | None = None,
+        temperature: Any = None,
+    ) -> Tensor:
+        if temperature is None:
+            temperature = self.temperature
+        values = kernel(
+            KERNEL,
+            "soft",
+            soft_target_rows,
+            {"student": student_logits, "teacher": teacher_logits, "temperature": temperature},
+            {"form": self.form, "soften_student": self.soften_student, "beta": self.beta},
+            weight="soft_weight",
+        )
+        return _reduce(values, sample_weight, temperature, self.tau_squared, self.reduction)
+
     def zero_when_equal(self) -> bool:
-        return self.form == "kl"
+        return self.form != "cross_entropy" and (self.soften_student or float(self.temperature) == 1)
 
     @staticmethod
     def reference(
@@ -141,6 +236,7 @@ class SoftTarget(Loss):
         temperature=2.0,
         soften_student=True,
         form="cross_entropy",
+        beta=0.5,
         tau_squared=False,
         reduction="mean",
     ):
@@ -149,10 +245,28 @@ class SoftTarget(Loss):
         for s, t in zip(student_logits, teacher_logits, strict=True):
             log_q = log_softmax(s / temperature if soften_student else s)
             log_p = log_softmax(t / temperature)
-            value = 0.0
-            for lp, lq in zip(log_p, log_q, strict=True):
-                if np.exp(lp) != 0:
-                    value += np.exp(lp) * ((lp if form == "kl" else 0.0) - lq)
+            value = {
+                "cross_entropy": lambda p, q: -_sum(p, q),
+                "kl": _divergence,
+                "reverse_kl": lambda p, q: _divergence(q, p),
+                "symmetric_kl": lambda p, q: (_divergence(p, q) + _divergence(q, p)) / 2,
+                "jsd": lambda p, q: _jensen_shannon(p, q, beta),
+            }[form](log_p, log_q)
             values.append(value * (temperature**2 if tau_squared else 1.0))
         weights = np.ones(len(values)) if sample_weight is None else sample_weight
         return reduce_samples(values, weights, reduction)
+
+
+def _sum(log_weights, terms):
+    """Σ exp(log_weight) · term, where a weight of 0 takes its term out."""
+    return sum(np.exp(lw) * term for lw, term in zip(log_weights, terms, strict=True) if np.exp(lw) != 0)
+
+
+def _divergence(log_a, log_b):
+    """KL(a‖b)."""
+    return sum(np.exp(a) * (a - b) for a, b in zip(log_a, log_b, strict=True) if np.exp(a) != 0)
+
+
+def _jensen_shannon(log_p, log_q, beta):
+    log_m = np.logaddexp(math.log(beta) + log_p, math.log(1 - beta) + log_q)
+    return beta * _divergence(log_p, log_m) + (1 - beta) * _divergence(log_q, log_m)

@@ -1,0 +1,251 @@
+"""Kernel points: where a loss hands part of its work to a fused kernel, without giving up its formula.
+
+A loss that has a kernel adds one method, ``fused``: the same as ``forward``, with the expensive middle of the formula
+replaced by a call of the *kernel point* it is given,
+
+    values = kernel(KERNEL, "soft", soft_target_rows, {"student": …, "teacher": …}, {"form": "kl"}, weight="soft_weight")
+
+which says: the kernel's output ``soft`` is what the plain function ``soft_target_rows`` computes from these tensors
+and attributes. A kernel returns its gradient already multiplied by d(loss)/d(value), which goes in as ``weight``. Since every
+loss is linear in what a kernel returns (a mean, a weighted sum), that factor is known before the kernel has run:
+:func:`value_and_gradient` first walks through the loss with placeholders for the values, differentiates with respect
+to them, then runs the kernels, and walks again with what they returned. Terms, weights, reductions, ignored samples
+and the axis of several students need no words here: autograd finds the factor.
+
+Calls of one kernel on one student merge: the hard and the soft term of a recipe become a single pass over the logits.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """One input or output of a kernel.
+
+    Attributes:
+        axes: names separated by spaces.
+        role: ``"tensor"`` (the floating type of the call), ``"float32"`` (values, weights), ``"number"`` (one
+            number on the CPU) or ``"index"`` (int64).
+    """
+
+    axes: str
+    role: str = "tensor"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What ``cpp/kernels/<name>/`` computes, as Python needs to know it. A test compares it with the library.
+
+    Attributes:
+        name: the kernel's name.
+        inputs: by name, in the library's order.
+        outputs: values first, then ``grad_<input>``.
+        attributes: settings with their defaults; a string where the setting is a choice.
+    """
+
+    name: str
+    inputs: Mapping[str, Argument]
+    outputs: Mapping[str, Argument]
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """The inputs that have a gradient among the outputs."""
+        return tuple(name.removeprefix("grad_") for name in self.outputs if name.startswith("grad_"))
+
+    def shape(self, output: str, tensors: Mapping[str, Any]) -> list[Any]:
+        """The shape of an output, from the axes of the tensors that are given."""
+        lengths = {
+            axis: length
+            for name, tensor in tensors.items()
+            if isinstance(tensor, Tensor)
+            for axis, length in zip(self.inputs[name].axes.split(), tensor.shape, strict=True)
+        }
+        return [lengths[axis] for axis in self.outputs[output].axes.split()]
+
+
+@dataclasses.dataclass
+class Value:
+    """One value that a call returns, and the plain formula behind it.
+
+    Attributes:
+        output: the kernel's name of it.
+        formula: a function of the tensors and attributes in ``names``.
+        names: which of the call's tensors and attributes the formula takes.
+        weight: the kernel's input for d(loss)/d(value).
+        placeholder: stands for the value while the loss is differentiated with respect to it.
+    """
+
+    output: str
+    formula: Callable[..., Tensor]
+    names: tuple[str, ...]
+    weight: str
+    placeholder: Tensor
+
+
+@dataclasses.dataclass
+class Call:
+    """One run of a kernel, for all the values that share it."""
+
+    kernel: Kernel
+    tensors: dict[str, Any]
+    attributes: dict[str, Any]
+    values: list[Value]
+
+    def takes(self, kernel: Kernel, tensors: Mapping[str, Any], attributes: Mapping[str, Any]) -> bool:
+        """Whether a further value of these tensors and attributes can come out of this run."""
+        return (
+            kernel is self.kernel
+            and all(name in tensors and name in self.tensors for name in kernel.differentiable)
+            and all(_same(self.tensors.get(name, tensor), tensor) for name, tensor in tensors.items())
+            and all(self.attributes.get(name, value) == value for name, value in attributes.items())
+        )
+
+    def plain(self, tensors: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the kernel returns, by the plain formulas and autograd: the values, and gradients where weights are given."""
+        tensors = dict(tensors)
+        with torch.enable_grad():
+            if weights:
+                for name in self.kernel.differentiable:
+                    tensors[name] = tensors[name].detach().requires_grad_()
+            arguments = tensors | self.attributes
+            results = {v.output: v.formula(**{name: arguments[name] for name in v.names}) for v in self.values}
+            if weights:
+                weighted = [
+                    (results[value.output] * weights[value.weight]).sum()
+                    for value in self.values
+                    if value.weight in weights
+                ]
+                total = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
+                students = [tensors[name] for name in self.kernel.differentiable]
+                gradients = torch.autograd.grad(total, students)
+        results = {name: value.detach() for name, value in results.items()}
+        if weights:
+            results |= {
+                f"grad_{name}": gradient for name, gradient in zip(self.kernel.differentiable, gradients, strict=True)
+            }
+        return results
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
+
+
+KernelPoint = Callable[..., Tensor]  # what `fused` is given: a Planner first, then an Answer
+
+
+class Planner:
+    """The kernel point of the first walk: notes what is asked for and answers with placeholders."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.asked: list[tuple[Call, str]] = []
+
+    def __call__(
+        self,
+        kernel: Kernel,
+        output: str,
+        formula: Callable[..., Tensor],
+        tensors: Mapping[str, Any],
+        attributes: Mapping[str, Any],
+        weight: str,
+    ) -> Tensor:
+        call = next((call for call in self.calls if call.takes(kernel, tensors, attributes)), None)
+        if call is None:
+            call = Call(kernel, {}, {}, [])
+            self.calls.append(call)
+        call.tensors |= tensors
+        call.attributes |= attributes
+        value = next((value for value in call.values if value.output == output), None)
+        if value is None:
+            like = next(
+                tensor for tensor in tensors.values() if isinstance(tensor, Tensor) and tensor.is_floating_point()
+            )
+            shape = kernel.shape(output, tensors)
+            placeholder = torch.zeros(shape, dtype=torch.float32, device=like.device).requires_grad_()
+            value = Value(output, formula, (*tensors, *attributes), weight, placeholder)
+            call.values.append(value)
+        self.asked.append((call, output))
+        return value.placeholder
+
+
+class Answer:
+    """The kernel point of the second walk: answers with what the kernels returned, in the order of the first."""
+
+    def __init__(self, asked: Sequence[tuple[Call, str]], results: Mapping[int, Mapping[str, Tensor]]) -> None:
+        self.values = [results[id(call)][output] for call, output in asked]
+        self.next = 0
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Tensor:
+        value = self.values[self.next]
+        self.next += 1
+        return value
+
+
+class Point:
+    """The kernel point inside a graph: a place to put the one that counts now."""
+
+    def __init__(self) -> None:
+        self.now: KernelPoint | None = None
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Tensor:
+        if self.now is None:
+            raise RuntimeError("expected a fused graph to run inside value_and_gradient, got a bare call; use that")
+        return self.now(*arguments, **keywords)
+
+
+Run = Callable[[Call, Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+def value_and_gradient(
+    function: Callable[[], dict[str, Tensor]],
+    point: Point,
+    students: Sequence[Tensor],
+    scale: Any,
+    run: Run,
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The values of a function that uses kernel points, and scale · d(loss)/d(student) for each student.
+
+    Args:
+        function: returns ``{"loss": …, …}``; it is called twice.
+        point: the kernel point that ``function`` uses.
+        students: leaves that require a gradient; none: values alone.
+        scale: a number, or a tensor with one.
+        run: runs a kernel call with the weights it is given (by input name; none where no gradient is wanted)
+            and returns its outputs.
+    """
+    planner = Planner()
+    point.now = planner
+    try:
+        with torch.enable_grad():
+            loss = function()["loss"]
+            weights: dict[int, dict[str, Tensor]] = {id(call): {} for call in planner.calls}
+            if students and planner.calls:
+                every = [(call, value) for call in planner.calls for value in call.values]
+                found = torch.autograd.grad(
+                    loss * scale, [value.placeholder for _, value in every], retain_graph=True, allow_unused=True
+                )
+                for (call, value), weight in zip(every, found, strict=True):
+                    if weight is not None:  # None: a value that the loss does not depend on
+                        weights[id(call)][value.weight] = weight
+        results = {id(call): run(call, weights[id(call)]) for call in planner.calls}
+        point.now = Answer(planner.asked, results)
+        with torch.no_grad():
+            values = function()
+    finally:
+        point.now = None
+    if not students:
+        return values, []
+    # The plain terms by autograd; what lies before a kernel by autograd too, from the gradient that the kernel gave.
+    outputs, upstream = [loss], [torch.ones_like(loss) * scale]
+    for call in planner.calls:
+        for name in call.kernel.differentiable:
+            if weights[id(call)]:
+                outputs.append(call.tensors[name])
+                upstream.append(results[id(call)][f"grad_{name}"])
+    return values, list(torch.autograd.grad(outputs, list(students), upstream))

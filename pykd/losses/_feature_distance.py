@@ -1,0 +1,83 @@
+"""What the distances between normalised features share; each is a loss in a file of its own."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from pykd import ops
+from pykd.kernel import Argument, Kernel, KernelPoint
+from pykd.registry import Case, Loss, Spec
+
+KERNEL = Kernel(
+    "feature_distance",
+    inputs={
+        "student": Argument("batch tokens channels"),
+        "teacher": Argument("batch tokens channels"),
+        "weight": Argument("batch", "float32"),
+    },
+    outputs={"value": Argument("batch", "float32"), "grad_student": Argument("batch tokens channels")},
+    attributes={"power": "l1"},
+)
+
+
+def feature_distance_rows(student: Tensor, teacher: Tensor, power: str) -> Tensor:
+    """One value per sample: the sum over channels of |x̂ − ŷ| or (x̂ − ŷ)², averaged over tokens."""
+    x = ops.normalize(ops.upcast(student), dim=[-1])
+    y = ops.normalize(ops.upcast(teacher.detach()), dim=[-1])
+    difference = x - y
+    distances = difference.abs() if power == "l1" else difference * difference
+    return distances.sum(dim=-1).mean(dim=-1)
+
+
+def feature_distance(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None,
+    spatial_avg: str | None,
+    power: str,
+    reduction: str,
+) -> Tensor:
+    """The whole loss, from the inputs of :class:`FeatureDistance`."""
+    student = ops.pool_tokens(student_features, spatial_avg)
+    teacher = ops.pool_tokens(teacher_features, spatial_avg)
+    values = feature_distance_rows(student, teacher, power)
+    return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
+
+
+class FeatureDistance(Loss):
+    """Inputs, settings and kernel of the distances; a subclass says which power, and is the specification."""
+
+    inputs = {
+        "student_features": Spec("batch tokens channels", grad=True),
+        "teacher_features": Spec("batch tokens channels"),
+        "sample_weight": Spec("batch", optional=True, draw="weights"),
+    }
+    cases = (
+        Case(),
+        Case({"spatial_avg": "mean"}),
+        Case({"reduction": "sum"}, optional=("sample_weight",)),
+    )
+    paper = "Wang et al. ICCVW 2019"
+
+    spatial_avg: str | None  # TorchScript must know that it may be either
+    kernel_power: ClassVar[str]
+
+    def __init__(self, spatial_avg: str | None = None, reduction: str = "mean"):
+        super().__init__(reduction)
+        self.spatial_avg = ops.check_spatial_avg(spatial_avg)
+
+    def fused(
+        self,
+        kernel: KernelPoint,
+        student_features: Tensor,
+        teacher_features: Tensor,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        tensors = {"student": student_features, "teacher": teacher_features}
+        if self.spatial_avg is not None:
+            tensors = {name: ops.pool_tokens(tensor, self.spatial_avg) for name, tensor in tensors.items()}
+        values = kernel(KERNEL, "value", feature_distance_rows, tensors, {"power": self.kernel_power}, weight="weight")
+        return ops.reduce(values, ops.optional_weight(sample_weight), self.reduction)
+
+    def zero_when_equal(self) -> bool:
+        return True
