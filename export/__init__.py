@@ -63,6 +63,7 @@ def export(
     composition = as_composition(loss)
     graph = composition.graph(layouts, optional_inputs, per_sample, check=True)
     plain = composition.graph(layouts, optional_inputs, per_sample, check=False)
+    fused = composition.graph(layouts, optional_inputs, per_sample, check=False, fused=True)
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as made_in:
@@ -70,7 +71,7 @@ def export(
         step = _Step(say)
         torchscript.write(composition, graph, made / FILES["torchscript"])
         step(f"wrote {FILES['torchscript']}")
-        onnx_files.write(composition, plain, made / FILES["value"], made / FILES["gradient"], dtype)
+        onnx_files.write(composition, plain, fused, made / FILES["value"], made / FILES["gradient"], dtype)
         step(f"wrote {FILES['value']} and {FILES['gradient']} ({dtype})")
         manifest = {
             **metadata.of_graph(composition, graph, "gradient", dtype, onnx_files.OPSET),

@@ -3,13 +3,14 @@
 The gradient is traced first (``make_fx`` with symbolic sizes, decomposed to core operators) and the trace
 is exported; a module that calls autograd inside ``forward`` does not survive ``torch.export``. The value file is
 the same graph with the gradients taken out, so both files give the same value to the last bit. Files for
-float16 and bfloat16 are the float32 graph with a cast at each end, which is what a loss does with halves.
+float16 and bfloat16 are the float32 graph with a cast at each end, which is what a loss does with halves; kernels take
+and give halves themselves (kernel_nodes.py). Files for float64 have no kernels.
 """
 
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +22,8 @@ from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pykd.composition import Composition, LossGraph
-from pykd.export import integrity, metadata
+from pykd.export import integrity, kernel_nodes, metadata
+from pykd.export.kernel_nodes import Site
 
 OPSET = 18
 _ONNX_TYPES = {
@@ -32,52 +34,79 @@ _ONNX_TYPES = {
 }
 
 
-def write(composition: Composition, graph: LossGraph, value_path: Path, gradient_path: Path, dtype: str) -> None:
-    """Exports ``graph`` (built with ``check=False``) for inputs of the floating type ``dtype``."""
-    model = _cast_ends(_traced(composition, graph, "float64" if dtype == "float64" else "float32"), graph, dtype)
-    gradients = metadata.gradient_inputs(graph)
-    _save(_describe(model, composition, graph, "gradient", dtype), gradient_path)
+def write(
+    composition: Composition, graph: LossGraph, fused: LossGraph, value_path: Path, gradient_path: Path, dtype: str
+) -> None:
+    """Exports a graph for inputs of the floating type ``dtype``.
+
+    Args:
+        composition: what the graph is one form of.
+        graph: built with ``check=False``.
+        fused: the same with ``fused=True``.
+        value_path: where the file of the values goes.
+        gradient_path: where the file of values and gradients goes.
+        dtype: the floating type of the inputs.
+    """
+    compute = "float64" if dtype == "float64" else "float32"
+    model, sites = _traced(composition, fused if fused.kernel_point and compute == "float32" else graph, compute)
+    _cast_ends(model, graph, sites, dtype)
+    gradients = [f"grad_{name}" for name in metadata.gradient_inputs(graph)]
     value = onnx.ModelProto()
     value.CopyFrom(model)
-    _remove_outputs(value, [f"grad_{name}" for name in gradients], inputs=[metadata.GRAD_SCALE])
-    _save(_describe(value, composition, graph, "value", dtype), value_path)
+    for part, kind, without, path in (
+        (model, "gradient", [], gradient_path),
+        (value, "value", [*gradients, metadata.GRAD_SCALE], value_path),
+    ):
+        _remove(part, without, sites)
+        kernel_nodes.name_nodes(part, sites, dtype)
+        _save(_describe(part, composition, graph, kind, dtype), path)
 
 
-def value_and_gradient(graph: LossGraph, names: Sequence[str], numbers: Sequence[str]) -> Any:
-    """A function of tensors alone: inputs, parameters and the gradient's scale in; values and gradients out."""
+def value_and_gradient(
+    graph: LossGraph, names: Sequence[str], numbers: Sequence[str], sites: list[Site]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """A function of tensors alone: inputs, parameters and the gradient's scale in; values and gradients out.
+
+    Called, it leaves the kernel calls of a fused graph in ``sites``.
+    """
     wanted = metadata.gradient_inputs(graph)
 
     def function(*arguments: Tensor) -> tuple[Tensor, ...]:
         tensors = dict(zip(names, arguments[: len(names)], strict=True))
         parameters = dict(zip(numbers, arguments[len(names) : -1], strict=True))
+        scale = arguments[-1]
+        if graph.kernel_point is not None:
+            outputs, gradients, sites[:] = kernel_nodes.value_and_gradient(graph, wanted, tensors, parameters, scale)
+            return (*outputs.values(), *gradients)
         with torch.enable_grad():
             for name in wanted:
                 tensors[name] = tensors[name].detach().requires_grad_()
             outputs = graph(**tensors, **parameters)
-            gradients = torch.autograd.grad(outputs["loss"] * arguments[-1], [tensors[name] for name in wanted])
+            gradients = list(torch.autograd.grad(outputs["loss"] * scale, [tensors[name] for name in wanted]))
         return (*(output.detach() for output in outputs.values()), *gradients)
 
     return function
 
 
 # A graph's model by compute type: tracing takes seconds, and half the types share one trace.
-_traces: WeakKeyDictionary[LossGraph, dict[str, onnx.ModelProto]] = WeakKeyDictionary()
+_traces: WeakKeyDictionary[LossGraph, dict[str, tuple[onnx.ModelProto, list[Site]]]] = WeakKeyDictionary()
 
 
-def _traced(composition: Composition, graph: LossGraph, dtype: str) -> onnx.ModelProto:
-    """The ONNX model of value and gradient, computed (and given and returned) in ``dtype``."""
+def _traced(composition: Composition, graph: LossGraph, dtype: str) -> tuple[onnx.ModelProto, list[Site]]:
+    """The ONNX model of value and gradient, computed (and given and returned) in ``dtype``, and its kernel calls."""
     models = _traces.setdefault(graph, {})
     if dtype not in models:
         models[dtype] = _export(composition, graph, dtype)
+    model, sites = models[dtype]
     copy = onnx.ModelProto()
-    copy.CopyFrom(models[dtype])
-    return copy
+    copy.CopyFrom(model)
+    return copy, sites
 
 
-def _cast_ends(model: onnx.ModelProto, graph: LossGraph, dtype: str) -> onnx.ModelProto:
+def _cast_ends(model: onnx.ModelProto, graph: LossGraph, sites: Sequence[Site], dtype: str) -> None:
     """Makes a float32 model take and give halves: inputs are widened first, gradients rounded last."""
     if dtype in ("float32", "float64"):
-        return model
+        return
     ends = {name for name, spec in graph.signature.inputs.items() if spec.dtype == "float"}
     gradients = {f"grad_{name}" for name in metadata.gradient_inputs(graph)}
     for node in model.graph.node:
@@ -94,58 +123,92 @@ def _cast_ends(model: onnx.ModelProto, graph: LossGraph, dtype: str) -> onnx.Mod
         onnx.helper.make_node("Cast", [f"{name}_float32"], [name], f"round_{name}", to=_ONNX_TYPES[dtype])
         for name in sorted(gradients)
     ]
-    nodes = [*first, *(onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node), *last]
+    nodes = [*first, *map(kernel_nodes.copy, model.graph.node), *last]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     for item in (*model.graph.input, *model.graph.output):
         if item.name in ends or item.name in gradients:
             item.type.tensor_type.elem_type = _ONNX_TYPES[dtype]
-    return model
+    widened, rounded = ({f"{name}_float32": name for name in names} for names in (ends, gradients))
+    kernel_nodes.narrow(model, sites, widened, rounded)
 
 
-def _export(composition: Composition, graph: LossGraph, dtype: str) -> onnx.ModelProto:
-    """Traces and exports, with our names, and without anything that torch left in the model."""
+def _export(composition: Composition, graph: LossGraph, dtype: str) -> tuple[onnx.ModelProto, list[Site]]:
+    """Traces and exports a graph, with its parameters as initialisers and the formulas of its kernel calls."""
     signature = graph.signature
     compute_dtype = getattr(torch, dtype)
     examples = composition.draw(signature.inputs, dtype=compute_dtype)
     numbers = {name: parameter.default for name, parameter in signature.parameters.items()} | {metadata.GRAD_SCALE: 1.0}
-    arguments = (*examples.values(), *(torch.tensor(value, dtype=compute_dtype) for value in numbers.values()))
-    function = value_and_gradient(graph, list(examples), list(signature.parameters))
+    scalars = {name: torch.tensor(value, dtype=compute_dtype) for name, value in numbers.items()}
+    gradients = metadata.gradient_inputs(graph)
+    sites: list[Site] = []
+    function = value_and_gradient(graph, list(examples), list(signature.parameters), sites)
+    outputs = [*signature.outputs, *(f"grad_{name}" for name in gradients)]
+    model = _to_onnx(function, {**examples, **scalars}, outputs)
+    kernel_nodes.place(model, sites)
+    if sites:
+        parameters = {name: scalars[name] for name in signature.parameters}
+        kernel_nodes.write_bodies(sites, graph, gradients, examples, parameters, _to_onnx)
+    for name, value in numbers.items():
+        kind = onnx.TensorProto.DOUBLE if compute_dtype == torch.float64 else onnx.TensorProto.FLOAT
+        model.graph.initializer.append(onnx.helper.make_tensor(name, kind, [], [value]))
+    return model, sites
+
+
+def _to_onnx(
+    function: Callable[..., tuple[Tensor, ...]], arguments: Mapping[str, Tensor], outputs: Sequence[str]
+) -> onnx.ModelProto:
+    """The ONNX model of a function of tensors, with our names, free axes, and nothing that torch left in it."""
+    values = tuple(arguments.values())
     with _quiet():
         table = dict(core_aten_decompositions())
-        traced = make_fx(function, tracing_mode="symbolic", decomposition_table=table)(*arguments)
+        traced = make_fx(function, tracing_mode="symbolic", decomposition_table=table)(*values)
         _tidy(traced)
-        free = [dict.fromkeys(range(argument.dim()), torch.export.Dim.AUTO) for argument in arguments]
-        exported = torch.export.export(traced, arguments, dynamic_shapes=tuple(free))
+        free = [dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO) for value in values]
+        exported = torch.export.export(traced, values, dynamic_shapes=tuple(free))
         program = torch.onnx.export(
             exported,
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
-            input_names=[*examples, *numbers],
-            output_names=[*signature.outputs, *(f"grad_{name}" for name in metadata.gradient_inputs(graph))],
+            input_names=list(arguments),
+            output_names=list(outputs),
         )
     assert program is not None
     model: onnx.ModelProto = program.model_proto
-    _clean(model, numbers, compute_dtype)
+    _clean(model)
     return model
 
 
 def _tidy(traced: fx.GraphModule) -> None:
-    """Drops the markers that tracing leaves and that compute nothing."""
+    """Drops the markers that tracing leaves and that compute nothing; keeps numbers exact."""
     for node in list(traced.graph.nodes):
         if node.op == "call_function" and node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
     traced.graph.eliminate_dead_code()
+    _keep_numbers_exact(traced)
     traced.recompile()
 
 
-def _clean(model: onnx.ModelProto, numbers: dict[str, float], compute_dtype: torch.dtype) -> None:
-    """Parameters become initialisers with a default; traces of the exporting machine go."""
-    for name, value in numbers.items():
-        kind = onnx.TensorProto.DOUBLE if compute_dtype == torch.float64 else onnx.TensorProto.FLOAT
-        model.graph.initializer.append(onnx.helper.make_tensor(name, kind, [], [value]))
+def _keep_numbers_exact(traced: fx.GraphModule) -> None:
+    """Numbers in a float64 graph become tensors: the exporter would write 0.3 as a float32, 1e-8 away from itself."""
+    for node in traced.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.dtype != torch.float64 or len(node.args) != 2:
+            continue
+        number = node.args[1]
+        packet = node.target.overloadpacket
+        if isinstance(number, float) and torch.tensor(number).double() != number and "Tensor" in packet.overloads():
+            name = f"number_{node.name}"
+            traced.register_buffer(name, torch.tensor(number, dtype=torch.float64))
+            with traced.graph.inserting_before(node):
+                node.args = (node.args[0], traced.graph.get_attr(name))
+            node.target = packet.Tensor
+
+
+def _clean(model: onnx.ModelProto) -> None:
+    """Traces of the exporting machine go."""
     del model.metadata_props[:]
     del model.graph.metadata_props[:]
     del model.graph.value_info[:]
@@ -157,20 +220,15 @@ def _clean(model: onnx.ModelProto, numbers: dict[str, float], compute_dtype: tor
         node.name = f"{node.op_type}_{index}"
 
 
-def _remove_outputs(model: onnx.ModelProto, outputs: Sequence[str], inputs: Sequence[str]) -> None:
-    """Takes outputs out of a graph, and everything that only they needed."""
+def _remove(model: onnx.ModelProto, without: Sequence[str], sites: Sequence[Site]) -> None:
+    """Takes inputs and outputs out of a model, and everything that only they needed."""
     graph = model.graph
-    _keep(graph.output, lambda output: output.name not in outputs)
+    _keep(graph.output, lambda output: output.name not in without)
     needed = {output.name for output in graph.output}
-    nodes = []
-    for node in reversed(graph.node):
-        if needed & set(node.output):
-            needed |= set(node.input)
-            nodes.append(node)
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(nodes)]
+    kept = kernel_nodes.live(graph.node, needed, sites)
     del graph.node[:]
     graph.node.extend(kept)
-    _keep(graph.input, lambda item: item.name not in inputs)
+    _keep(graph.input, lambda item: item.name not in without)
     _keep(graph.initializer, lambda item: item.name in needed or item.name in {i.name for i in graph.input})
 
 
@@ -221,12 +279,14 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the exporter's notes about itself off the user's screen; errors still come."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch._export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -101,12 +101,16 @@ def test_metadata_in_every_file(folder):
         assert set(metadata["versions"]) == {"pykd", "python", "torch", "onnx", "onnxscript"}
 
 
-def test_onnx_files_are_plain(folder):
+def test_onnx_files_hold_standard_operators_and_kernels_with_their_formula(folder):
     for name in ("loss.onnx", "loss.grad.onnx"):
         model = onnx.load(folder / name, load_external_data=False)
         onnx.checker.check_model(model, full_check=True)
-        assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 18)}
-        assert not model.functions
+        assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 18), ("pykd", 1)}
+        kernels = {node.op_type for node in model.graph.node if node.domain == "pykd"}
+        assert kernels == {"soft_target_float32", "mk_mmd_float32"}
+        assert {function.name for function in model.functions} == kernels
+        assert all(function.domain == "pykd" for function in model.functions)
+        assert all(node.domain == "" for function in model.functions for node in function.node)
         metadata = json.loads(next(p.value for p in model.metadata_props if p.key == "pykd"))
         described = {entry["name"]: entry["axes"] for entry in metadata["inputs"]}
         described |= {entry["name"]: [] for entry in metadata["parameters"]}
