@@ -20,6 +20,20 @@ install(TARGETS pykd EXPORT pykdTargets
 if(TARGET pykd_torch)  # opened at run time by libpykd, so no target is exported for it
   install(TARGETS pykd_torch LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT sdk)
 endif()
+if(TARGET pykd_cuda)  # opened at run time by libpykd, too
+  install(TARGETS pykd_cuda LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT sdk)
+endif()
+find_package(Highway 1.0 REQUIRED QUIET)  # for its files; cpp/ has found it before
+if(SKBUILD AND Highway_SHARED_LIBRARY)  # a wheel brings what it needs along
+  get_filename_component(_soname "${Highway_SHARED_LIBRARY}" NAME)
+  string(REGEX REPLACE "(\\.so\\.[0-9]+).*" "\\1" _soname "${_soname}")
+  install(FILES "${Highway_SHARED_LIBRARY}" DESTINATION ${CMAKE_INSTALL_LIBDIR} RENAME ${_soname}
+          PERMISSIONS OWNER_READ OWNER_WRITE OWNER_EXECUTE GROUP_READ GROUP_EXECUTE WORLD_READ WORLD_EXECUTE
+          COMPONENT sdk)
+  if(Highway_LICENSE)
+    install(FILES "${Highway_LICENSE}" DESTINATION ${CMAKE_INSTALL_LIBDIR} RENAME libhwy.copyright COMPONENT sdk)
+  endif()
+endif()
 install(DIRECTORY cpp/include/pykd DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT sdk)
 if(TARGET _core AND SKBUILD)
   install(TARGETS _core LIBRARY DESTINATION . COMPONENT python)

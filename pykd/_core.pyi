@@ -16,6 +16,7 @@ class Loss:
         threads: int,
         check_integrity: bool,
         cuda_stream: int,
+        kernels: str,
     ) -> None: ...
     @property
     def metadata(self) -> str: ...
@@ -25,6 +26,9 @@ class Loss:
     def engine_version(self) -> str: ...
     @property
     def device(self) -> str: ...
+    @property
+    def kernels_in_use(self) -> str:
+        """Names separated by spaces."""
     @property
     def inputs(self) -> list[tuple[str, tuple[str, ...], tuple[str, ...], bool]]:
         """Per input: name, axes, dtypes, whether it receives a gradient."""
@@ -46,3 +50,22 @@ class Loss:
         allocate: Callable[[tuple[int, ...], str], Any],
     ) -> dict[str, Any]:
         """The same, into what `allocate(shape, dtype)` returns for each of `names`."""
+
+def kernel_descriptions() -> list[str]:
+    """One JSON object per kernel, as ``pykd/kernels.h`` says."""
+
+def run_kernel(
+    name: str,
+    inputs: dict[str, Any],
+    attributes: dict[str, str | float],
+    outputs: dict[str, Any],
+    threads: int = 0,
+    cuda_stream: int = 0,
+) -> None:
+    """Runs a kernel and writes into the memory of `outputs`. Leave the dicts alone meanwhile."""
+
+def simd_targets() -> str:
+    """Names separated by spaces, best first."""
+
+def use_simd(target: str | None) -> None:
+    """Uses that one; None: the best."""

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "borrowed_tensor.h"
+#include "pykd/kernels.h"
 #include "pykd/pykd.h"
 
 namespace pykd::bindings {
@@ -101,7 +102,7 @@ class CoreLoss {
  public:
   CoreLoss(const py::object& path_or_bytes, std::optional<std::string> engine, std::string device,
            std::optional<std::string> onnxruntime_library, std::optional<std::string> torch_library,
-           int threads, bool check_integrity, std::uintptr_t cuda_stream) {
+           int threads, bool check_integrity, std::uintptr_t cuda_stream, std::string kernels) {
     const auto text = [](const std::optional<std::string>& value) {
       return value.has_value() ? value->c_str() : nullptr;
     };
@@ -113,6 +114,7 @@ class CoreLoss {
     options.threads = threads;
     options.skip_integrity_check = check_integrity ? 0 : 1;
     options.cuda_stream = reinterpret_cast<void*>(cuda_stream);
+    options.kernels = kernels.c_str();
 
     pykd_status status;
     if (PyBytes_Check(path_or_bytes.ptr())) {
@@ -135,6 +137,7 @@ class CoreLoss {
   std::string engine() const { return pykd_engine(loss_); }
   std::string engine_version() const { return pykd_engine_version(loss_); }
   std::string device() const { return pykd_device_name(loss_); }
+  std::string kernels_in_use() const { return pykd_kernels_in_use(loss_); }
 
   py::list inputs() const { return tensor_infos(pykd_num_inputs(loss_), &pykd_input_info); }
   py::list outputs() const { return tensor_infos(pykd_num_outputs(loss_), &pykd_output_info); }
@@ -221,6 +224,50 @@ class CoreLoss {
   pykd_loss* loss_ = nullptr;
 };
 
+// ---- Kernels -------------------------------------------------------------------------------------
+
+std::vector<pykd_kernel_attribute> attributes_of(const py::dict& attributes) {
+  std::vector<pykd_kernel_attribute> all;
+  all.reserve(attributes.size());
+  for (const auto& entry : attributes) {
+    pykd_kernel_attribute attribute = {text_of(entry.first), 0.0, nullptr};
+    if (PyUnicode_Check(entry.second.ptr())) {
+      attribute.choice = text_of(entry.second);
+    } else {
+      attribute.value = PyFloat_AsDouble(entry.second.ptr());
+      if (attribute.value == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    }
+    all.push_back(attribute);
+  }
+  return all;
+}
+
+void run_kernel(const std::string& name, const py::dict& inputs, const py::dict& attributes, const py::dict& outputs,
+                int threads, std::uintptr_t cuda_stream) {
+  const Borrowed in(inputs, false), out(outputs, true);
+  const std::vector<pykd_kernel_attribute> settings = attributes_of(attributes);
+  pykd_kernel_host host = PYKD_KERNEL_HOST_INIT;
+  host.threads = threads;
+  host.cuda_stream = reinterpret_cast<void*>(cuda_stream);
+  pykd_status status;
+  {
+    const py::gil_scoped_release release;
+    status = pykd_kernel_run(name.c_str(), in.data(), in.size(), settings.data(), settings.size(), out.data(),
+                             out.size(), &host);
+  }
+  check(status);
+}
+
+py::list kernel_descriptions() {
+  py::list all;
+  for (std::size_t i = 0; i < pykd_num_kernels(); ++i) all.append(py::str(pykd_kernel_description(i)));
+  return all;
+}
+
+void use_simd(std::optional<std::string> target) {
+  check(pykd_kernel_use_simd(target.has_value() ? target->c_str() : nullptr));
+}
+
 }  // namespace
 }  // namespace pykd::bindings
 
@@ -236,13 +283,15 @@ PYBIND11_MODULE(_core, module) {
   }
   py::class_<CoreLoss>(module, "Loss")
       .def(py::init<const py::object&, std::optional<std::string>, std::string, std::optional<std::string>,
-                    std::optional<std::string>, int, bool, std::uintptr_t>(),
+                    std::optional<std::string>, int, bool, std::uintptr_t, std::string>(),
            py::arg("path_or_bytes"), py::arg("engine"), py::arg("device"), py::arg("onnxruntime_library"),
-           py::arg("torch_library"), py::arg("threads"), py::arg("check_integrity"), py::arg("cuda_stream"))
+           py::arg("torch_library"), py::arg("threads"), py::arg("check_integrity"), py::arg("cuda_stream"),
+           py::arg("kernels"))
       .def_property_readonly("metadata", &CoreLoss::metadata)
       .def_property_readonly("engine", &CoreLoss::engine)
       .def_property_readonly("engine_version", &CoreLoss::engine_version)
       .def_property_readonly("device", &CoreLoss::device)
+      .def_property_readonly("kernels_in_use", &CoreLoss::kernels_in_use)
       .def_property_readonly("inputs", &CoreLoss::inputs)
       .def_property_readonly("outputs", &CoreLoss::outputs)
       .def_property_readonly("parameters", &CoreLoss::parameters)
@@ -250,4 +299,9 @@ PYBIND11_MODULE(_core, module) {
       .def("run", &CoreLoss::run, py::arg("inputs"), py::arg("parameters"), py::arg("outputs"))
       .def("run_into_new", &CoreLoss::run_into_new, py::arg("inputs"), py::arg("parameters"),
            py::arg("names"), py::arg("allocate"));
+  module.def("kernel_descriptions", &pykd::bindings::kernel_descriptions);
+  module.def("run_kernel", &pykd::bindings::run_kernel, py::arg("name"), py::arg("inputs"), py::arg("attributes"),
+             py::arg("outputs"), py::arg("threads") = 0, py::arg("cuda_stream") = 0);
+  module.def("simd_targets", [] { return std::string(pykd_kernel_simd()); });
+  module.def("use_simd", &pykd::bindings::use_simd, py::arg("target"));
 }

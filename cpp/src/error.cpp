@@ -104,3 +104,5 @@ pykd_status record_exception() noexcept {
 }
 
 }  // namespace pykd::internal
+
+extern "C" const char* pykd_last_error(void) { return pykd::internal::last_error(); }

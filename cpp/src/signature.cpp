@@ -309,25 +309,11 @@ void fill_axis_names(Specs& specs) {
 
 // ---- Messages about a call ---------------------------------------------------------------------
 
-std::string join(const std::vector<std::string>& words) {
-  std::string text;
-  for (const std::string& word : words) text += (text.empty() ? "" : ", ") + word;
-  return text;
-}
-
 template <class Specs>
 std::vector<std::string> names_of(const Specs& specs) {
   std::vector<std::string> names;
   for (const auto& spec : specs) names.push_back(spec.name);
   return names;
-}
-
-std::string shape_text(const std::int64_t* shape, std::int32_t rank) {
-  std::string text = "[";
-  for (std::int32_t i = 0; i < rank && i < static_cast<std::int32_t>(kMaxRank); ++i) {
-    text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-  }
-  return text + "]";
 }
 
 std::string number_text(double value) {
@@ -340,54 +326,9 @@ std::string axes_text(const TensorSpec& spec) {
   return spec.axes.empty() ? "no axes (a scalar)" : "axes (" + join(spec.axes) + ")";
 }
 
-std::string dtypes_text(std::uint32_t dtypes) {
-  std::vector<std::string> names;
-  for (pykd_dtype dtype : kDtypes) {
-    if (dtypes & dtype_bit(dtype)) names.push_back(dtype_name(dtype));
-  }
-  std::string last = names.back();
-  names.pop_back();
-  return names.empty() ? last : join(names) + " or " + last;
-}
-
-// What a caller wrote into a field of enumeration type. In C that may be any number, and C++ must
-// not read it as the enumeration before it is known to be one of its values.
-template <class Enumeration>
-int raw(const Enumeration& field) {
-  static_assert(sizeof(Enumeration) == sizeof(int));
-  int value;
-  std::memcpy(&value, &field, sizeof value);
-  return value;
-}
-
-bool is_dtype(const pykd_dtype& dtype) {
-  return raw(dtype) >= PYKD_FLOAT16 && raw(dtype) <= PYKD_INT64;
-}
-
-std::string given_dtype(const pykd_tensor& tensor) {
-  if (is_dtype(tensor.dtype)) return dtype_name(tensor.dtype);
-  return "an unknown dtype (" + std::to_string(raw(tensor.dtype)) + ")";
-}
-
-std::string given_device(const pykd_tensor& tensor) {
-  const int kind = raw(tensor.device);
-  if (kind == PYKD_CPU || kind == PYKD_CUDA) return device_name({tensor.device, tensor.device_id});
-  return "an unknown device (" + std::to_string(kind) + ")";
-}
-
 template <class Specs>
 [[noreturn]] void unknown_name(const char* what, const char* name, const Specs& specs) {
-  const std::vector<std::string> names = names_of(specs);
-  const std::string near = nearest(name, names);
-  fail(PYKD_INVALID_VALUE,
-       names.empty() ? std::string("no ") + what : std::string(what) + " among " + join(names),
-       in_quotes(name),
-       near.empty() ? "use the names that the artefact has"
-                    : "did you mean " + in_quotes(near) + "?");
-}
-
-[[noreturn]] void given_twice(const char* name) {
-  fail(PYKD_INVALID_VALUE, std::string(name) + " once", "it twice", "give every name once");
+  internal::unknown_name(what, name, names_of(specs), "artefact");
 }
 
 // Finds `name`, looking first at `guess`: callers give things in the signature's order more often
@@ -396,20 +337,6 @@ template <class Specs>
 std::size_t find_name(const Specs& specs, const char* name, std::size_t guess) {
   if (guess < specs.size() && specs[guess].name == name) return guess;
   return find_spec(specs, name);
-}
-
-template <class Item>
-void check_list(const Item* items, std::size_t count, const char* what) {
-  if (items == nullptr && count != 0) {
-    fail(PYKD_INVALID_VALUE, std::string("an array of ") + what,
-         "NULL with a count of " + std::to_string(count), "pass the array or a count of 0");
-  }
-  for (std::size_t i = 0; i < count; ++i) {
-    if (items[i].name == nullptr) {
-      fail(PYKD_INVALID_VALUE, std::string("a name for every one of the ") + what,
-           "NULL at index " + std::to_string(i), "set its name");
-    }
-  }
 }
 
 // ---- Checks of one tensor ----------------------------------------------------------------------
@@ -446,40 +373,6 @@ void check_rank(const TensorSpec& spec, const pykd_tensor& tensor) {
   }
   fail(PYKD_INVALID_VALUE, spec.name + " with " + axes_text(spec), got,
        "give it one length per axis");
-}
-
-// Contiguity in the sense of pykd.h: the step along an axis of length 1 is never taken.
-void check_strides(const TensorSpec& spec, const pykd_tensor& tensor) {
-  if (tensor.strides == nullptr) return;
-  std::int64_t step = 1;
-  for (std::int32_t axis = tensor.rank - 1; axis >= 0; --axis) {
-    if (tensor.shape[axis] != 1 && tensor.strides[axis] != step) {
-      fail(PYKD_INVALID_VALUE, spec.name + " contiguous in memory, its last axis fastest",
-           "strides " + shape_text(tensor.strides, tensor.rank) + " with shape " +
-               shape_text(tensor.shape, tensor.rank),
-           "copy it into contiguous memory first");
-    }
-    step *= tensor.shape[axis];  // check_size() has shown that this fits
-  }
-}
-
-void check_data(const TensorSpec& spec, const pykd_tensor& tensor) {
-  if (tensor.data == nullptr) {
-    fail(PYKD_INVALID_VALUE, spec.name + " with a pointer to its data", "NULL",
-         "set data to the first element");
-  }
-}
-
-// Bytes of a tensor whose lengths are all at least 1.
-std::size_t check_size(const TensorSpec& spec, const pykd_tensor& tensor) {
-  std::int64_t bytes = static_cast<std::int64_t>(dtype_size(tensor.dtype));
-  for (std::int32_t axis = 0; axis < tensor.rank; ++axis) {
-    if (__builtin_mul_overflow(bytes, tensor.shape[axis], &bytes)) {
-      fail(PYKD_INVALID_VALUE, spec.name + " of a size that fits into memory",
-           "shape " + shape_text(tensor.shape, tensor.rank), "check the shape");
-    }
-  }
-  return static_cast<std::size_t>(bytes);
 }
 
 // ---- Checks of the inputs ----------------------------------------------------------------------
@@ -615,62 +508,19 @@ void check_output_shape(const OutputSpec& output, const pykd_tensor& tensor,
   }
 }
 
-struct Extent {
-  const char* begin;
-  std::size_t bytes;
-};
-
-Extent extent_of(const TensorSpec& spec, const pykd_tensor& tensor) {
-  return {static_cast<const char*>(tensor.data), check_size(spec, tensor)};
-}
-
-bool overlap(const Extent& a, const Extent& b) {
-  const auto begin_a = reinterpret_cast<std::uintptr_t>(a.begin);
-  const auto begin_b = reinterpret_cast<std::uintptr_t>(b.begin);
-  return begin_a < begin_b + b.bytes && begin_b < begin_a + a.bytes;
-}
-
-// An engine may write one output before it has read every input.
 void check_no_overlap(const Signature& signature, const std::vector<pykd_tensor>& inputs,
                       const OutputSpec& output, const pykd_tensor* outputs, std::size_t index,
                       const std::vector<std::size_t>& output_ids) {
-  const Extent written = extent_of(output, outputs[index]);
-  auto check = [&](const TensorSpec& other, const pykd_tensor& tensor) {
-    if (overlap(written, extent_of(other, tensor))) {
-      fail(PYKD_INVALID_VALUE, output.name + " in memory of its own",
-           "memory that " + other.name + " uses, too", "give it a buffer of its own");
-    }
-  };
-  for (std::size_t i = 0; i < inputs.size(); ++i) check(signature.inputs[i], inputs[i]);
-  for (std::size_t i = 0; i < index; ++i) check(signature.outputs[output_ids[i]], outputs[i]);
+  const Extent written = extent_of(output.name, outputs[index]);
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    check_no_overlap(written, extent_of(signature.inputs[i].name, inputs[i]));
+  }
+  for (std::size_t i = 0; i < index; ++i) {
+    check_no_overlap(written, extent_of(signature.outputs[output_ids[i]].name, outputs[i]));
+  }
 }
 
 }  // namespace
-
-std::string dtype_name(pykd_dtype dtype) {
-  switch (dtype) {
-    case PYKD_FLOAT16:
-      return "float16";
-    case PYKD_BFLOAT16:
-      return "bfloat16";
-    case PYKD_FLOAT32:
-      return "float32";
-    case PYKD_FLOAT64:
-      return "float64";
-    case PYKD_INT64:
-      return "int64";
-  }
-  return "";  // not reached: what callers give is checked before
-}
-
-std::size_t dtype_size(pykd_dtype dtype) {
-  if (dtype == PYKD_FLOAT16 || dtype == PYKD_BFLOAT16) return 2;
-  return dtype == PYKD_FLOAT32 ? 4 : 8;
-}
-
-std::string device_name(Device device) {
-  return device.kind == PYKD_CPU ? "cpu" : "cuda:" + std::to_string(device.id);
-}
 
 pykd_dtype output_dtype(const OutputSpec& output, pykd_dtype float_dtype) {
   if (!output.is_any_float()) {
@@ -759,9 +609,9 @@ Binding check_inputs(const Signature& signature, Device device, const pykd_tenso
     check_dtype(input, tensor);
     check_device(input, tensor, device);
     bind_axes(signature, input, tensor, binding.lengths);
-    check_size(input, tensor);
-    check_strides(input, tensor);
-    check_data(input, tensor);
+    check_size(input.name, tensor);
+    check_strides(input.name, tensor);
+    check_data(input.name, tensor);
     if (!input.is_float()) continue;
     if (!float_seen) binding.float_dtype = tensor.dtype;
     float_seen = true;
@@ -848,8 +698,8 @@ void check_outputs(const Signature& signature, Device device, const Binding& bin
     }
     const bool scalar_on_cpu = output.rank() == 0 && raw(tensor.device) == PYKD_CPU;
     if (!scalar_on_cpu) check_device(output, tensor, device);
-    check_strides(output, tensor);
-    check_data(output, tensor);
+    check_strides(output.name, tensor);
+    check_data(output.name, tensor);
     check_no_overlap(signature, inputs, output, outputs, i, output_ids);
   }
 }

@@ -15,24 +15,12 @@
 
 #include "engine.h"
 #include "pykd/pykd.h"
+#include "tensor.h"
 
 namespace pykd::internal {
 
 constexpr int kFormatVersion = 1;  // the newest metadata that this library understands
-constexpr std::size_t kMaxRank = 8;
 constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();  // "no such index"
-
-// Sets of dtypes, as in pykd_tensor_info::dtypes.
-constexpr std::uint32_t dtype_bit(pykd_dtype dtype) { return 1u << static_cast<unsigned>(dtype); }
-constexpr std::uint32_t kAnyFloat = dtype_bit(PYKD_FLOAT16) | dtype_bit(PYKD_BFLOAT16) |
-                                    dtype_bit(PYKD_FLOAT32) | dtype_bit(PYKD_FLOAT64);
-
-// "float32" and the like.
-PYKD_API std::string dtype_name(pykd_dtype dtype);
-// Bytes of one element; `dtype` is one of the enumeration.
-PYKD_API std::size_t dtype_size(pykd_dtype dtype);
-// "cpu", "cuda:0".
-PYKD_API std::string device_name(Device device);
 
 // What inputs and outputs have in common.
 struct TensorSpec {
