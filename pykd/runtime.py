@@ -129,6 +129,11 @@ class Loss:
         """Where it runs, as it was asked for: ``"cpu"``, ``"cuda:0"``."""
         return self._core.device
 
+    @property
+    def kernels_in_use(self) -> tuple[str, ...]:
+        """The fused kernels that run it, such as ``("soft_target_float32",)``; empty where it runs without."""
+        return tuple(self._core.kernels_in_use.split())
+
     def __repr__(self) -> str:
         name = self._metadata.get("name", "loss")
         return f"<pykd loss {name!r}: {self.engine} {self.engine_version} on {self.device}>\n{self._signature!r}"
@@ -253,6 +258,7 @@ def load(
     threads: int = 0,
     check_integrity: bool = True,
     cuda_stream: int | None = None,
+    kernels: str = "auto",
 ) -> Loss:
     """Loads an exported loss, ready to run.
 
@@ -275,6 +281,11 @@ def load(
         cuda_stream: the ``cudaStream_t``, as an integer, on which ONNX Runtime works, such as
             ``torch.cuda.current_stream().cuda_stream``. None: a stream of its own. TorchScript uses
             torch's current stream.
+        kernels: whether ONNX files run with pykd's fused kernels, which need not read the tensors as often
+            as the portable operators. ``"auto"``: wherever the file has a node that a kernel computes on
+            that device. ``"on"``: the same, and a RuntimeError where it has none, or one that no kernel
+            computes. ``"off"``: the portable operators that the file carries.
+            :attr:`Loss.kernels_in_use` tells what came of it.
 
     Returns:
         The loss, with :meth:`Loss.value` and :meth:`Loss.value_and_gradient`.
@@ -292,7 +303,7 @@ def load(
     onnxruntime = _onnxruntime_library() if onnxruntime_library is None else os.fspath(onnxruntime_library)
     if engine == "torchscript" or (engine is None and _wants_torch(source, onnxruntime)):
         _import_torch()
-    core = _core.Loss(source, engine, device, onnxruntime, None, threads, check_integrity, cuda_stream or 0)
+    core = _core.Loss(source, engine, device, onnxruntime, None, threads, check_integrity, cuda_stream or 0, kernels)
     return Loss(core, cuda_stream)
 
 

@@ -62,8 +62,6 @@ uint32_t pykd_abi_version(void) { return PYKD_ABI_VERSION; }
 
 const char* pykd_version(void) { return PYKD_VERSION; }
 
-const char* pykd_last_error(void) { return pykd::internal::last_error(); }
-
 pykd_status pykd_load(const char* path, const pykd_load_options* options, pykd_loss** loss) {
   return guarded([&] {
     check_pointer(path, "the path of an artefact");
@@ -94,6 +92,10 @@ const char* pykd_engine_version(const pykd_loss* loss) {
 }
 const char* pykd_device_name(const pykd_loss* loss) {
   return loss == nullptr ? "" : loss->loss->device_name().c_str();
+}
+
+const char* pykd_kernels_in_use(const pykd_loss* loss) {
+  return loss == nullptr ? "" : loss->loss->kernels().c_str();
 }
 
 size_t pykd_num_inputs(const pykd_loss* loss) {

@@ -224,13 +224,27 @@ struct Scan {
   std::unordered_set<std::string_view> initializers;
 
   // The functions of domain "pykd" and which of them each calls, for check_functions().
+  struct Call {
+    std::string_view name, overload;
+  };
   struct Function {
-    std::string_view name;
+    std::string_view name, overload;
     std::size_t nodes = 0;
-    std::vector<std::string_view> calls;
+    std::vector<Call> calls;
   };
   std::vector<Function> functions;
+  std::vector<Call> calls;  // of the graph
 };
+
+// How engines call a function. They write a colon between its parts, so that no part may hold one.
+std::string function_key(std::string_view name, std::string_view overload) {
+  for (std::string_view part : {name, overload}) {
+    if (part.find(':') != std::string_view::npos) {
+      refuse("names of functions without colons", in_quotes(part));
+    }
+  }
+  return std::string(name) + ":" + std::string(overload);
+}
 
 std::string_view scan_tensor(pbf_reader tensor) {
   std::string_view name;
@@ -270,12 +284,9 @@ void scan_attribute(pbf_reader attribute) {
   }
 }
 
-struct NodeType {
-  std::string_view domain, op;
-};
-
-NodeType scan_node(pbf_reader node) {
-  std::optional<std::string_view> domain, op;
+// Adds the node to `calls` where it is one of domain "pykd".
+void scan_node(pbf_reader node, std::vector<Scan::Call>& calls) {
+  std::optional<std::string_view> domain, op, overload;
   while (node.next()) {
     switch (node.tag_and_type()) {
       case message(4):
@@ -287,12 +298,15 @@ NodeType scan_node(pbf_reader node) {
       case message(7):
         set_once(domain, view_of(node), "the domain of a node");
         break;
+      case message(8):
+        set_once(overload, view_of(node), "the overload of a node");
+        break;
       default:
         node.skip();
     }
   }
   check_domain(domain.value_or(""), "operators");
-  return {domain.value_or(""), op.value_or("")};
+  if (!is_standard(domain.value_or(""))) calls.push_back({op.value_or(""), overload.value_or("")});
 }
 
 void scan_opset(pbf_reader opset) {
@@ -308,19 +322,17 @@ void scan_opset(pbf_reader opset) {
 }
 
 void scan_function(pbf_reader function, Scan& scan) {
-  std::optional<std::string_view> name, domain;
+  std::optional<std::string_view> name, domain, overload;
   Scan::Function result;
   while (function.next()) {
     switch (function.tag_and_type()) {
       case message(1):
         set_once(name, view_of(function), "the name of a function");
         break;
-      case message(7): {
-        const NodeType type = scan_node(function.get_message());
+      case message(7):
+        scan_node(function.get_message(), result.calls);
         ++result.nodes;
-        if (!is_standard(type.domain)) result.calls.push_back(type.op);
         break;
-      }
       case message(9):
         scan_opset(function.get_message());
         break;
@@ -331,7 +343,8 @@ void scan_function(pbf_reader function, Scan& scan) {
         scan_attribute(function.get_message());
         break;
       case message(13):
-        refuse("functions without overloads", "one that has them");
+        set_once(overload, view_of(function), "the overload of a function");
+        break;
       default:
         function.skip();
     }
@@ -340,28 +353,34 @@ void scan_function(pbf_reader function, Scan& scan) {
     refuse("functions of domain \"pykd\"", "domain " + in_quotes(domain.value_or("")));
   }
   result.name = name.value_or("");
+  result.overload = overload.value_or("");
   scan.functions.push_back(std::move(result));
 }
 
 // Engines replace calls by bodies. A function that calls itself would keep them busy for ever, and
 // a few that call each other ten times over would fill the memory: so they come in order, callees
-// first, and what they expand to is bounded.
-void check_functions(const Scan& scan, const std::vector<std::string_view>& graph_calls) {
+// first, and what they expand to is bounded. A call without a body would tie the file to engines
+// that have an op of that name.
+void check_functions(const Scan& scan) {
   constexpr std::size_t kMaxNodes = 1000000;
-  std::unordered_map<std::string_view, std::size_t> indices;  // into scan.functions
+  std::unordered_map<std::string, std::size_t> indices;  // into scan.functions
   for (const Scan::Function& function : scan.functions) {
-    if (!indices.emplace(function.name, indices.size()).second) {
+    if (!indices.emplace(function_key(function.name, function.overload), indices.size()).second) {
       refuse("every function once", in_quotes(function.name) + " twice");
     }
   }
   std::vector<std::size_t> sizes;  // in nodes, of those functions that have been looked at
-  auto expand = [&](std::size_t nodes, const std::vector<std::string_view>& calls) {
-    for (std::string_view call : calls) {
-      auto found = indices.find(call);
-      if (found == indices.end()) continue;  // an operator of pykd's op library, not a function
+  auto expand = [&](std::size_t nodes, const std::vector<Scan::Call>& calls) {
+    for (const Scan::Call& call : calls) {
+      auto found = indices.find(function_key(call.name, call.overload));
+      if (found == indices.end()) {
+        refuse("a function for every operator of domain \"pykd\"",
+               "none for " + in_quotes(call.name) +
+                   (call.overload.empty() ? "" : " with the overload " + in_quotes(call.overload)));
+      }
       if (found->second >= sizes.size()) {
         refuse("functions that call earlier ones alone",
-               "a call of " + in_quotes(call) + " before it");
+               "a call of " + in_quotes(call.name) + " before it");
       }
       nodes += sizes[found->second];
       if (nodes > kMaxNodes) refuse("functions of reasonable size", "more than a million nodes");
@@ -371,7 +390,17 @@ void check_functions(const Scan& scan, const std::vector<std::string_view>& grap
   for (const Scan::Function& function : scan.functions) {
     sizes.push_back(expand(function.nodes, function.calls));
   }
-  expand(0, graph_calls);
+  expand(0, scan.calls);
+}
+
+PykdNodes pykd_nodes(const Scan& scan) {
+  PykdNodes nodes;
+  for (const Scan::Call& call : scan.calls) nodes.in_graph.emplace(call.name);
+  for (const Scan::Function& function : scan.functions) {
+    std::set<std::string>& names = nodes.in_functions[std::string(function.name)];
+    for (const Scan::Call& call : function.calls) names.emplace(call.name);
+  }
+  return nodes;
 }
 
 std::size_t scan_shape(pbf_reader shape) {
@@ -435,14 +464,12 @@ ValueInfo scan_value_info(pbf_reader value) {
   return info;
 }
 
-void scan_graph(pbf_reader graph, Scan& scan, std::vector<std::string_view>& calls) {
+void scan_graph(pbf_reader graph, Scan& scan) {
   while (graph.next()) {
     switch (graph.tag_and_type()) {
-      case message(1): {
-        const NodeType type = scan_node(graph.get_message());
-        if (!is_standard(type.domain)) calls.push_back(type.op);
+      case message(1):
+        scan_node(graph.get_message(), scan.calls);
         break;
-      }
       case message(5):
         scan.initializers.insert(scan_tensor(graph.get_message()));
         break;
@@ -480,7 +507,6 @@ void scan_property(pbf_reader property, Scan& scan) {
 
 Scan scan_model(const std::string& bytes) {
   Scan scan;
-  std::vector<std::string_view> calls;
   bool has_graph = false;
   pbf_reader model(bytes);
   while (model.next()) {
@@ -488,7 +514,7 @@ Scan scan_model(const std::string& bytes) {
       case message(7):
         if (has_graph) refuse("one graph", "two");
         has_graph = true;
-        scan_graph(model.get_message(), scan, calls);
+        scan_graph(model.get_message(), scan);
         break;
       case message(8):
         scan_opset(model.get_message());
@@ -506,7 +532,7 @@ Scan scan_model(const std::string& bytes) {
     }
   }
   if (!has_graph) refuse("a graph", "none");
-  check_functions(scan, calls);
+  check_functions(scan);
   return scan;
 }
 
@@ -642,7 +668,26 @@ void check_integrity(const ArtefactFile& file) {
   }
 }
 
-Signature scan_onnx(const ArtefactFile& file) {
+std::set<std::string> PykdNodes::that_run(const std::set<std::string>& ops) const {
+  std::set<std::string> run, seen = in_graph;
+  std::vector<std::string> open(in_graph.begin(), in_graph.end());
+  while (!open.empty()) {
+    const std::string name = std::move(open.back());
+    open.pop_back();
+    if (ops.count(name) != 0) {
+      run.insert(name);
+      continue;
+    }
+    const auto function = in_functions.find(name);
+    if (function == in_functions.end()) continue;
+    for (const std::string& inner : function->second) {
+      if (seen.insert(inner).second) open.push_back(inner);
+    }
+  }
+  return run;
+}
+
+Signature scan_onnx(const ArtefactFile& file, PykdNodes* nodes) {
   check_size(file.label, FileFormat::kOnnx, file.bytes.size());
   try {
     const Scan scan = scan_model(file.bytes);
@@ -652,6 +697,7 @@ Signature scan_onnx(const ArtefactFile& file) {
       refuse("\"value\" or \"gradient\" as the kind", "\"torchscript\"");
     }
     check_graph(scan, signature);
+    if (nodes != nullptr) *nodes = pykd_nodes(scan);
     return signature;
   } catch (const protozero::exception& error) {
     fail(PYKD_BAD_ARTEFACT, "an ONNX file at " + file.label,

@@ -7,7 +7,9 @@
 #define PYKD_SRC_ARTEFACT_H_
 
 #include <cstddef>
+#include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 
@@ -49,10 +51,22 @@ FileFormat detect_format(std::string_view bytes);
 // that was damaged, and one without a checksum apart.
 void check_integrity(const ArtefactFile& file);
 
+// The operators of domain "pykd" in an ONNX file, by the names of the functions that are their
+// portable bodies. A function may have several bodies, called overloads.
+struct PykdNodes {
+  std::set<std::string> in_graph;
+  std::map<std::string, std::set<std::string>> in_functions;  // by the function's name
+
+  // Which of the ops an engine would run: it looks at a node's op first, and only where it does not
+  // know that one does it go on to the nodes of the function.
+  std::set<std::string> that_run(const std::set<std::string>& ops) const;
+};
+
 // Looks through an ONNX file without ONNX Runtime: nothing but standard operators and functions of
-// domain "pykd", no external data, no subgraphs, no sparse tensors; inputs and outputs as its
-// metadata says. Returns the signature in that metadata.
-Signature scan_onnx(const ArtefactFile& file);
+// domain "pykd", a function for every operator of that domain, no external data, no subgraphs, no
+// sparse tensors; inputs and outputs as its metadata says. Returns the signature in that metadata,
+// and fills in `nodes` where it is wanted.
+Signature scan_onnx(const ArtefactFile& file, PykdNodes* nodes = nullptr);
 
 }  // namespace pykd::internal
 

@@ -28,7 +28,8 @@ struct EngineOptions {
   Device device;
   int threads = 0;
   void* cuda_stream = nullptr;
-  std::string library;  // of the engine, where the user named one
+  std::string library;   // of the engine, where the user named one
+  bool kernels = false;  // ONNX files: register the ops of pykd's kernels
 };
 
 // One call. Inputs and parameters follow the order of the signature; all have passed the checks.
@@ -39,8 +40,9 @@ struct Request {
   std::vector<std::size_t> output_ids;  // their indices among the signature's outputs
 };
 
-// An opened artefact. run() may be called from many threads at once. It throws pykd::internal::Failure
-// (error.h) or any std::exception, whose text then reaches the user as PYKD_ENGINE_FAILURE.
+// An opened artefact. run() may be called from many threads at once. It throws
+// pykd::internal::Failure (error.h) or any std::exception, whose text then reaches the user as
+// PYKD_ENGINE_FAILURE.
 class Session {
  public:
   Session() = default;
@@ -60,7 +62,8 @@ class Engine {
   // Such as "1.32.0" or "2.13.0".
   virtual std::string version() const = 0;
 
-  // The pykd metadata inside the artefact: JSON. Throws Failure(PYKD_BAD_ARTEFACT) where there is none.
+  // The pykd metadata inside the artefact: JSON. Throws Failure(PYKD_BAD_ARTEFACT) where there is
+  // none.
   virtual std::string metadata(const void* bytes, std::size_t size) = 0;
 
   // `signature` is that metadata, parsed; it outlives the session.
@@ -73,10 +76,11 @@ class Engine {
 
 // The handshake with libpykd_torch. The number grows with every change of this file; libpykd opens
 // the library, compares, and only then asks for the engine, which lives until the process ends.
-#define PYKD_ENGINE_INTERFACE_VERSION 1u
+#define PYKD_ENGINE_INTERFACE_VERSION 2u
 extern "C" {
 PYKD_API std::uint32_t pykd_torch_interface_version(void);
-// Throws nothing; nullptr with a message in `error` (at most `size` characters) where torch cannot be used.
+// Throws nothing; nullptr with a message in `error` (at most `size` characters) where torch cannot
+// be used.
 PYKD_API pykd::internal::Engine* pykd_torch_engine(char* error, std::size_t size);
 }
 

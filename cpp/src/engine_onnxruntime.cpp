@@ -4,7 +4,6 @@
 #include <onnxruntime_c_api.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -13,6 +12,7 @@
 #include <vector>
 
 #include "artefact.h"
+#include "custom_ops.h"
 #include "engines.h"
 #include "error.h"
 #include "shared_library.h"
@@ -20,10 +20,6 @@
 
 namespace pykd::internal {
 namespace {
-
-constexpr std::uint32_t kApiVersion = 21;
-static_assert(ORT_API_VERSION >= kApiVersion,
-              "pykd needs the headers of ONNX Runtime 1.21 or newer");
 
 constexpr char kInstall[] =
     "install ONNX Runtime 1.21 or newer (pip install onnxruntime) and set "
@@ -71,12 +67,6 @@ SharedLibrary find_library(const std::string& named) {
       tried);
 }
 
-bool is_new_enough(const std::string& version) {
-  int major = 0, minor = 0;
-  if (std::sscanf(version.c_str(), "%d.%d", &major, &minor) != 2) return false;
-  return major > 1 || (major == 1 && minor >= static_cast<int>(kApiVersion));
-}
-
 // A library prints nothing: what ONNX Runtime has to say comes with its status.
 void ORT_API_CALL drop_log(void*, OrtLoggingLevel, const char*, const char*, const char*,
                            const char*) {}
@@ -96,8 +86,7 @@ Runtime open_runtime(const std::string& named) {
   const OrtApiBase* base = get_base();
   runtime.path = library_path_of(base);
   runtime.version = base->GetVersionString();
-  // Asked for more than it has, GetApi() prints: so the version is compared first.
-  if (is_new_enough(runtime.version)) runtime.api = base->GetApi(kApiVersion);
+  if (is_new_enough(runtime.version)) runtime.api = base->GetApi(kOrtApiVersion);
   if (runtime.api == nullptr) {
     fail(PYKD_UNAVAILABLE, "ONNX Runtime 1.21 or newer",
          "ONNX Runtime " + runtime.version + " at " + runtime.path, kInstall);
@@ -292,6 +281,7 @@ class OnnxRuntimeSession : public Session {
     // of this kind it gains nothing.
     check(api_.DisableMemPattern(settings));
     if (options_.device.kind == PYKD_CUDA) append_cuda(runtime, settings);
+    if (options_.kernels) register_kernels(api_, settings, options_.device);
     session_ = make_owner<OrtSession>(
         api_.ReleaseSession,
         [&](OrtSession** session) {

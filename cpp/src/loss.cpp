@@ -1,11 +1,14 @@
 #include "loss.h"
 
 #include <algorithm>
-#include <cstring>
+#include <cstddef>
 #include <new>
+#include <set>
 
+#include "custom_ops.h"
 #include "engines.h"
 #include "error.h"
+#include "struct_size.h"
 
 namespace pykd::internal {
 namespace {
@@ -32,24 +35,18 @@ void check_engine_name(const std::string& engine) {
        "correct the load options, or leave the engine out to take whichever is there");
 }
 
-// The caller may have been built with an older or a newer header than this library.
 pykd_load_options copy_options(const pykd_load_options& given) {
-  pykd_load_options options = PYKD_LOAD_OPTIONS_INIT;
-  constexpr std::size_t kFirstSize = sizeof(pykd_load_options);  // of ABI version 1
-  if (given.struct_size < kFirstSize || given.struct_size > 4096) {
-    fail(PYKD_INVALID_VALUE,
-         "load options of " + std::to_string(kFirstSize) + " bytes, as struct_size tells",
-         std::to_string(given.struct_size), "start from PYKD_LOAD_OPTIONS_INIT");
-  }
-  const auto* bytes = reinterpret_cast<const unsigned char*>(&given);
-  const bool unknown_set = std::any_of(bytes + kFirstSize, bytes + given.struct_size,
-                                       [](unsigned char byte) { return byte != 0; });
-  if (unknown_set) {
-    fail(PYKD_INVALID_VALUE, "load options that this library knows", "a newer one that is set",
-         "use the libpykd that belongs to the header");
-  }
-  std::memcpy(&options, &given, sizeof options);
-  return options;
+  const pykd_load_options defaults = PYKD_LOAD_OPTIONS_INIT;
+  constexpr std::size_t kFirstSize = offsetof(pykd_load_options, kernels);  // of ABI version 1
+  return copy_sized(given, defaults, kFirstSize, "load options", "PYKD_LOAD_OPTIONS_INIT");
+}
+
+KernelUse parse_kernels(const std::string& text) {
+  if (text == "auto") return KernelUse::kAuto;
+  if (text == "on") return KernelUse::kOn;
+  if (text == "off") return KernelUse::kOff;
+  fail(PYKD_INVALID_VALUE, "\"auto\", \"on\" or \"off\" for kernels", in_quotes(text),
+       "correct the load options");
 }
 
 std::string text_or(const char* text, const char* otherwise) {
@@ -106,6 +103,51 @@ std::size_t index_of(const Specs& specs, const std::string& name) {
   return kNone;
 }
 
+// ---- Kernels -----------------------------------------------------------------------------------
+
+[[noreturn]] void no_kernels(const std::string& expected, const std::string& got) {
+  fail(PYKD_UNAVAILABLE, expected + ", as kernels \"on\" asks for", got,
+       "load it with kernels \"auto\" or \"off\"");
+}
+
+// The ops that a session on that device can have: none where its library cannot be had, which is an
+// error to those who ask for them alone.
+std::set<std::string> available_ops(const LoadOptions& options) {
+  if (options.kernels == KernelUse::kOff) return {};
+  try {
+    const std::vector<std::string>& ops = kernel_ops(options.engine_options.device);
+    return {ops.begin(), ops.end()};
+  } catch (const Failure& failure) {
+    if (options.kernels == KernelUse::kOn || failure.status() != PYKD_UNAVAILABLE) throw;
+    return {};
+  }
+}
+
+std::string join_with_spaces(const std::set<std::string>& words) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : " ") + word;
+  return text;
+}
+
+// Those that the file uses.
+std::set<std::string> choose_ops(const ArtefactFile& file, const PykdNodes& nodes,
+                                 const std::set<std::string>& available,
+                                 const LoadOptions& options) {
+  if (options.kernels == KernelUse::kOn) {
+    if (nodes.in_graph.empty()) {
+      no_kernels("a node that a kernel computes in " + file.label, "a file without one");
+    }
+    for (const std::string& node : nodes.in_graph) {
+      if (available.count(node) == 0) {
+        no_kernels(
+            "a kernel for every node of domain \"pykd\" in " + file.label,
+            "none for " + in_quotes(node) + " on " + device_name(options.engine_options.device));
+      }
+    }
+  }
+  return nodes.that_run(available);
+}
+
 }  // namespace
 
 LoadOptions read_options(const pykd_load_options* options) {
@@ -120,6 +162,7 @@ LoadOptions read_options(const pykd_load_options* options) {
   result.engine_options.device = parse_device(result.device);
   result.engine_options.threads = given.threads;
   result.engine_options.cuda_stream = given.cuda_stream;
+  result.kernels = parse_kernels(text_or(given.kernels, "auto"));
   check_engine_name(result.engine);
   if (given.threads < 0) {
     fail(PYKD_INVALID_VALUE, "0 or more threads", std::to_string(given.threads),
@@ -165,12 +208,15 @@ std::unique_ptr<Loss> Loss::load_onnx(const Artefact& artefact, const LoadOption
   struct Checked {
     const ArtefactFile* file;
     Signature signature;
+    PykdNodes nodes;
   };
   std::vector<Checked> files;
   for (const std::optional<ArtefactFile>* file : {&artefact.value, &artefact.gradient}) {
     if (!file->has_value()) continue;
     check_integrity(**file, options);
-    files.push_back({&**file, scan_onnx(**file)});
+    Checked& checked = files.emplace_back();
+    checked.file = &**file;
+    checked.signature = scan_onnx(**file, &checked.nodes);
   }
   std::unique_ptr<Loss> loss(new Loss(options, "onnxruntime"));
   if (files.size() == 2) {
@@ -183,15 +229,24 @@ std::unique_ptr<Loss> Loss::load_onnx(const Artefact& artefact, const LoadOption
   EngineOptions engine_options = options.engine_options;
   engine_options.library = options.onnxruntime_library;
   Engine& engine = onnxruntime_engine(engine_options.library);
+  const std::set<std::string> available = available_ops(options);
+  std::set<std::string> in_use;
   for (Checked& checked : files) {
+    const std::set<std::string> ops = choose_ops(*checked.file, checked.nodes, available, options);
+    in_use.insert(ops.begin(), ops.end());
+    engine_options.kernels = !ops.empty();
     loss->add_part(engine, *checked.file, std::move(checked.signature), engine_options);
   }
+  loss->kernels_ = join_with_spaces(in_use);
   loss->connect_parts();
   return loss;
 }
 
 std::unique_ptr<Loss> Loss::load_torchscript(const Artefact& artefact, const LoadOptions& options) {
   const ArtefactFile& file = *artefact.torchscript;
+  if (options.kernels == KernelUse::kOn) {
+    no_kernels("an ONNX file for the engine \"onnxruntime\"", "the TorchScript file " + file.label);
+  }
   check_integrity(file, options);
   EngineOptions engine_options = options.engine_options;
   engine_options.library = options.torch_library;

@@ -16,6 +16,8 @@
 
 namespace pykd::internal {
 
+enum class KernelUse { kAuto, kOn, kOff };
+
 // pykd_load_options, checked.
 struct LoadOptions {
   std::string engine;          // empty: whichever is there
@@ -23,6 +25,7 @@ struct LoadOptions {
   std::string onnxruntime_library;
   std::string torch_library;
   bool skip_integrity_check = false;
+  KernelUse kernels = KernelUse::kAuto;
   EngineOptions engine_options;
 };
 
@@ -38,6 +41,7 @@ class Loss {
   const std::string& engine() const { return engine_; }
   const std::string& engine_version() const { return engine_version_; }
   const std::string& device_name() const { return device_name_; }
+  const std::string& kernels() const { return kernels_; }
 
   Binding check_inputs(const pykd_tensor* inputs, std::size_t num_inputs,
                        std::vector<pykd_tensor>& ordered) const;
@@ -67,7 +71,7 @@ class Loss {
 
   Signature signature_;
   Device device_;
-  std::string engine_, engine_version_, device_name_;
+  std::string engine_, engine_version_, device_name_, kernels_;
   // One part; or two, of which the first has the values and the second the gradients, too.
   std::vector<std::unique_ptr<Part>> parts_;
 };

@@ -2,13 +2,16 @@
 #include "pykd/pykd.hpp"
 
 #include <cmath>
+#include <cstddef>
 #include <limits>
 #include <regex>
 
+#include "pykd/kernels.h"
 #include "support.h"
 #include "tiny_model.h"
 
 extern "C" int run_c_example(const char* path, float* value, float gradient[6]);
+extern "C" int run_c_kernel_example(float value[2], float gradient[6]);
 
 namespace pykd::tests {
 namespace {
@@ -51,6 +54,22 @@ TEST_F(Api, RunsTheExampleOfTheCHeader) {
   EXPECT_EQ(run_c_example(folder.path().c_str(), &value, gradient), 0) << pykd_last_error();
   EXPECT_NEAR(value, 1.5 * 4.0 / 6.0, 1e-6);
   EXPECT_NEAR(gradient[2], -1.5 * 2.0 / 6.0, 1e-6);
+}
+
+TEST_F(Api, RunsTheExampleOfTheKernelsHeader) {
+  float value[2] = {}, gradient[6] = {};
+  EXPECT_EQ(run_c_kernel_example(value, gradient), 0) << pykd_last_error();
+  // Softmax of the student and the teacher at temperature 2, in float64.
+  double q[3], p[3], sum_q = 0, sum_p = 0, expected = 0;
+  for (int i = 0; i < 3; ++i) sum_q += q[i] = std::exp(student[i] / 2.0);
+  for (int i = 0; i < 3; ++i) sum_p += p[i] = std::exp(teacher[i] / 2.0);
+  for (int i = 0; i < 3; ++i) expected -= p[i] / sum_p * std::log(q[i] / sum_q);
+  EXPECT_NEAR(value[0], expected, 1e-6);
+  EXPECT_NEAR(value[1], expected, 1e-6);
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_NEAR(gradient[i], 0.5 * (q[i] / sum_q - p[i] / sum_p) / 2.0, 1e-6);
+    EXPECT_NEAR(gradient[3 + i], gradient[2 - i], 1e-6);
+  }
 }
 
 TEST_F(Api, DescribesItself) {
@@ -284,6 +303,112 @@ TEST_F(Api, MovesButStaysWhole) {
   Loss first = load();
   const Loss second = std::move(first);
   EXPECT_NEAR(second.value(inputs()).value("loss"), 1.0, 1e-6);
+}
+
+// ---- Kernels -----------------------------------------------------------------------------------
+
+// The value's file, whose loss per sample is a node of pykd. The function of that node computes
+// something else than a kernel of its name would: the index of the student's largest logit. So the
+// numbers tell which of the two ran.
+std::string file_with_node(const std::string& op) {
+  TinyModel model = tiny_model(false);
+  model.opsets.push_back(opset("pykd", 1));
+  model.functions = {
+      function("pykd", op,
+               {node("ArgMax", {"s"}, "largest", {attribute("axis", 1), attribute("keepdims", 0)}),
+                node("Cast", {"largest"}, "y", {attribute("to", kFloat)})},
+               "", {"s", "t", "tau"})};
+  model.nodes.resize(4);
+  model.nodes.push_back(
+      node(op, {"student_logits", "teacher_logits", "weight"}, "loss_per_sample", {}, "pykd"));
+  return sealed(model.bytes());
+}
+
+class ApiKernels : public Api {
+ protected:
+  void SetUp() override {
+    Api::SetUp();
+    use("soft_target_float32");
+    std::int64_t shape[2] = {2, 3};
+    float temperature = 1.5f;
+    const pykd_tensor in[] = {
+        {"student", student.data(), PYKD_FLOAT32, 2, shape, nullptr, PYKD_CPU, 0},
+        {"teacher", teacher.data(), PYKD_FLOAT32, 2, shape, nullptr, PYKD_CPU, 0},
+        {"temperature", &temperature, PYKD_FLOAT32, 0, nullptr, nullptr, PYKD_CPU, 0}};
+    const pykd_tensor out[] = {{"soft", kernel, PYKD_FLOAT32, 1, shape, nullptr, PYKD_CPU, 0}};
+    ASSERT_EQ(pykd_kernel_run("soft_target", in, 3, nullptr, 0, out, 1, nullptr), PYKD_OK)
+        << pykd_last_error();
+    ASSERT_NE(kernel[0], body[0]);
+  }
+
+  void use(const std::string& op) { folder.write("loss.onnx", file_with_node(op)); }
+
+  Loss load(const char* kernels) {
+    LoadOptions options;
+    options.kernels = kernels;
+    return Loss::load(folder.path("loss.onnx"), options);
+  }
+
+  // Both numbers of each sample.
+  void expect_ran(const Loss& loss, const float (&expected)[2]) {
+    const Result result = loss.value(inputs());
+    for (int i = 0; i < 2; ++i)
+      EXPECT_FLOAT_EQ(result.data<float>("loss_per_sample")[i], expected[i]);
+    EXPECT_NEAR(result.value("loss"), 1.0, 1e-6);
+  }
+
+  const float body[2] = {2, 0};
+  float kernel[2] = {};
+};
+
+TEST_F(ApiKernels, RunWhereTheFileHasTheirNode) {
+  for (const char* kernels : {"", "auto", "on"}) {
+    const Loss loss = load(kernels);
+    EXPECT_EQ(loss.kernels_in_use(), "soft_target_float32") << kernels;
+    expect_ran(loss, kernel);
+  }
+  EXPECT_STREQ(pykd_kernels_in_use(nullptr), "");
+}
+
+TEST_F(ApiKernels, LeaveTheWorkToTheBodyWhenOff) {
+  const Loss loss = load("off");
+  EXPECT_EQ(loss.kernels_in_use(), "");
+  expect_ran(loss, body);
+}
+
+TEST_F(ApiKernels, LeaveNodesThatTheyDoNotKnow) {
+  use("something_else_float32");
+  const Loss loss = load("auto");
+  EXPECT_EQ(loss.kernels_in_use(), "");
+  expect_ran(loss, body);
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load("on"), "a kernel for every node",
+               "none for \"something_else_float32\" on cpu", "kernels \"auto\"");
+}
+
+TEST_F(ApiKernels, AreAnErrorWhereTheyAreAskedForAndMissing) {
+  folder.write("loss.onnx", sealed(tiny_model(false).bytes()));
+  EXPECT_EQ(load("auto").kernels_in_use(), "");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load("on"), "a node that a kernel computes", "loss.onnx",
+               "kernels \"auto\"");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, load("fast"), "\"auto\", \"on\" or \"off\"", "\"fast\"");
+  folder.write("loss.pt", fake_torchscript(tiny_metadata(true)));
+  LoadOptions options;
+  options.kernels = "on";
+  EXPECT_ERROR(PYKD_UNAVAILABLE, Loss::load(folder.path("loss.pt"), options), "an ONNX file",
+               "loss.pt");
+}
+
+TEST_F(ApiKernels, AreNotAskedAboutByOlderCallers) {
+  pykd_load_options options = PYKD_LOAD_OPTIONS_INIT;
+  options.struct_size = offsetof(pykd_load_options, kernels);
+  options.kernels = "whatever lies behind an older struct";
+  pykd_loss* loss = nullptr;
+  ASSERT_EQ(pykd_load(folder.path("loss.onnx").c_str(), &options, &loss), PYKD_OK)
+      << pykd_last_error();
+  EXPECT_STREQ(pykd_kernels_in_use(loss), "soft_target_float32");
+  pykd_free(loss);
+  options.struct_size -= 1;
+  EXPECT_EQ(pykd_load(folder.path("loss.onnx").c_str(), &options, &loss), PYKD_INVALID_VALUE);
 }
 
 TEST(Views, CheckTheirSize) {

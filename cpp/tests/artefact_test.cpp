@@ -13,6 +13,7 @@ namespace {
 
 using tests::attribute;
 using tests::attribute_with;
+using tests::call_of;
 using tests::fake_torchscript;
 using tests::function;
 using tests::kFloat;
@@ -257,6 +258,77 @@ TEST(Scan, AcceptsFunctionsOfPykd) {
                      function("pykd", "g", {node("f", {"x"}, "y", {}, "pykd")})};
   model.nodes[1] = node("g", {"d"}, "dd", {}, "pykd");
   scan(model);
+}
+
+TEST(Scan, FindsFunctionsByNameAndOverload) {
+  TinyModel model = tiny_model(true);
+  model.opsets.push_back(opset("pykd", 1));
+  model.functions = {function("pykd", "f", {node("Mul", {"x", "x"}, "y")}, "a"),
+                     function("pykd", "f", {node("Add", {"x", "x"}, "y")}, "b"),
+                     function("pykd", "g", {call_of("f", "b", {"x"}, "y")})};
+  model.nodes[1] = call_of("f", "a", {"d"}, "dd");
+  model.nodes.push_back(node("g", {"d"}, "x", {}, "pykd"));
+  scan(model);
+
+  model.nodes.back() = call_of("g", "a", {"d"}, "x");
+  EXPECT_BAD(scan(model), "a function for every operator", "\"g\" with the overload \"a\"");
+  model.nodes.back() = node("f", {"d"}, "x", {}, "pykd");
+  EXPECT_BAD(scan(model), "a function for every operator", "none for \"f\"");
+  model.nodes.pop_back();
+  model.functions.push_back(function("pykd", "f", {node("Sub", {"x", "x"}, "y")}, "b"));
+  EXPECT_BAD(scan(model), "every function once", "\"f\" twice");
+  model.functions.back() = function("pykd", "g", {call_of("g", "c", {"x"}, "y")}, "c");
+  EXPECT_BAD(scan(model), "earlier ones alone", "\"g\"");
+}
+
+TEST(Scan, RefusesCallsWithoutAFunction) {
+  TinyModel model = tiny_model(true);
+  model.nodes[1] = node("soft_target_float32", {"d"}, "dd", {}, "pykd");
+  EXPECT_BAD(scan(model), "a function for every operator of domain \"pykd\"",
+             "none for \"soft_target_float32\"");
+  model.functions = {function("pykd", "soft_target_float32", {node("g", {"x"}, "y", {}, "pykd")})};
+  EXPECT_BAD(scan(model), "none for \"g\"");
+}
+
+// Engines look functions up by "name:overload".
+TEST(Scan, RefusesColonsInNamesOfFunctions) {
+  TinyModel model = tiny_model(true);
+  const std::vector<std::string> nodes = {node("Mul", {"x", "x"}, "y")};
+  model.functions = {function("pykd", "f:a", nodes)};
+  EXPECT_BAD(scan(model), "without colons", "\"f:a\"");
+  model.functions = {function("pykd", "f", nodes, "a:b")};
+  EXPECT_BAD(scan(model), "without colons", "\"a:b\"");
+  model.functions = {function("pykd", "f", nodes, "a")};
+  model.nodes[1] = node("f:a", {"d"}, "dd", {}, "pykd");
+  EXPECT_BAD(scan(model), "without colons", "\"f:a\"");
+}
+
+TEST(Scan, RefusesAnOverloadThatIsWrittenTwice) {
+  TinyModel model = tiny_model(true);
+  const std::vector<std::string> nodes = {node("Mul", {"x", "x"}, "y")};
+  model.functions = {function("pykd", "f", nodes, "a"), function("pykd", "f", nodes, "b")};
+  model.nodes[1] = call_of("f", "a", {"d"}, "dd");
+  tests::pbf_writer(model.nodes[1]).add_string(8, "b");
+  EXPECT_BAD(scan(model), "the overload of a node once");
+  model.nodes[1] = call_of("f", "a", {"d"}, "dd");
+  tests::pbf_writer(model.functions[0]).add_string(13, "b");
+  EXPECT_BAD(scan(model), "the overload of a function once");
+}
+
+TEST(Scan, TellsWhichOpsWouldRun) {
+  TinyModel model = tiny_model(true);
+  model.opsets.push_back(opset("pykd", 1));
+  model.functions = {function("pykd", "inner", {node("Mul", {"x", "x"}, "y")}),
+                     function("pykd", "outer", {node("inner", {"x"}, "y", {}, "pykd")}, "a"),
+                     function("pykd", "alone", {node("inner", {"x"}, "y", {}, "pykd")})};
+  model.nodes[1] = call_of("outer", "a", {"d"}, "dd");
+  PykdNodes nodes;
+  scan_onnx(file_of(model.bytes()), &nodes);
+  using Names = std::set<std::string>;
+  EXPECT_EQ(nodes.in_graph, Names{"outer"});
+  EXPECT_EQ(nodes.that_run({"outer", "inner", "alone"}), Names{"outer"});
+  EXPECT_EQ(nodes.that_run({"inner", "alone"}), Names{"inner"});
+  EXPECT_EQ(nodes.that_run({"alone"}), Names{});
 }
 
 TEST(Scan, RefusesFunctionsThatNeverEnd) {

@@ -1,5 +1,6 @@
-/* The example at the top of pykd.h, compiled as C: the header must be C, and the example must run.
- */
+/* The examples at the top of pykd.h and kernels.h, compiled as C: the headers must be C, and the
+ * examples must run. */
+#include "pykd/kernels.h"
 #include "pykd/pykd.h"
 
 #include <stdio.h>
@@ -33,5 +34,28 @@ int run_c_example(const char* path, float* value_out, float gradient_out[6]) {
   loss = NULL;
   if (pykd_load(path, &options, &loss) != PYKD_INVALID_VALUE || loss != NULL) return __LINE__;
   if (pykd_abi_version() != PYKD_ABI_VERSION) return __LINE__;
+  return 0;
+}
+
+/* The same for the example of kernels.h. */
+int run_c_kernel_example(float value_out[2], float gradient_out[6]) {
+  float student[2 * 3] = {1, 2, 3, 3, 2, 1}, teacher[2 * 3] = {0, 2, 4, 4, 2, 0}, temperature = 2;
+  float weight[2] = {0.5f, 0.5f}, value[2], gradient[2 * 3];
+  int64_t rows = 2, matrix[2] = {2, 3};
+  pykd_tensor in[4] = {{"student", student, PYKD_FLOAT32, 2, matrix, NULL, PYKD_CPU, 0},
+                       {"teacher", teacher, PYKD_FLOAT32, 2, matrix, NULL, PYKD_CPU, 0},
+                       {"temperature", &temperature, PYKD_FLOAT32, 0, NULL, NULL, PYKD_CPU, 0},
+                       {"soft_weight", weight, PYKD_FLOAT32, 1, &rows, NULL, PYKD_CPU, 0}};
+  pykd_tensor out[2] = {{"soft", value, PYKD_FLOAT32, 1, &rows, NULL, PYKD_CPU, 0},
+                        {"grad_student", gradient, PYKD_FLOAT32, 2, matrix, NULL, PYKD_CPU, 0}};
+  if (pykd_kernel_run("soft_target", in, 4, NULL, 0, out, 2, NULL) != PYKD_OK) return __LINE__;
+  memcpy(value_out, value, sizeof value);
+  memcpy(gradient_out, gradient, sizeof gradient);
+
+  pykd_kernel_attribute form = {"form", 0, "kl"};
+  pykd_kernel_host host = PYKD_KERNEL_HOST_INIT;
+  host.threads = 1;
+  if (pykd_kernel_run("soft_target", in, 4, &form, 1, out, 1, &host) != PYKD_OK) return __LINE__;
+  if (value[0] >= value_out[0]) return __LINE__; /* the entropy of the teacher less */
   return 0;
 }

@@ -94,17 +94,28 @@ inline std::string opset(const std::string& domain, int version) {
   return bytes;
 }
 
+// A function from `inputs` to "y".
 inline std::string function(const std::string& domain, const std::string& name,
-                            const std::vector<std::string>& nodes) {
+                            const std::vector<std::string>& nodes, const std::string& overload = "",
+                            const std::vector<std::string>& inputs = {"x"}) {
   std::string bytes;
   pbf_writer writer(bytes);
   writer.add_string(1, name);
-  writer.add_string(4, "x");
+  for (const std::string& input : inputs) writer.add_string(4, input);
   writer.add_string(5, "y");
   for (const std::string& item : nodes) writer.add_message(7, item);
   writer.add_message(9, opset("", 18));
   writer.add_message(9, opset("pykd", 1));
   writer.add_string(10, domain);
+  if (!overload.empty()) writer.add_string(13, overload);
+  return bytes;
+}
+
+// A call of one overload of a function of pykd.
+inline std::string call_of(const std::string& op, const std::string& overload,
+                           const std::vector<std::string>& inputs, const std::string& output) {
+  std::string bytes = node(op, inputs, output, {}, "pykd");
+  pbf_writer(bytes).add_string(8, overload);
   return bytes;
 }
 

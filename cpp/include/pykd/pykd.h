@@ -112,9 +112,14 @@ typedef struct pykd_load_options {
   void* cuda_stream;               /* the cudaStream_t that ONNX Runtime's work is queued on. NULL:
                                       a stream of its own, synchronised before pykd_run() returns.
                                       TorchScript uses LibTorch's current stream */
+  const char* kernels;             /* whether ONNX files run with pykd's fused kernels. "auto" (default when
+                                      NULL): wherever the file has a node that a kernel of this library
+                                      computes on that device. "on": the same, and an error where there is
+                                      none, or a node that no kernel computes. "off": the portable body that
+                                      the file carries */
 } pykd_load_options;
 
-#define PYKD_LOAD_OPTIONS_INIT {sizeof(pykd_load_options), NULL, NULL, NULL, NULL, 0, 0, NULL}
+#define PYKD_LOAD_OPTIONS_INIT {sizeof(pykd_load_options), NULL, NULL, NULL, NULL, 0, 0, NULL, NULL}
 
 /* A loaded loss. */
 typedef struct pykd_loss pykd_loss;
@@ -170,6 +175,10 @@ PYKD_API const char* pykd_metadata(const pykd_loss* loss);
 PYKD_API const char* pykd_engine(const pykd_loss* loss);
 PYKD_API const char* pykd_engine_version(const pykd_loss* loss);
 PYKD_API const char* pykd_device_name(const pykd_loss* loss);
+
+/* The kernels that run it, with the dtype of their tensors, separated by spaces
+ * ("soft_target_float32"); "" where it runs without. */
+PYKD_API const char* pykd_kernels_in_use(const pykd_loss* loss);
 
 /* The signature, by index. An index that is too large gives PYKD_INVALID_VALUE. Outputs come in the
  * order: "loss", the terms, the per-sample vectors, the gradients. */

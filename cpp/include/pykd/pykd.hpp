@@ -235,6 +235,7 @@ struct LoadOptions {
   int threads = 0;                  // of one ONNX Runtime session; 0: one per core
   bool skip_integrity_check = false;
   void* cuda_stream = nullptr;      // a cudaStream_t for ONNX Runtime
+  std::string kernels = "auto";     // fused kernels: "auto" where there are some, "on" or an error, "off"
 };
 
 // A loaded loss.
@@ -278,6 +279,8 @@ class Loss {
   std::string engine() const { return pykd_engine(loss_.get()); }
   std::string engine_version() const { return pykd_engine_version(loss_.get()); }
   std::string device() const { return pykd_device_name(loss_.get()); }
+  // The fused kernels that run it ("soft_target_float32"), separated by spaces; empty: none.
+  std::string kernels_in_use() const { return pykd_kernels_in_use(loss_.get()); }
 
   // The signature. See pykd_tensor_info; its pointers live as long as the Loss.
   std::vector<pykd_tensor_info> inputs() const {
@@ -318,6 +321,7 @@ class Loss {
     c.threads = options.threads;
     c.skip_integrity_check = options.skip_integrity_check ? 1 : 0;
     c.cuda_stream = options.cuda_stream;
+    c.kernels = text(options.kernels);
     return c;
   }
   static std::vector<pykd_tensor> c_tensors(const Tensors& tensors) {
