@@ -179,9 +179,8 @@ void soft_target(const Parallel& parallel, double speed) {
       for (const std::size_t row : {std::size_t{0}, static_cast<std::size_t>(c.rows) - 1}) {
         const std::size_t offset = row * classes * width(c.dtype);
         std::vector<double> expected;
-        const double value =
-            reference_row(student.get() + offset, teacher.get() + offset, c.dtype, classes, temperature, 0.5,
-                          c.labels ? labels[row] : -1, 0.5, &expected);
+        const double value = reference_row(student.get() + offset, teacher.get() + offset, c.dtype, classes,
+                                           temperature, 0.5, c.labels ? labels[row] : -1, 0.5, &expected);
         bool right = std::abs(value - soft[row]) <= 1e-6 * std::max(1.0, value);
         double largest = 0;
         for (const double g : expected) largest = std::max(largest, std::abs(g));
@@ -198,7 +197,8 @@ void soft_target(const Parallel& parallel, double speed) {
     const int calls = entries < 10000 ? 1000 : 1;
     const double seconds = median_seconds([&] {
                              for (int i = 0; i < calls; ++i) kernel->cpu(call);
-                           }) / calls;
+                           }) /
+                           calls;
     const double moved = static_cast<double>(entries * width(c.dtype)) * (c.gradient ? 3 : 2);
     std::printf("soft_target  %-13s %4lldx%-6lld %-8s %-11s %-8s %9.4f ms %7.1f GB/s %6.2f x the limit\n", c.form,
                 static_cast<long long>(c.rows), static_cast<long long>(c.classes),

@@ -40,8 +40,8 @@ pykd_dtype dtype_of(const dlpack::DataType& dtype, bool bfloat16_as_uint16, cons
     if (dtype.code == dlpack::kFloat && dtype.bits == 16) return PYKD_FLOAT16;
     if (dtype.code == dlpack::kBfloat && dtype.bits == 16) return PYKD_BFLOAT16;
   }
-  throw py::type_error("expected float16, bfloat16, float32, float64 or int64 for " + std::string(name) +
-                       ", got " + text_of(dtype) + "; cast it first");
+  throw py::type_error("expected float16, bfloat16, float32, float64 or int64 for " + std::string(name) + ", got " +
+                       text_of(dtype) + "; cast it first");
 }
 
 // object.__dlpack__(max_version=(1, 0)), or object.__dlpack__() where it knows no versions.
@@ -60,17 +60,17 @@ py::object ask(py::handle object, const char* name) {
   py::error_already_set error;
   if (error.matches(PyExc_AttributeError)) {
     throw py::type_error("expected a tensor for " + std::string(name) +
-                         " (a NumPy array, a torch tensor, anything with __dlpack__), got " +
-                         type_name(object) + "; make it one, as with numpy.asarray()");
+                         " (a NumPy array, a torch tensor, anything with __dlpack__), got " + type_name(object) +
+                         "; make it one, as with numpy.asarray()");
   }
   if (error.matches(PyExc_BufferError) || error.matches(PyExc_TypeError) || error.matches(PyExc_ValueError) ||
       error.matches(PyExc_RuntimeError)) {
     const std::string reason = py::str(error.value());
-    py::raise_from(error, PyExc_TypeError,
-                   ("expected a tensor for " + std::string(name) + " whose memory can be shared, got " +
-                    type_name(object) + " that says: " + reason +
-                    "; make it a plain dense array of float or int64 values")
-                       .c_str());
+    py::raise_from(
+        error, PyExc_TypeError,
+        ("expected a tensor for " + std::string(name) + " whose memory can be shared, got " + type_name(object) +
+         " that says: " + reason + "; make it a plain dense array of float or int64 values")
+            .c_str());
     throw py::error_already_set();
   }
   throw error;
@@ -85,9 +85,8 @@ BorrowedTensor::BorrowedTensor(const char* name, py::handle object, bool writabl
   take_over(capsule.ptr(), name, object);
   try {
     if (versioned_ != nullptr && versioned_->major != dlpack::kMajor) {
-      throw py::type_error("expected a tensor in version 1 of DLPack for " + std::string(name) +
-                           ", got version " + std::to_string(versioned_->major) +
-                           "; use a release of its library that speaks version 1");
+      throw py::type_error("expected a tensor in version 1 of DLPack for " + std::string(name) + ", got version " +
+                           std::to_string(versioned_->major) + "; use a release of its library that speaks version 1");
     }
     if (writable && versioned_ != nullptr && (versioned_->flags & dlpack::kReadOnly) != 0) {
       throw py::value_error("expected memory to write to for " + std::string(name) +
@@ -131,8 +130,7 @@ void BorrowedTensor::give_back() noexcept {
 // From the renaming on, the managed tensor is ours to delete; before it, the capsule's.
 void BorrowedTensor::take_over(PyObject* capsule, const char* name, py::handle object) {
   if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
-    auto* versioned =
-        static_cast<dlpack::VersionedTensor*>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
+    auto* versioned = static_cast<dlpack::VersionedTensor*>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
     if (PyCapsule_SetName(capsule, "used_dltensor_versioned") != 0) throw py::error_already_set();
     versioned_ = versioned;
   } else if (PyCapsule_IsValid(capsule, "dltensor")) {
@@ -141,8 +139,7 @@ void BorrowedTensor::take_over(PyObject* capsule, const char* name, py::handle o
     managed_ = managed;
   } else {
     throw py::type_error("expected a fresh DLPack capsule from __dlpack__ of " + std::string(name) +
-                         ", got something else from " + type_name(object) +
-                         "; this is a mistake of that library");
+                         ", got something else from " + type_name(object) + "; this is a mistake of that library");
   }
 }
 

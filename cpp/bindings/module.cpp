@@ -101,8 +101,8 @@ std::vector<pykd_parameter> parameters_of(const py::dict& parameters) {
 class CoreLoss {
  public:
   CoreLoss(const py::object& path_or_bytes, std::optional<std::string> engine, std::string device,
-           std::optional<std::string> onnxruntime_library, std::optional<std::string> torch_library,
-           int threads, bool check_integrity, std::uintptr_t cuda_stream, std::string kernels) {
+           std::optional<std::string> onnxruntime_library, std::optional<std::string> torch_library, int threads,
+           bool check_integrity, std::uintptr_t cuda_stream, std::string kernels) {
     const auto text = [](const std::optional<std::string>& value) {
       return value.has_value() ? value->c_str() : nullptr;
     };
@@ -183,8 +183,7 @@ class CoreLoss {
     pykd_status status;
     {
       const py::gil_scoped_release release;
-      status = pykd_run(loss_, in.data(), in.size(), settings.data(), settings.size(), out.data(),
-                        out.size());
+      status = pykd_run(loss_, in.data(), in.size(), settings.data(), settings.size(), out.data(), out.size());
     }
     check(status);
   }
@@ -297,8 +296,8 @@ PYBIND11_MODULE(_core, module) {
       .def_property_readonly("parameters", &CoreLoss::parameters)
       .def("output_shape", &CoreLoss::output_shape, py::arg("inputs"), py::arg("name"))
       .def("run", &CoreLoss::run, py::arg("inputs"), py::arg("parameters"), py::arg("outputs"))
-      .def("run_into_new", &CoreLoss::run_into_new, py::arg("inputs"), py::arg("parameters"),
-           py::arg("names"), py::arg("allocate"));
+      .def("run_into_new", &CoreLoss::run_into_new, py::arg("inputs"), py::arg("parameters"), py::arg("names"),
+           py::arg("allocate"));
   module.def("kernel_descriptions", &pykd::bindings::kernel_descriptions);
   module.def("run_kernel", &pykd::bindings::run_kernel, py::arg("name"), py::arg("inputs"), py::arg("attributes"),
              py::arg("outputs"), py::arg("threads") = 0, py::arg("cuda_stream") = 0);

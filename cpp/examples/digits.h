@@ -40,14 +40,11 @@ struct Digits {
 // Reads the file that `python -m pykd demo` writes, digits.bin. Throws std::runtime_error.
 inline Digits read_digits(const std::string& path) {
   const StoredTensors tensors = read_tensors(path);
-  auto find = [&](const std::string& name, pykd_dtype dtype,
-                  std::size_t rank) -> const StoredTensor& {
+  auto find = [&](const std::string& name, pykd_dtype dtype, std::size_t rank) -> const StoredTensor& {
     const auto found = tensors.find(name);
-    if (found == tensors.end() || found->second.dtype != dtype ||
-        found->second.shape.size() != rank) {
+    if (found == tensors.end() || found->second.dtype != dtype || found->second.shape.size() != rank) {
       throw std::runtime_error("expected \"" + path + "\" to hold \"" + name + "\" as " +
-                               (dtype == PYKD_INT64 ? "int64" : "float32") + " with " +
-                               std::to_string(rank) +
+                               (dtype == PYKD_INT64 ? "int64" : "float32") + " with " + std::to_string(rank) +
                                " axes; write it anew with `python -m pykd demo`");
     }
     return found->second;
@@ -68,9 +65,8 @@ inline Digits read_digits(const std::string& path) {
   if (train_labels.shape[0] != digits.train || teacher_logits.shape[0] != digits.train ||
       teacher_features.shape[0] != digits.train || teacher_features.shape[1] != 1 ||
       test_labels.shape[0] != digits.test || test_images.shape[1] != digits.pixels) {
-    throw std::runtime_error(
-        "expected the tensors of \"" + path +
-        "\" to speak of the same images; write it anew with `python -m pykd demo`");
+    throw std::runtime_error("expected the tensors of \"" + path +
+                             "\" to speak of the same images; write it anew with `python -m pykd demo`");
   }
   digits.train_images = train_images.as<float>();
   digits.test_images = test_images.as<float>();
@@ -86,8 +82,8 @@ inline Digits read_digits(const std::string& path) {
 struct Options {
   std::string loss = "build/demo/recipe";      // what pykd.export() wrote
   std::string data = "build/demo/digits.bin";  // what read_digits() reads
-  std::string engine;  // "onnxruntime", "torchscript"; empty: the trainer chooses
-  std::string out;     // a CSV file with one row per epoch; empty: none
+  std::string engine;                          // "onnxruntime", "torchscript"; empty: the trainer chooses
+  std::string out;                             // a CSV file with one row per epoch; empty: none
   int seeds = 10;
   int epochs = 60;
   std::int64_t batch = 64;
@@ -101,8 +97,7 @@ inline Options parse_options(int argc, char** argv) {
     char* end = nullptr;
     const long value = std::strtol(text.c_str(), &end, 10);
     if (text.empty() || *end != '\0' || value < 1 || value > 1000000) {
-      throw std::runtime_error("expected " + name +
-                               " to be a whole number from 1 to 1000000, got \"" + text +
+      throw std::runtime_error("expected " + name + " to be a whole number from 1 to 1000000, got \"" + text +
                                "\"; pass another one");
     }
     return static_cast<int>(value);
@@ -117,12 +112,11 @@ inline Options parse_options(int argc, char** argv) {
                                          "--seeds", "--epochs", "--batch",  "--learning-rate"};
     const bool known = std::find(std::begin(kNames), std::end(kNames), name) != std::end(kNames);
     if (!known || i + 1 == argc) {
-      throw std::runtime_error(
-          "usage: " + std::string(argv[0]) +
-          " [--loss recipe] [--data digits.bin] [--engine name] [--out curves.csv]"
-          " [--seeds n] [--epochs n] [--batch n] [--learning-rate x] [--check]\n"
-          "got \"" +
-          name + (known ? "\" without a value" : "\""));
+      throw std::runtime_error("usage: " + std::string(argv[0]) +
+                               " [--loss recipe] [--data digits.bin] [--engine name] [--out curves.csv]"
+                               " [--seeds n] [--epochs n] [--batch n] [--learning-rate x] [--check]\n"
+                               "got \"" +
+                               name + (known ? "\" without a value" : "\""));
     }
     const std::string value = argv[++i];
     if (name == "--loss") options.loss = value;
@@ -136,8 +130,8 @@ inline Options parse_options(int argc, char** argv) {
       char* end = nullptr;
       options.learning_rate = std::strtod(value.c_str(), &end);
       if (*end != '\0' || !(options.learning_rate > 0) || !std::isfinite(options.learning_rate)) {
-        throw std::runtime_error("expected --learning-rate to be a positive number, got \"" +
-                                 value + "\"; pass another one");
+        throw std::runtime_error("expected --learning-rate to be a positive number, got \"" + value +
+                                 "\"; pass another one");
       }
     }
   }
@@ -163,9 +157,8 @@ inline pykd::Parameters without_distillation(const pykd::Loss& loss) {
 template <class Tensors>
 void keep_known(const std::vector<pykd_tensor_info>& signature, Tensors& tensors) {
   for (auto tensor = tensors.begin(); tensor != tensors.end();) {
-    const bool known =
-        std::any_of(signature.begin(), signature.end(),
-                    [&](const pykd_tensor_info& info) { return tensor->first == info.name; });
+    const bool known = std::any_of(signature.begin(), signature.end(),
+                                   [&](const pykd_tensor_info& info) { return tensor->first == info.name; });
     tensor = known ? std::next(tensor) : tensors.erase(tensor);
   }
 }
@@ -197,8 +190,8 @@ class Report {
       throw std::runtime_error("the training loss is not finite any more; lower --learning-rate");
     }
     if (csv_.is_open()) {
-      csv_ << (distillation ? "with" : "without") << ',' << seed << ',' << number << ','
-           << train_loss << ',' << accuracy << '\n';
+      csv_ << (distillation ? "with" : "without") << ',' << seed << ',' << number << ',' << train_loss << ','
+           << accuracy << '\n';
     }
     last_ = 100 * accuracy;
   }
@@ -219,8 +212,8 @@ class Report {
                 static_cast<long long>(test_images), with_.size());
     std::printf("  without distillation  %5.2f %% ± %.2f\n", mean(without_), deviation(without_));
     std::printf("  with distillation     %5.2f %% ± %.2f\n", mean(with_), deviation(with_));
-    std::printf("  gain, seed by seed    %+5.2f   ± %.2f (standard error %.2f)\n", mean(gain),
-                deviation(gain), deviation(gain) / std::sqrt(static_cast<double>(gain.size())));
+    std::printf("  gain, seed by seed    %+5.2f   ± %.2f (standard error %.2f)\n", mean(gain), deviation(gain),
+                deviation(gain) / std::sqrt(static_cast<double>(gain.size())));
   }
 
  private:

@@ -36,8 +36,7 @@ int main(int argc, char** argv) try {
       char* end = nullptr;
       parameters[value.substr(0, equals)] = std::strtod(number.c_str(), &end);
       if (number.empty() || *end != '\0') {
-        throw std::runtime_error("expected --set parameter=number, got \"" + value +
-                                 "\"; pass a number");
+        throw std::runtime_error("expected --set parameter=number, got \"" + value + "\"; pass a number");
       }
     } else {
       path.clear();

@@ -15,13 +15,13 @@ int main(int argc, char** argv) try {
   const std::vector<float> teacher_features = {0, 3, 0, 4, 2, 0, 1, 2};
   const std::vector<std::int64_t> labels = {2, 0};
 
-  const pykd::Result result = loss.value_and_gradient(
-      {{"student_logits", pykd::view(student, {2, 3})},
-       {"teacher_logits", pykd::view(teacher, {2, 3})},
-       {"labels", pykd::view(labels, {2})},
-       {"student_features_0", pykd::view(student_features, {2, 1, 4})},
-       {"teacher_features_0", pykd::view(teacher_features, {2, 1, 4})}},
-      {{"logit_temperature", 4.0}});  // this call's alone; the file keeps its own
+  const pykd::Result result =
+      loss.value_and_gradient({{"student_logits", pykd::view(student, {2, 3})},
+                               {"teacher_logits", pykd::view(teacher, {2, 3})},
+                               {"labels", pykd::view(labels, {2})},
+                               {"student_features_0", pykd::view(student_features, {2, 1, 4})},
+                               {"teacher_features_0", pykd::view(teacher_features, {2, 1, 4})}},
+                              {{"logit_temperature", 4.0}});  // this call's alone; the file keeps its own
 
   std::printf("loss %.4f\nd(loss)/d(student_logits)", result.value("loss"));
   const float* gradient = result.data<float>("grad_student_logits");

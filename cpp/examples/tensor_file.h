@@ -38,9 +38,7 @@ struct StoredTensor {
   std::vector<unsigned char> bytes;
 
   // A view for pykd. It lives as long as this tensor.
-  pykd::Tensor view() const {
-    return pykd::Tensor(const_cast<unsigned char*>(bytes.data()), dtype, shape);
-  }
+  pykd::Tensor view() const { return pykd::Tensor(const_cast<unsigned char*>(bytes.data()), dtype, shape); }
 
   // The elements, where T is what lies there: float, double or std::int64_t.
   template <class T>
@@ -68,13 +66,11 @@ inline std::uint64_t element_size(std::uint32_t dtype) {
 // Takes numbers from the front of a buffer and refuses to read past its end.
 class Reader {
  public:
-  Reader(std::string path, std::vector<unsigned char> bytes)
-      : path_(std::move(path)), bytes_(std::move(bytes)) {}
+  Reader(std::string path, std::vector<unsigned char> bytes) : path_(std::move(path)), bytes_(std::move(bytes)) {}
 
   [[noreturn]] void fail(const std::string& why) const {
-    throw std::runtime_error("expected \"" + path_ + "\" to be a file of named tensors, but " +
-                             why + " (byte " + std::to_string(position_) + " of " +
-                             std::to_string(bytes_.size()) +
+    throw std::runtime_error("expected \"" + path_ + "\" to be a file of named tensors, but " + why + " (byte " +
+                             std::to_string(position_) + " of " + std::to_string(bytes_.size()) +
                              "); write it anew with `python -m pykd demo`");
   }
   const unsigned char* take(std::uint64_t count) {
@@ -139,8 +135,7 @@ inline StoredTensors read_tensors(const std::string& path) {
     }
     const unsigned char* data = in.take(elements * size);
     tensor.bytes.assign(data, data + elements * size);
-    if (!tensors.emplace(name, std::move(tensor)).second)
-      in.fail("\"" + name + "\" is there twice");
+    if (!tensors.emplace(name, std::move(tensor)).second) in.fail("\"" + name + "\" is there twice");
   }
   if (!in.at_end()) in.fail("something follows the last tensor");
   return tensors;
@@ -149,9 +144,7 @@ inline StoredTensors read_tensors(const std::string& path) {
 // Writes a file that read_tensors() reads.
 inline void write_tensors(const std::string& path, const StoredTensors& tensors) {
   std::ofstream file(path, std::ios::binary);
-  auto number = [&file](auto value) {
-    file.write(reinterpret_cast<const char*>(&value), sizeof(value));
-  };
+  auto number = [&file](auto value) { file.write(reinterpret_cast<const char*>(&value), sizeof(value)); };
   file.write(internal::kMagic, 8);
   number(static_cast<std::uint32_t>(tensors.size()));
   for (const auto& [name, tensor] : tensors) {
@@ -160,12 +153,10 @@ inline void write_tensors(const std::string& path, const StoredTensors& tensors)
     number(static_cast<std::uint32_t>(tensor.dtype));
     number(static_cast<std::uint32_t>(tensor.shape.size()));
     for (std::int64_t extent : tensor.shape) number(extent);
-    file.write(reinterpret_cast<const char*>(tensor.bytes.data()),
-               static_cast<std::streamsize>(tensor.bytes.size()));
+    file.write(reinterpret_cast<const char*>(tensor.bytes.data()), static_cast<std::streamsize>(tensor.bytes.size()));
   }
   file.close();
-  if (!file)
-    throw std::runtime_error("could not write \"" + path + "\"; is there room and permission?");
+  if (!file) throw std::runtime_error("could not write \"" + path + "\"; is there room and permission?");
 }
 
 }  // namespace examples

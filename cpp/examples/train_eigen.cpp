@@ -37,8 +37,7 @@ using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowM
 // Weights, their gradient, and what Adam remembers of the gradients before.
 template <class Scalar>
 struct Parameter {
-  Parameter(const char* name_, Eigen::Index rows, Eigen::Index columns, double bound,
-            std::mt19937& random)
+  Parameter(const char* name_, Eigen::Index rows, Eigen::Index columns, double bound, std::mt19937& random)
       : name(name_),
         value(rows, columns),
         gradient(Matrix<Scalar>::Zero(rows, columns)),
@@ -120,8 +119,7 @@ class Student {
   }
 
   std::vector<Parameter<Scalar>*> parameters() {
-    return {&first_.weight, &first_.bias,   &second_.weight,
-            &second_.bias,  &third_.weight, &third_.bias};
+    return {&first_.weight, &first_.bias, &second_.weight, &second_.bias, &third_.weight, &third_.bias};
   }
 
   Matrix<Scalar> features, logits;            // what the loss reads
@@ -137,13 +135,11 @@ class Student {
 // Some images, their labels, and what the teacher said about them.
 template <class Scalar>
 struct Batch {
-  Batch(const Digits& digits, const std::vector<std::int64_t>& order, std::size_t begin,
-        std::size_t end)
+  Batch(const Digits& digits, const std::vector<std::int64_t>& order, std::size_t begin, std::size_t end)
       : images(end - begin, digits.pixels),
         teacher_logits(end - begin, digits.classes),
         teacher_features(end - begin, digits.features) {
-    auto copy_row = [](const std::vector<float>& from, std::int64_t row, Matrix<Scalar>& to,
-                       Eigen::Index i) {
+    auto copy_row = [](const std::vector<float>& from, std::int64_t row, Matrix<Scalar>& to, Eigen::Index i) {
       for (Eigen::Index c = 0; c < to.cols(); ++c) {
         to(i, c) = static_cast<Scalar>(from[static_cast<std::size_t>(row * to.cols() + c)]);
       }
@@ -163,8 +159,8 @@ struct Batch {
 
 // The loss of a batch after Student::forward(). Its gradient lands in the student's buffers.
 template <class Scalar>
-Scalar distill(const pykd::Loss& loss, const pykd::Parameters& parameters,
-               const Batch<Scalar>& batch, Student<Scalar>& student) {
+Scalar distill(const pykd::Loss& loss, const pykd::Parameters& parameters, const Batch<Scalar>& batch,
+               Student<Scalar>& student) {
   const std::int64_t n = student.logits.rows(), classes = student.logits.cols();
   const std::int64_t channels = student.features.cols();
   Scalar value = 0;
@@ -190,8 +186,7 @@ Scalar distill(const pykd::Loss& loss, const pykd::Parameters& parameters,
 // ---- Training -----------------------------------------------------------------------------------
 
 double accuracy(const Digits& digits, Student<float>& student) {
-  student.forward(
-      Eigen::Map<const Matrix<float>>(digits.test_images.data(), digits.test, digits.pixels));
+  student.forward(Eigen::Map<const Matrix<float>>(digits.test_images.data(), digits.test, digits.pixels));
   int right = 0;
   for (Eigen::Index i = 0; i < student.logits.rows(); ++i) {
     Eigen::Index best = 0;
@@ -202,10 +197,9 @@ double accuracy(const Digits& digits, Student<float>& student) {
 }
 
 // Trains one student. The seed decides its first weights and the order of the batches.
-void train(const pykd::Loss& loss, const Digits& digits, const Options& options, bool distillation,
-           int seed, examples::Report& report) {
-  const pykd::Parameters parameters =
-      distillation ? pykd::Parameters() : examples::without_distillation(loss);
+void train(const pykd::Loss& loss, const Digits& digits, const Options& options, bool distillation, int seed,
+           examples::Report& report) {
+  const pykd::Parameters parameters = distillation ? pykd::Parameters() : examples::without_distillation(loss);
 
   std::mt19937 random(static_cast<std::uint32_t>(seed));
   Student<float> student(digits, random);
@@ -215,8 +209,7 @@ void train(const pykd::Loss& loss, const Digits& digits, const Options& options,
     double sum = 0;
     for (std::size_t begin = 0; begin < order.size();) {
       // The last batch is shorter. That is no matter: the exported loss takes any batch size.
-      const std::size_t end =
-          std::min(order.size(), begin + static_cast<std::size_t>(options.batch));
+      const std::size_t end = std::min(order.size(), begin + static_cast<std::size_t>(options.batch));
       const Batch<float> batch(digits, order, begin, end);
       student.forward(batch.images);
       sum += distill(loss, parameters, batch, student) * static_cast<double>(end - begin);
@@ -227,8 +220,7 @@ void train(const pykd::Loss& loss, const Digits& digits, const Options& options,
       }
       begin = end;
     }
-    report.epoch(distillation, seed, epoch, sum / static_cast<double>(digits.train),
-                 accuracy(digits, student));
+    report.epoch(distillation, seed, epoch, sum / static_cast<double>(digits.train), accuracy(digits, student));
   }
   report.finished(distillation);
 }
@@ -268,13 +260,12 @@ bool check_gradient(const pykd::Loss& loss, const Digits& digits) {
       const double error = std::abs((up - down) / (2 * kStep) - gradient.data()[i]) / largest;
       if (!(error <= worst_here)) worst_here = error;  // lets NaN through
     }
-    std::printf("%-14s %5td entries, largest |gradient| %.2e, largest relative error %.1e\n",
-                parameter->name, gradient.size(), largest, worst_here);
+    std::printf("%-14s %5td entries, largest |gradient| %.2e, largest relative error %.1e\n", parameter->name,
+                gradient.size(), largest, worst_here);
     if (!(worst_here <= worst)) worst = worst_here;
   }
   const bool good = worst <= kTolerance;
-  std::printf("largest relative error %.1e, accepted up to %.0e: %s\n", worst, kTolerance,
-              good ? "good" : "BAD");
+  std::printf("largest relative error %.1e, accepted up to %.0e: %s\n", worst, kTolerance, good ? "good" : "BAD");
   return good;
 }
 
@@ -291,18 +282,16 @@ int main(int argc, char** argv) try {
   if (options.check) {
     for (const pykd_tensor_info& input : loss.inputs()) {
       if (input.has_gradient && (input.dtypes & (1u << PYKD_FLOAT64)) == 0) {
-        throw std::runtime_error(
-            "expected a loss that takes float64 for --check, got \"" + options.loss +
-            "\", which does not; export it with dtype=\"float64\", or pass --engine "
-            "torchscript, whose file takes every type");
+        throw std::runtime_error("expected a loss that takes float64 for --check, got \"" + options.loss +
+                                 "\", which does not; export it with dtype=\"float64\", or pass --engine "
+                                 "torchscript, whose file takes every type");
       }
     }
     return check_gradient(loss, digits) ? 0 : 1;
   }
 
-  std::printf("Eigen student, loss by %s %s, %lld training images, %d epochs\n",
-              loss.engine().c_str(), loss.engine_version().c_str(),
-              static_cast<long long>(digits.train), options.epochs);
+  std::printf("Eigen student, loss by %s %s, %lld training images, %d epochs\n", loss.engine().c_str(),
+              loss.engine_version().c_str(), static_cast<long long>(digits.train), options.epochs);
   examples::Report report(options.out);
   for (int seed = 0; seed < options.seeds; ++seed) {
     train(loss, digits, options, false, seed, report);

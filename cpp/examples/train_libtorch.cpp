@@ -29,10 +29,8 @@ struct Data {
         test_images(torch::from_blob(digits.test_images.data(), {digits.test, digits.pixels})),
         train_labels(torch::from_blob(digits.train_labels.data(), {digits.train}, torch::kInt64)),
         test_labels(torch::from_blob(digits.test_labels.data(), {digits.test}, torch::kInt64)),
-        teacher_logits(
-            torch::from_blob(digits.teacher_logits.data(), {digits.train, digits.classes})),
-        teacher_features(
-            torch::from_blob(digits.teacher_features.data(), {digits.train, 1, digits.features})) {}
+        teacher_logits(torch::from_blob(digits.teacher_logits.data(), {digits.train, digits.classes})),
+        teacher_features(torch::from_blob(digits.teacher_features.data(), {digits.train, 1, digits.features})) {}
 
   torch::Tensor train_images, test_images, train_labels, test_labels;
   torch::Tensor teacher_logits, teacher_features;
@@ -65,16 +63,14 @@ double accuracy(const Data& data, Student& student) {
 }
 
 // Trains one student. The seed decides its first weights and the order of the batches.
-void train(const pykd::TorchLoss& loss, const Digits& digits, const Data& data,
-           const Options& options, bool distillation, int seed, examples::Report& report) {
-  const pykd::Parameters parameters =
-      distillation ? pykd::Parameters() : examples::without_distillation(loss.loss());
+void train(const pykd::TorchLoss& loss, const Digits& digits, const Data& data, const Options& options,
+           bool distillation, int seed, examples::Report& report) {
+  const pykd::Parameters parameters = distillation ? pykd::Parameters() : examples::without_distillation(loss.loss());
 
   torch::manual_seed(static_cast<std::uint64_t>(seed));
   std::mt19937 random(static_cast<std::uint32_t>(seed));
   Student student(digits);
-  torch::optim::Adam optimizer(student->parameters(),
-                               torch::optim::AdamOptions(options.learning_rate));
+  torch::optim::Adam optimizer(student->parameters(), torch::optim::AdamOptions(options.learning_rate));
 
   for (int epoch = 1; epoch <= options.epochs; ++epoch) {
     std::vector<std::int64_t> order = examples::shuffled(digits.train, random);
@@ -96,8 +92,7 @@ void train(const pykd::TorchLoss& loss, const Digits& digits, const Data& data,
       optimizer.step();
       sum += value.item<double>() * static_cast<double>(rows.size(0));
     }
-    report.epoch(distillation, seed, epoch, sum / static_cast<double>(digits.train),
-                 accuracy(data, student));
+    report.epoch(distillation, seed, epoch, sum / static_cast<double>(digits.train), accuracy(data, student));
   }
   report.finished(distillation);
 }
@@ -114,9 +109,8 @@ int main(int argc, char** argv) try {
   load_options.threads = 1;
   const pykd::TorchLoss loss = pykd::TorchLoss::load(options.loss, load_options);
 
-  std::printf("LibTorch student, loss by %s %s, %lld training images, %d epochs\n",
-              loss.loss().engine().c_str(), loss.loss().engine_version().c_str(),
-              static_cast<long long>(digits.train), options.epochs);
+  std::printf("LibTorch student, loss by %s %s, %lld training images, %d epochs\n", loss.loss().engine().c_str(),
+              loss.loss().engine_version().c_str(), static_cast<long long>(digits.train), options.epochs);
   examples::Report report(options.out);
   for (int seed = 0; seed < options.seeds; ++seed) {
     train(loss, digits, data, options, false, seed, report);

@@ -102,7 +102,8 @@ struct Parallel {
       for (std::int64_t i = 0; i < count; ++i) task(i);
       return;
     }
-    run(pool, count, [](void* state, std::int64_t i) { (*static_cast<const Task*>(state))(i); },
+    run(
+        pool, count, [](void* state, std::int64_t i) { (*static_cast<const Task*>(state))(i); },
         const_cast<void*>(static_cast<const void*>(&task)));
   }
 };

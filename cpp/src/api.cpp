@@ -35,20 +35,18 @@ const Signature& signature_of(const pykd_loss* loss) {
 template <class Specs>
 const typename Specs::value_type& item_at(const Specs& specs, std::size_t index, const char* what) {
   if (index >= specs.size()) {
-    fail(PYKD_INVALID_VALUE,
-         std::string("the index of one of ") + std::to_string(specs.size()) + " " + what,
+    fail(PYKD_INVALID_VALUE, std::string("the index of one of ") + std::to_string(specs.size()) + " " + what,
          std::to_string(index), "count from 0 and ask for their number first");
   }
   return specs[index];
 }
 
 pykd_tensor_info tensor_info(const TensorSpec& spec, std::size_t partner) {
-  return {spec.name.c_str(), static_cast<std::int32_t>(spec.rank()), spec.axis_names.data(),
-          spec.dtypes, partner == pykd::internal::kNone ? 0 : 1};
+  return {spec.name.c_str(), static_cast<std::int32_t>(spec.rank()), spec.axis_names.data(), spec.dtypes,
+          partner == pykd::internal::kNone ? 0 : 1};
 }
 
-void finish_load(const pykd::internal::Artefact& artefact, const pykd_load_options* options,
-                 pykd_loss** loss) {
+void finish_load(const pykd::internal::Artefact& artefact, const pykd_load_options* options, pykd_loss** loss) {
   auto result = std::make_unique<pykd_loss>();
   result->loss = Loss::load(artefact, pykd::internal::read_options(options));
   *loss = result.release();
@@ -70,8 +68,7 @@ pykd_status pykd_load(const char* path, const pykd_load_options* options, pykd_l
   });
 }
 
-pykd_status pykd_load_bytes(const void* bytes, size_t size, const pykd_load_options* options,
-                            pykd_loss** loss) {
+pykd_status pykd_load_bytes(const void* bytes, size_t size, const pykd_load_options* options, pykd_loss** loss) {
   return guarded([&] {
     check_pointer(bytes, "the bytes of an artefact");
     check_pointer(loss, "a pykd_loss* to write to");
@@ -84,26 +81,16 @@ void pykd_free(pykd_loss* loss) { delete loss; }
 const char* pykd_metadata(const pykd_loss* loss) {
   return loss == nullptr ? "" : loss->loss->signature().metadata.c_str();
 }
-const char* pykd_engine(const pykd_loss* loss) {
-  return loss == nullptr ? "" : loss->loss->engine().c_str();
-}
+const char* pykd_engine(const pykd_loss* loss) { return loss == nullptr ? "" : loss->loss->engine().c_str(); }
 const char* pykd_engine_version(const pykd_loss* loss) {
   return loss == nullptr ? "" : loss->loss->engine_version().c_str();
 }
-const char* pykd_device_name(const pykd_loss* loss) {
-  return loss == nullptr ? "" : loss->loss->device_name().c_str();
-}
+const char* pykd_device_name(const pykd_loss* loss) { return loss == nullptr ? "" : loss->loss->device_name().c_str(); }
 
-const char* pykd_kernels_in_use(const pykd_loss* loss) {
-  return loss == nullptr ? "" : loss->loss->kernels().c_str();
-}
+const char* pykd_kernels_in_use(const pykd_loss* loss) { return loss == nullptr ? "" : loss->loss->kernels().c_str(); }
 
-size_t pykd_num_inputs(const pykd_loss* loss) {
-  return loss == nullptr ? 0 : loss->loss->signature().inputs.size();
-}
-size_t pykd_num_outputs(const pykd_loss* loss) {
-  return loss == nullptr ? 0 : loss->loss->signature().outputs.size();
-}
+size_t pykd_num_inputs(const pykd_loss* loss) { return loss == nullptr ? 0 : loss->loss->signature().inputs.size(); }
+size_t pykd_num_outputs(const pykd_loss* loss) { return loss == nullptr ? 0 : loss->loss->signature().outputs.size(); }
 size_t pykd_num_parameters(const pykd_loss* loss) {
   return loss == nullptr ? 0 : loss->loss->signature().parameters.size();
 }
@@ -124,18 +111,16 @@ pykd_status pykd_output_info(const pykd_loss* loss, size_t index, pykd_tensor_in
   });
 }
 
-pykd_status pykd_get_parameter_info(const pykd_loss* loss, size_t index,
-                                    pykd_parameter_info* info) {
+pykd_status pykd_get_parameter_info(const pykd_loss* loss, size_t index, pykd_parameter_info* info) {
   return guarded([&] {
     const ParameterSpec& parameter = item_at(signature_of(loss).parameters, index, "parameters");
     check_pointer(info, "a pykd_parameter_info to write to");
-    *info = {parameter.name.c_str(), parameter.default_value, parameter.minimum,
-             parameter.minimum_exclusive ? 1 : 0};
+    *info = {parameter.name.c_str(), parameter.default_value, parameter.minimum, parameter.minimum_exclusive ? 1 : 0};
   });
 }
 
-pykd_status pykd_output_shape(const pykd_loss* loss, const pykd_tensor* inputs, size_t num_inputs,
-                              const char* name, int64_t* shape, int32_t* rank, pykd_dtype* dtype) {
+pykd_status pykd_output_shape(const pykd_loss* loss, const pykd_tensor* inputs, size_t num_inputs, const char* name,
+                              int64_t* shape, int32_t* rank, pykd_dtype* dtype) {
   return guarded([&] {
     const Signature& signature = signature_of(loss);
     check_pointer(name, "the name of an output");
@@ -154,8 +139,8 @@ pykd_status pykd_output_shape(const pykd_loss* loss, const pykd_tensor* inputs, 
 }
 
 pykd_status pykd_run(const pykd_loss* loss, const pykd_tensor* inputs, size_t num_inputs,
-                     const pykd_parameter* parameters, size_t num_parameters,
-                     const pykd_tensor* outputs, size_t num_outputs) {
+                     const pykd_parameter* parameters, size_t num_parameters, const pykd_tensor* outputs,
+                     size_t num_outputs) {
   return guarded([&] {
     check_pointer(loss, "a loss");
     loss->loss->run(inputs, num_inputs, parameters, num_parameters, outputs, num_outputs);

@@ -29,18 +29,16 @@ constexpr std::size_t kDigits = 8;
 // ---- Reading files -----------------------------------------------------------------------------
 
 [[noreturn]] void cannot_read(const std::string& path, const std::string& why) {
-  fail(PYKD_NOT_FOUND, "a file that can be read at " + path, why,
-       "check the path and its permissions");
+  fail(PYKD_NOT_FOUND, "a file that can be read at " + path, why, "check the path and its permissions");
 }
 
 void check_size(const std::string& label, FileFormat format, std::uintmax_t size) {
   const std::size_t limit = format == FileFormat::kOnnx ? kMaxOnnxSize : kMaxTorchScriptSize;
   if (size > limit) {
     fail(PYKD_BAD_ARTEFACT,
-         std::string(format == FileFormat::kOnnx ? "an ONNX" : "a TorchScript") +
-             " file of at most " + std::to_string(limit >> 20) + " MiB at " + label,
-         std::to_string(size) + " bytes",
-         "load a file that pykd.export wrote; they hold no weights");
+         std::string(format == FileFormat::kOnnx ? "an ONNX" : "a TorchScript") + " file of at most " +
+             std::to_string(limit >> 20) + " MiB at " + label,
+         std::to_string(size) + " bytes", "load a file that pykd.export wrote; they hold no weights");
   }
 }
 
@@ -75,19 +73,16 @@ std::optional<ArtefactFile> read_member(const fs::path& folder, const char* name
   std::error_code error;
   if (!fs::exists(path, error)) {
     if (manifest.find('"' + std::string(name) + '"') != std::string::npos) {
-      fail(PYKD_NOT_FOUND,
-           std::string(name) + " in " + folder.string() + ", as manifest.json lists it",
-           "no such file", "copy the whole folder, or export the loss again");
+      fail(PYKD_NOT_FOUND, std::string(name) + " in " + folder.string() + ", as manifest.json lists it", "no such file",
+           "copy the whole folder, or export the loss again");
     }
     return std::nullopt;
   }
   ArtefactFile file = read_file(path);
   if (file.format != format) {
     fail(PYKD_BAD_ARTEFACT,
-         std::string(format == FileFormat::kOnnx ? "an ONNX" : "a TorchScript") + " file at " +
-             file.label,
-         file.format == FileFormat::kOnnx ? "no ZIP archive" : "a ZIP archive",
-         "export the loss again");
+         std::string(format == FileFormat::kOnnx ? "an ONNX" : "a TorchScript") + " file at " + file.label,
+         file.format == FileFormat::kOnnx ? "no ZIP archive" : "a ZIP archive", "export the loss again");
   }
   return file;
 }
@@ -96,8 +91,7 @@ Artefact read_folder(const fs::path& folder) {
   std::error_code error;
   const fs::path manifest_path = folder / "manifest.json";
   if (!fs::exists(manifest_path, error)) {
-    fail(PYKD_NOT_FOUND, "a folder that pykd.export wrote at " + folder.string(),
-         "one without manifest.json",
+    fail(PYKD_NOT_FOUND, "a folder that pykd.export wrote at " + folder.string(), "one without manifest.json",
          "give the folder that was exported, or one of its files by its path");
   }
   const std::string manifest = read_file(manifest_path).bytes;
@@ -106,8 +100,8 @@ Artefact read_folder(const fs::path& folder) {
   artefact.gradient = read_member(folder, "loss.grad.onnx", FileFormat::kOnnx, manifest);
   artefact.torchscript = read_member(folder, "loss.pt", FileFormat::kTorchScript, manifest);
   if (!artefact.has_onnx() && !artefact.torchscript) {
-    fail(PYKD_NOT_FOUND, "loss.onnx, loss.grad.onnx or loss.pt in " + folder.string(),
-         "none of them", "export the loss again");
+    fail(PYKD_NOT_FOUND, "loss.onnx, loss.grad.onnx or loss.pt in " + folder.string(), "none of them",
+         "export the loss again");
   }
   return artefact;
 }
@@ -129,8 +123,7 @@ std::string hex_digits(unsigned long value) {
 
 [[noreturn]] void cut_short(const ArtefactFile& file) {
   fail(PYKD_BAD_ARTEFACT, "a whole file at " + file.label,
-       "one that was cut short or is damaged (" + std::to_string(file.bytes.size()) + " bytes)",
-       "copy it again");
+       "one that was cut short or is damaged (" + std::to_string(file.bytes.size()) + " bytes)", "copy it again");
 }
 
 // Whether the file ends in the middle of something. Called where the checksum is missing.
@@ -160,13 +153,10 @@ using protozero::tag_and_type;
 constexpr std::uint32_t message(protozero::pbf_tag_type tag) {
   return tag_and_type(tag, pbf_wire_type::length_delimited);
 }
-constexpr std::uint32_t number(protozero::pbf_tag_type tag) {
-  return tag_and_type(tag, pbf_wire_type::varint);
-}
+constexpr std::uint32_t number(protozero::pbf_tag_type tag) { return tag_and_type(tag, pbf_wire_type::varint); }
 
 [[noreturn]] void refuse(const std::string& expected, const std::string& got) {
-  fail(PYKD_BAD_ARTEFACT, expected + " in the ONNX file", got,
-       "load a file that pykd.export wrote");
+  fail(PYKD_BAD_ARTEFACT, expected + " in the ONNX file", got, "load a file that pykd.export wrote");
 }
 
 // protobuf merges or overwrites a singular field that comes twice; parsers that disagree about it
@@ -181,8 +171,7 @@ bool is_standard(std::string_view domain) { return domain.empty() || domain == "
 
 void check_domain(std::string_view domain, const char* what) {
   if (!is_standard(domain) && domain != "pykd") {
-    refuse(std::string(what) + " of the standard domain or of \"pykd\"",
-           "domain " + in_quotes(domain));
+    refuse(std::string(what) + " of the standard domain or of \"pykd\"", "domain " + in_quotes(domain));
   }
 }
 
@@ -192,8 +181,7 @@ std::string_view view_of(const pbf_reader& reader) {
 }
 
 // onnx.TensorProto.DataType
-constexpr std::int64_t kOnnxFloat = 1, kOnnxInt64 = 7, kOnnxFloat16 = 10, kOnnxDouble = 11,
-                       kOnnxBfloat16 = 16;
+constexpr std::int64_t kOnnxFloat = 1, kOnnxInt64 = 7, kOnnxFloat16 = 10, kOnnxDouble = 11, kOnnxBfloat16 = 16;
 
 std::int64_t onnx_dtype(pykd_dtype dtype) {
   switch (dtype) {
@@ -379,8 +367,7 @@ void check_functions(const Scan& scan) {
                    (call.overload.empty() ? "" : " with the overload " + in_quotes(call.overload)));
       }
       if (found->second >= sizes.size()) {
-        refuse("functions that call earlier ones alone",
-               "a call of " + in_quotes(call.name) + " before it");
+        refuse("functions that call earlier ones alone", "a call of " + in_quotes(call.name) + " before it");
       }
       nodes += sizes[found->second];
       if (nodes > kMaxNodes) refuse("functions of reasonable size", "more than a million nodes");
@@ -459,8 +446,7 @@ ValueInfo scan_value_info(pbf_reader value) {
     }
   }
   const std::string_view bytes = tensor.value_or("");
-  scan_tensor_type(pbf_reader(protozero::data_view(bytes.data(), bytes.size())), info,
-                   in_quotes(info.name));
+  scan_tensor_type(pbf_reader(protozero::data_view(bytes.data(), bytes.size())), info, in_quotes(info.name));
   return info;
 }
 
@@ -501,8 +487,7 @@ void scan_property(pbf_reader property, Scan& scan) {
         property.skip();
     }
   }
-  if (key.value_or("") == "pykd")
-    set_once(scan.metadata, value.value_or(""), "the metadata \"pykd\"");
+  if (key.value_or("") == "pykd") set_once(scan.metadata, value.value_or(""), "the metadata \"pykd\"");
 }
 
 Scan scan_model(const std::string& bytes) {
@@ -538,8 +523,7 @@ Scan scan_model(const std::string& bytes) {
 
 // ---- The graph against the metadata ------------------------------------------------------------
 
-const ValueInfo& find_value(const std::vector<ValueInfo>& values, const std::string& name,
-                            const char* what) {
+const ValueInfo& find_value(const std::vector<ValueInfo>& values, const std::string& name, const char* what) {
   const ValueInfo* found = nullptr;
   for (const ValueInfo& value : values) {
     if (value.name != name) continue;
@@ -552,12 +536,12 @@ const ValueInfo& find_value(const std::vector<ValueInfo>& values, const std::str
   return *found;
 }
 
-void check_value(const std::vector<ValueInfo>& values, const std::string& name, const char* what,
-                 pykd_dtype dtype, std::size_t rank) {
+void check_value(const std::vector<ValueInfo>& values, const std::string& name, const char* what, pykd_dtype dtype,
+                 std::size_t rank) {
   const ValueInfo& value = find_value(values, name, what);
   if (value.dtype != onnx_dtype(dtype) || value.rank != rank) {
-    refuse(std::string(what) + " " + name + " of " + dtype_name(dtype) + " and rank " +
-               std::to_string(rank) + ", as its metadata says,",
+    refuse(std::string(what) + " " + name + " of " + dtype_name(dtype) + " and rank " + std::to_string(rank) +
+               ", as its metadata says,",
            "ONNX type " + std::to_string(value.dtype) + " and rank " + std::to_string(value.rank));
   }
 }
@@ -581,8 +565,7 @@ pykd_dtype single_dtype(std::uint32_t dtypes) {
 void check_counts(const Scan& scan, const Signature& signature) {
   const std::size_t arguments = signature.inputs.size() + signature.parameters.size();
   if (scan.inputs.size() != arguments) {
-    refuse(std::to_string(arguments) + " inputs, as its metadata says,",
-           std::to_string(scan.inputs.size()));
+    refuse(std::to_string(arguments) + " inputs, as its metadata says,", std::to_string(scan.inputs.size()));
   }
   if (scan.outputs.size() != signature.outputs.size()) {
     refuse(std::to_string(signature.outputs.size()) + " outputs, as its metadata says,",
@@ -611,8 +594,7 @@ void check_graph(const Scan& scan, const Signature& signature) {
 }  // namespace
 
 FileFormat detect_format(std::string_view bytes) {
-  return bytes.substr(0, kZipMagic.size()) == kZipMagic ? FileFormat::kTorchScript
-                                                        : FileFormat::kOnnx;
+  return bytes.substr(0, kZipMagic.size()) == kZipMagic ? FileFormat::kTorchScript : FileFormat::kOnnx;
 }
 
 Artefact read_artefact(const std::string& path) {
@@ -620,8 +602,7 @@ Artefact read_artefact(const std::string& path) {
   const fs::file_status status = fs::status(path, error);
   if (!fs::exists(status)) {
     fail(PYKD_NOT_FOUND, "a folder that pykd.export wrote, or one of its files, at " + path,
-         error && error != std::errc::no_such_file_or_directory ? error.message() : "nothing there",
-         "check the path");
+         error && error != std::errc::no_such_file_or_directory ? error.message() : "nothing there", "check the path");
   }
   if (fs::is_directory(status)) return read_folder(path);
   return single(read_file(path));
@@ -658,12 +639,10 @@ void check_integrity(const ArtefactFile& file) {
          "load it with the integrity check switched off if you changed it yourself");
   }
   const std::size_t covered = bytes.size() - length;
-  const unsigned long checksum =
-      crc32_z(crc32_z(0, nullptr, 0), reinterpret_cast<const Bytef*>(bytes.data()), covered);
+  const unsigned long checksum = crc32_z(crc32_z(0, nullptr, 0), reinterpret_cast<const Bytef*>(bytes.data()), covered);
   const std::string_view written = bytes.substr(bytes.size() - kDigits);
   if (written != hex_digits(checksum)) {
-    fail(PYKD_BAD_ARTEFACT,
-         "contents with the checksum " + in_quotes(written) + " at " + file.label,
+    fail(PYKD_BAD_ARTEFACT, "contents with the checksum " + in_quotes(written) + " at " + file.label,
          in_quotes(hex_digits(checksum)), "the file is damaged: copy it again");
   }
 }
@@ -700,8 +679,7 @@ Signature scan_onnx(const ArtefactFile& file, PykdNodes* nodes) {
     if (nodes != nullptr) *nodes = pykd_nodes(scan);
     return signature;
   } catch (const protozero::exception& error) {
-    fail(PYKD_BAD_ARTEFACT, "an ONNX file at " + file.label,
-         std::string("bytes that are none (") + error.what() + ")",
+    fail(PYKD_BAD_ARTEFACT, "an ONNX file at " + file.label, std::string("bytes that are none (") + error.what() + ")",
          "load a file that pykd.export wrote");
   } catch (const Failure& failure) {
     throw Failure(failure.status(), file.label + ": " + failure.what());

@@ -67,8 +67,7 @@ class Engine {
   virtual std::string metadata(const void* bytes, std::size_t size) = 0;
 
   // `signature` is that metadata, parsed; it outlives the session.
-  virtual std::unique_ptr<Session> open(const void* bytes, std::size_t size,
-                                        const Signature& signature,
+  virtual std::unique_ptr<Session> open(const void* bytes, std::size_t size, const Signature& signature,
                                         const EngineOptions& options) = 0;
 };
 

@@ -68,8 +68,7 @@ SharedLibrary find_library(const std::string& named) {
 }
 
 // A library prints nothing: what ONNX Runtime has to say comes with its status.
-void ORT_API_CALL drop_log(void*, OrtLoggingLevel, const char*, const char*, const char*,
-                           const char*) {}
+void ORT_API_CALL drop_log(void*, OrtLoggingLevel, const char*, const char*, const char*, const char*) {}
 
 std::string take_message(const OrtApi& api, OrtStatus* status) {
   std::string message = api.GetErrorMessage(status);
@@ -80,19 +79,18 @@ std::string take_message(const OrtApi& api, OrtStatus* status) {
 Runtime open_runtime(const std::string& named) {
   Runtime runtime;
   runtime.library = find_library(named);
-  const auto get_base =
-      reinterpret_cast<const OrtApiBase*(ORT_API_CALL*)()>(runtime.library.symbol("OrtGetApiBase"));
+  const auto get_base = reinterpret_cast<const OrtApiBase*(ORT_API_CALL*)()>(runtime.library.symbol("OrtGetApiBase"));
   if (get_base == nullptr) unavailable(named + ", which has no function OrtGetApiBase");
   const OrtApiBase* base = get_base();
   runtime.path = library_path_of(base);
   runtime.version = base->GetVersionString();
   if (is_new_enough(runtime.version)) runtime.api = base->GetApi(kOrtApiVersion);
   if (runtime.api == nullptr) {
-    fail(PYKD_UNAVAILABLE, "ONNX Runtime 1.21 or newer",
-         "ONNX Runtime " + runtime.version + " at " + runtime.path, kInstall);
+    fail(PYKD_UNAVAILABLE, "ONNX Runtime 1.21 or newer", "ONNX Runtime " + runtime.version + " at " + runtime.path,
+         kInstall);
   }
-  OrtStatus* status = runtime.api->CreateEnvWithCustomLogger(
-      drop_log, nullptr, ORT_LOGGING_LEVEL_FATAL, "pykd", &runtime.env);
+  OrtStatus* status =
+      runtime.api->CreateEnvWithCustomLogger(drop_log, nullptr, ORT_LOGGING_LEVEL_FATAL, "pykd", &runtime.env);
   if (status != nullptr) unavailable(take_message(*runtime.api, status));
   return runtime;
 }
@@ -151,8 +149,8 @@ ONNXTensorElementDataType element_type(pykd_dtype dtype) {
 
 class OnnxRuntimeSession : public Session {
  public:
-  OnnxRuntimeSession(const Runtime& runtime, const void* bytes, std::size_t size,
-                     const Signature& signature, const EngineOptions& options)
+  OnnxRuntimeSession(const Runtime& runtime, const void* bytes, std::size_t size, const Signature& signature,
+                     const EngineOptions& options)
       : api_(*runtime.api), options_(options) {
     for (const InputSpec& input : signature.inputs) {
       input_names_.push_back(input.name.c_str());
@@ -183,10 +181,9 @@ class OnnxRuntimeSession : public Session {
       cpu_output |= request.outputs[i].device == PYKD_CPU;
     }
     // Work on the caller's stream is left running, unless the caller is about to read from the CPU.
-    const OrtRunOptions* run_options =
-        options_.cuda_stream != nullptr && !cpu_output ? no_wait_.get() : nullptr;
-    check_run(api_.Run(session_.get(), run_options, input_names_.data(), values.data(),
-                       num_arguments, names.data(), names.size(), values.data() + num_arguments));
+    const OrtRunOptions* run_options = options_.cuda_stream != nullptr && !cpu_output ? no_wait_.get() : nullptr;
+    check_run(api_.Run(session_.get(), run_options, input_names_.data(), values.data(), num_arguments, names.data(),
+                       names.size(), values.data() + num_arguments));
   }
 
  private:
@@ -220,8 +217,8 @@ class OnnxRuntimeSession : public Session {
       bytes *= static_cast<std::size_t>(tensor.shape[axis]);
     }
     check_run(api_.CreateTensorWithDataAsOrtValue(memory, tensor.data, bytes, tensor.shape,
-                                                  static_cast<std::size_t>(tensor.rank),
-                                                  element_type(tensor.dtype), &value));
+                                                  static_cast<std::size_t>(tensor.rank), element_type(tensor.dtype),
+                                                  &value));
     return value;
   }
 
@@ -240,16 +237,13 @@ class OnnxRuntimeSession : public Session {
     auto check = [this](OrtStatus* status) { check_run(status); };
     cpu_ = make_owner<OrtMemoryInfo>(
         api_.ReleaseMemoryInfo,
-        [&](OrtMemoryInfo** info) {
-          return api_.CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, info);
-        },
+        [&](OrtMemoryInfo** info) { return api_.CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, info); },
         check);
     if (options_.device.kind == PYKD_CPU) return;
     cuda_ = make_owner<OrtMemoryInfo>(
         api_.ReleaseMemoryInfo,
         [&](OrtMemoryInfo** info) {
-          return api_.CreateMemoryInfo("Cuda", OrtDeviceAllocator, options_.device.id,
-                                       OrtMemTypeDefault, info);
+          return api_.CreateMemoryInfo("Cuda", OrtDeviceAllocator, options_.device.id, OrtMemTypeDefault, info);
         },
         check);
   }
@@ -257,23 +251,19 @@ class OnnxRuntimeSession : public Session {
   void make_run_options() {
     auto check = [this](OrtStatus* status) { check_run(status); };
     no_wait_ = make_owner<OrtRunOptions>(
-        api_.ReleaseRunOptions,
-        [&](OrtRunOptions** run_options) { return api_.CreateRunOptions(run_options); }, check);
-    check_run(
-        api_.AddRunConfigEntry(no_wait_.get(), "disable_synchronize_execution_providers", "1"));
+        api_.ReleaseRunOptions, [&](OrtRunOptions** run_options) { return api_.CreateRunOptions(run_options); }, check);
+    check_run(api_.AddRunConfigEntry(no_wait_.get(), "disable_synchronize_execution_providers", "1"));
   }
 
   void make_session(const Runtime& runtime, const void* bytes, std::size_t size) {
     auto check = [this](OrtStatus* status) { check_run(status); };
     const Owner<OrtSessionOptions> session_options = make_owner<OrtSessionOptions>(
-        api_.ReleaseSessionOptions,
-        [&](OrtSessionOptions** made) { return api_.CreateSessionOptions(made); }, check);
+        api_.ReleaseSessionOptions, [&](OrtSessionOptions** made) { return api_.CreateSessionOptions(made); }, check);
     OrtSessionOptions* settings = session_options.get();
     // A count of our own, because ONNX Runtime pins the threads of its default to cores. Threads
     // that spin between two small graphs would take the cores of the training loop around us.
     const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
-    check(api_.SetIntraOpNumThreads(
-        settings, options_.threads > 0 ? options_.threads : static_cast<int>(cores)));
+    check(api_.SetIntraOpNumThreads(settings, options_.threads > 0 ? options_.threads : static_cast<int>(cores)));
     check(api_.SetInterOpNumThreads(settings, 1));
     check(api_.AddSessionConfigEntry(settings, "session.intra_op.allow_spinning", "0"));
     check(api_.SetSessionGraphOptimizationLevel(settings, ORT_ENABLE_ALL));
@@ -284,19 +274,15 @@ class OnnxRuntimeSession : public Session {
     if (options_.kernels) register_kernels(api_, settings, options_.device);
     session_ = make_owner<OrtSession>(
         api_.ReleaseSession,
-        [&](OrtSession** session) {
-          return api_.CreateSessionFromArray(runtime.env, bytes, size, settings, session);
-        },
+        [&](OrtSession** session) { return api_.CreateSessionFromArray(runtime.env, bytes, size, settings, session); },
         [&](OrtStatus* status) { check_open(runtime, status); });
   }
 
   void check_open(const Runtime& runtime, OrtStatus* status) const {
     if (status == nullptr) return;
-    const bool not_here =
-        options_.device.kind == PYKD_CUDA || api_.GetErrorCode(status) == ORT_NOT_IMPLEMENTED;
+    const bool not_here = options_.device.kind == PYKD_CUDA || api_.GetErrorCode(status) == ORT_NOT_IMPLEMENTED;
     fail(not_here ? PYKD_UNAVAILABLE : PYKD_BAD_ARTEFACT,
-         "an ONNX file that ONNX Runtime " + runtime.version + " can run on " +
-             device_name(options_.device),
+         "an ONNX file that ONNX Runtime " + runtime.version + " can run on " + device_name(options_.device),
          "its error \"" + take_message(api_, status) + "\"",
          "use a newer ONNX Runtime, another dtype or device, or export the loss again");
   }
@@ -304,24 +290,21 @@ class OnnxRuntimeSession : public Session {
   void append_cuda(const Runtime& runtime, OrtSessionOptions* settings) {
     auto check = [&](OrtStatus* status) {
       if (status == nullptr) return;
-      fail(PYKD_UNAVAILABLE,
-           "ONNX Runtime with its CUDA provider for the device " + device_name(options_.device),
-           "ONNX Runtime " + runtime.version + " at " + runtime.path + ", which says \"" +
-               take_message(api_, status) + "\"",
+      fail(PYKD_UNAVAILABLE, "ONNX Runtime with its CUDA provider for the device " + device_name(options_.device),
+           "ONNX Runtime " + runtime.version + " at " + runtime.path + ", which says \"" + take_message(api_, status) +
+               "\"",
            "install onnxruntime-gpu with the CUDA and cuDNN it wants, and set "
            "PYKD_ONNXRUNTIME_LIBRARY to its libonnxruntime.so, or load the loss on the CPU");
     };
     const Owner<OrtCUDAProviderOptionsV2> cuda = make_owner<OrtCUDAProviderOptionsV2>(
         api_.ReleaseCUDAProviderOptions,
-        [&](OrtCUDAProviderOptionsV2** made) { return api_.CreateCUDAProviderOptions(made); },
-        check);
+        [&](OrtCUDAProviderOptionsV2** made) { return api_.CreateCUDAProviderOptions(made); }, check);
     const std::string id = std::to_string(options_.device.id);
     const char* key = "device_id";
     const char* value = id.c_str();
     check(api_.UpdateCUDAProviderOptions(cuda.get(), &key, &value, 1));
     if (options_.cuda_stream != nullptr) {
-      check(api_.UpdateCUDAProviderOptionsWithValue(cuda.get(), "user_compute_stream",
-                                                    options_.cuda_stream));
+      check(api_.UpdateCUDAProviderOptionsWithValue(cuda.get(), "user_compute_stream", options_.cuda_stream));
     }
     check(api_.SessionOptionsAppendExecutionProvider_CUDA_V2(settings, cuda.get()));
   }

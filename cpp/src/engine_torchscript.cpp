@@ -59,9 +59,7 @@ std::string version_text(std::uint64_t abi_version, int parts) {
   return text;
 }
 
-std::uint64_t running_version() {
-  return aoti_torch_abi_version == nullptr ? 0 : aoti_torch_abi_version();
-}
+std::uint64_t running_version() { return aoti_torch_abi_version == nullptr ? 0 : aoti_torch_abi_version(); }
 
 // ---- Thread state --------------------------------------------------------------------------------
 
@@ -101,8 +99,7 @@ at::ScalarType scalar_type(pykd_dtype dtype) {
 }
 
 c10::Device torch_device(pykd_device kind, int id) {
-  return kind == PYKD_CUDA ? c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(id))
-                           : c10::Device(c10::kCPU);
+  return kind == PYKD_CUDA ? c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(id)) : c10::Device(c10::kCPU);
 }
 
 at::Tensor view_of(const pykd_tensor& tensor) {
@@ -128,9 +125,7 @@ using Values = c10::Dict<std::string, at::Tensor>;
 class TorchScriptSession final : public Session {
  public:
   TorchScriptSession(const torch::jit::Module& module, const Signature& signature, Device device)
-      : signature_(signature),
-        device_(torch_device(device.kind, device.id)),
-        forward_(module.get_method("forward")) {
+      : signature_(signature), device_(torch_device(device.kind, device.id)), forward_(module.get_method("forward")) {
     bind_arguments();
   }
 
@@ -166,8 +161,8 @@ class TorchScriptSession final : public Session {
              "the argument " + in_quotes(name) + " of type " + type->str(), "export the loss again");
       }
     }
-    const std::size_t expected = signature_.inputs.size() + signature_.parameters.size() -
-                                 (signature_.grad_scale == kNone ? 0 : 1);
+    const std::size_t expected =
+        signature_.inputs.size() + signature_.parameters.size() - (signature_.grad_scale == kNone ? 0 : 1);
     if (arguments_.size() != expected) {
       fail(PYKD_BAD_ARTEFACT, "a module with the " + std::to_string(expected) + " arguments of its metadata",
            std::to_string(arguments_.size()), "export the loss again");
@@ -193,8 +188,7 @@ class TorchScriptSession final : public Session {
     const c10::InferenceMode no_inference_mode(false);
     const at::AutoGradMode grad_mode(!differentiable.empty());
     const AutocastOff no_autocast(device_.type());
-    const c10::OptionalDeviceGuard on_device(
-        device_.is_cuda() ? std::optional<c10::Device>(device_) : std::nullopt);
+    const c10::OptionalDeviceGuard on_device(device_.is_cuda() ? std::optional<c10::Device>(device_) : std::nullopt);
 
     std::vector<at::Tensor> inputs;
     inputs.reserve(request.inputs.size());
@@ -224,8 +218,8 @@ class TorchScriptSession final : public Session {
     std::size_t next_gradient = 0;
     for (std::size_t i = 0; i < request.outputs.size(); ++i) {
       const OutputSpec& output = signature_.outputs[request.output_ids[i]];
-      const at::Tensor from = output.gradient_of == kNone ? value_of(values, output.name).detach()
-                                                          : gradients[next_gradient++];
+      const at::Tensor from =
+          output.gradient_of == kNone ? value_of(values, output.name).detach() : gradients[next_gradient++];
       at::Tensor to = view_of(request.outputs[i]);
       if (from.sizes() != to.sizes() || from.scalar_type() != to.scalar_type()) {
         fail(PYKD_BAD_ARTEFACT, text_of(to) + " for the output " + in_quotes(output.name) + ", as the metadata says",
@@ -289,10 +283,8 @@ std::string running_torch() { return "LibTorch " + version_text(running_version(
 void require_cuda(int id) {
   const std::string device = "cuda:" + std::to_string(id);
   if (!c10::impl::hasDeviceGuardImpl(c10::kCUDA)) {
-    fail(PYKD_UNAVAILABLE, "a LibTorch with CUDA for the device " + device,
-         running_torch() + " built without CUDA",
-         "install a CUDA build of torch " + version_text(running_version(), 2) +
-             ", or load with device \"cpu\"");
+    fail(PYKD_UNAVAILABLE, "a LibTorch with CUDA for the device " + device, running_torch() + " built without CUDA",
+         "install a CUDA build of torch " + version_text(running_version(), 2) + ", or load with device \"cpu\"");
   }
   const auto count = static_cast<int>(torch::cuda::device_count());
   if (id >= count) {
@@ -312,8 +304,8 @@ class TorchScriptEngine final : public Engine {
           std::make_shared<caffe2::serialize::MemoryReadAdapter>(bytes, static_cast<off_t>(size)));
       const std::string record = std::string("extra/") + kMetadataFile;
       if (!reader.hasRecord(record)) {
-        fail(PYKD_BAD_ARTEFACT, std::string("a TorchScript file with the extra file ") + kMetadataFile,
-             "one without", "write it with pykd.export()");
+        fail(PYKD_BAD_ARTEFACT, std::string("a TorchScript file with the extra file ") + kMetadataFile, "one without",
+             "write it with pykd.export()");
       }
       const auto data = reader.getRecord(record);
       return {static_cast<const char*>(std::get<0>(data).get()), std::get<1>(data)};
@@ -327,9 +319,9 @@ class TorchScriptEngine final : public Engine {
     if (options.device.kind == PYKD_CUDA) require_cuda(options.device.id);
     try {
       const c10::InferenceMode no_inference_mode(false);
-      torch::jit::Module module = torch::jit::load(
-          std::make_shared<caffe2::serialize::MemoryReadAdapter>(bytes, static_cast<off_t>(size)),
-          torch_device(options.device.kind, options.device.id));
+      torch::jit::Module module =
+          torch::jit::load(std::make_shared<caffe2::serialize::MemoryReadAdapter>(bytes, static_cast<off_t>(size)),
+                           torch_device(options.device.kind, options.device.id));
       module.eval();
       return std::make_unique<TorchScriptSession>(module, signature, options.device);
     } catch (const Failure&) {

@@ -39,12 +39,10 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
 
 }  // namespace
 
-Failure::Failure(pykd_status status, const std::string& what)
-    : std::runtime_error(what), status_(status) {}
+Failure::Failure(pykd_status status, const std::string& what) : std::runtime_error(what), status_(status) {}
 Failure::~Failure() = default;
 
-void fail(pykd_status status, const std::string& expected, const std::string& got,
-          const std::string& remedy) {
+void fail(pykd_status status, const std::string& expected, const std::string& got, const std::string& remedy) {
   throw Failure(status, "expected " + expected + ", got " + got + "; " + remedy);
 }
 
@@ -90,8 +88,7 @@ pykd_status record_exception() noexcept {
     set_last_error(failure.what());
     return failure.status();
   } catch (const std::bad_alloc&) {
-    set_last_error(
-        "expected enough memory for this call, got none; free some or use smaller tensors");
+    set_last_error("expected enough memory for this call, got none; free some or use smaller tensors");
     return PYKD_UNAVAILABLE;
   } catch (const std::exception& error) {
     set_last_error("a mistake in pykd itself, please report it: ");

@@ -33,8 +33,8 @@ class PYKD_API Failure : public std::runtime_error {
 };
 
 // Throws a Failure that reads "expected <expected>, got <got>; <remedy>".
-[[noreturn]] PYKD_API void fail(pykd_status status, const std::string& expected,
-                                const std::string& got, const std::string& remedy);
+[[noreturn]] PYKD_API void fail(pykd_status status, const std::string& expected, const std::string& got,
+                                const std::string& remedy);
 
 // `text` in double quotes, fit for a message: bytes that are not printable ASCII are escaped and
 // anything longer than 100 bytes is cut, because the text may come from a hostile file.

@@ -61,23 +61,21 @@ struct Ordered {
 
 Array array_of(const pykd_tensor& tensor) {
   if (!is_dtype(tensor.dtype)) {
-    fail(PYKD_INVALID_TYPE, std::string(tensor.name) + " of a dtype that pykd knows",
-         given_dtype(tensor), "set dtype to a value of pykd_dtype");
+    fail(PYKD_INVALID_TYPE, std::string(tensor.name) + " of a dtype that pykd knows", given_dtype(tensor),
+         "set dtype to a value of pykd_dtype");
   }
   if (tensor.rank > 0 && tensor.shape == nullptr) {
-    fail(PYKD_INVALID_VALUE,
-         std::string(tensor.name) + " with its " + std::to_string(tensor.rank) + " lengths",
+    fail(PYKD_INVALID_VALUE, std::string(tensor.name) + " with its " + std::to_string(tensor.rank) + " lengths",
          "NULL for its shape", "set shape");
   }
   check_data(tensor.name, tensor);
   return {tensor.data, tensor.dtype, tensor.rank, tensor.shape};
 }
 
-Ordered order(const std::vector<Argument>& arguments, const pykd_tensor* tensors, std::size_t count,
-              const char* one, const char* many) {
+Ordered order(const std::vector<Argument>& arguments, const pykd_tensor* tensors, std::size_t count, const char* one,
+              const char* many) {
   check_list(tensors, count, many);
-  Ordered ordered{std::vector<Array>(arguments.size()),
-                  std::vector<const pykd_tensor*>(arguments.size(), nullptr)};
+  Ordered ordered{std::vector<Array>(arguments.size()), std::vector<const pykd_tensor*>(arguments.size(), nullptr)};
   for (std::size_t i = 0; i < count; ++i) {
     const std::size_t index = index_of(arguments, tensors[i].name);
     if (index == kNotFound) unknown_name(one, tensors[i].name, names_of(arguments), "kernel");
@@ -115,11 +113,10 @@ void check_no_overlap(const Ordered& inputs, const Ordered& outputs) {
 // -------------------------------------------------------------------------------------
 
 void check_on(const Device& device, const pykd_tensor& tensor, const char* because) {
-  const bool same = raw(tensor.device) == device.kind &&
-                    (device.kind == PYKD_CPU || tensor.device_id == device.id);
+  const bool same = raw(tensor.device) == device.kind && (device.kind == PYKD_CPU || tensor.device_id == device.id);
   if (same) return;
-  fail(PYKD_INVALID_TYPE, std::string(tensor.name) + " on " + device_name(device) + because,
-       given_device(tensor), "move the tensor");
+  fail(PYKD_INVALID_TYPE, std::string(tensor.name) + " on " + device_name(device) + because, given_device(tensor),
+       "move the tensor");
 }
 
 // The device of the first tensor; all the others lie there too, except the numbers.
@@ -134,8 +131,8 @@ Device device_of(const Kernel& kernel, const Ordered& inputs, const Ordered& out
       check_on(device, *tensor, (std::string(", as ") + first->name + " is").c_str());
     } else {
       if (raw(tensor->device) != PYKD_CPU && raw(tensor->device) != PYKD_CUDA) {
-        fail(PYKD_INVALID_TYPE, std::string(tensor->name) + " on the CPU or on a CUDA device",
-             given_device(*tensor), "set device to a value of pykd_device");
+        fail(PYKD_INVALID_TYPE, std::string(tensor->name) + " on the CPU or on a CUDA device", given_device(*tensor),
+             "set device to a value of pykd_device");
       }
       first = tensor;
       device = {tensor->device, tensor->device == PYKD_CPU ? 0 : tensor->device_id};
@@ -169,20 +166,18 @@ double value_of(const Attribute& attribute, const pykd_kernel_attribute& given) 
   }
   const std::vector<std::string> choices(attribute.choices.begin(), attribute.choices.end());
   if (given.choice == nullptr) {
-    fail(PYKD_INVALID_VALUE, "one of " + join(choices) + " for the attribute " + name,
-         "NULL for its choice", "set choice");
+    fail(PYKD_INVALID_VALUE, "one of " + join(choices) + " for the attribute " + name, "NULL for its choice",
+         "set choice");
   }
   for (std::size_t i = 0; i < choices.size(); ++i) {
     if (choices[i] == given.choice) return static_cast<double>(i);
   }
   const std::string near = nearest(given.choice, choices);
-  fail(PYKD_INVALID_VALUE, "one of " + join(choices) + " for the attribute " + name,
-       in_quotes(given.choice),
+  fail(PYKD_INVALID_VALUE, "one of " + join(choices) + " for the attribute " + name, in_quotes(given.choice),
        near.empty() ? "correct it" : "did you mean " + in_quotes(near) + "?");
 }
 
-std::vector<double> attributes_of(const Kernel& kernel, const pykd_kernel_attribute* given,
-                                  std::size_t count) {
+std::vector<double> attributes_of(const Kernel& kernel, const pykd_kernel_attribute* given, std::size_t count) {
   check_list(given, count, "attributes");
   std::vector<double> values;
   for (const Attribute& attribute : kernel.attributes) values.push_back(attribute.default_value);
@@ -205,8 +200,7 @@ pykd_kernel_host host_of(const pykd_kernel_host* given) {
   const pykd_kernel_host host =
       copy_sized(*given, defaults, sizeof defaults, "a pykd_kernel_host", "PYKD_KERNEL_HOST_INIT");
   if (host.threads < 0) {
-    fail(PYKD_INVALID_VALUE, "0 or more threads", std::to_string(host.threads),
-         "use 0 for one per core");
+    fail(PYKD_INVALID_VALUE, "0 or more threads", std::to_string(host.threads), "use 0 for one per core");
   }
   return host;
 }
@@ -221,13 +215,12 @@ void run_on_cpu(const Kernel& kernel, Call& call, const pykd_kernel_host& host) 
   kernel.cpu(call);
 }
 
-void run_on_cuda(const Kernel& kernel, const Device& device, const Call& call,
-                 const pykd_kernel_host& host) {
+void run_on_cuda(const Kernel& kernel, const Device& device, const Call& call, const pykd_kernel_host& host) {
   const kernels::CudaKernel* cuda = kernels::find_cuda_kernel(kernel.name);
   const char* error = cuda->launch(call, device.id, host.cuda_stream);
   if (error != nullptr) {
-    throw Failure(PYKD_ENGINE_FAILURE, std::string("the kernel ") + kernel.name + " failed on " +
-                                           device_name(device) + ": " + error);
+    throw Failure(PYKD_ENGINE_FAILURE,
+                  std::string("the kernel ") + kernel.name + " failed on " + device_name(device) + ": " + error);
   }
 }
 
@@ -260,8 +253,7 @@ nlohmann::json describe(const Argument& argument, bool input) {
     word.clear();
     if (*c == '\0') break;
   }
-  nlohmann::json object = {
-      {"name", argument.name}, {"axes", axes}, {"role", role_name(argument.role)}};
+  nlohmann::json object = {{"name", argument.name}, {"axes", axes}, {"role", role_name(argument.role)}};
   if (input) object["optional"] = argument.optional;
   return object;
 }
@@ -273,8 +265,7 @@ std::string describe(const Kernel& kernel) {
                            {"attributes", nlohmann::json::array()},
                            {"dtypes", nlohmann::json::array()}};
   for (const Argument& input : kernel.inputs) object["inputs"].push_back(describe(input, true));
-  for (const Argument& output : kernel.outputs)
-    object["outputs"].push_back(describe(output, false));
+  for (const Argument& output : kernel.outputs) object["outputs"].push_back(describe(output, false));
   for (const Attribute& attribute : kernel.attributes) {
     nlohmann::json item = {{"name", attribute.name}, {"choices", attribute.choices}};
     if (attribute.choices.empty()) {
@@ -319,9 +310,8 @@ const char* pykd_kernel_description(size_t index) {
 }
 
 pykd_status pykd_kernel_run(const char* kernel, const pykd_tensor* inputs, size_t num_inputs,
-                            const pykd_kernel_attribute* attributes, size_t num_attributes,
-                            const pykd_tensor* outputs, size_t num_outputs,
-                            const pykd_kernel_host* host) {
+                            const pykd_kernel_attribute* attributes, size_t num_attributes, const pykd_tensor* outputs,
+                            size_t num_outputs, const pykd_kernel_host* host) {
   return guarded([&] {
     const Kernel& found = kernel_named(kernel);
     const Ordered in = order(found.inputs, inputs, num_inputs, "an input", "inputs");

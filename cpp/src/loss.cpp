@@ -19,9 +19,8 @@ Device parse_device(const std::string& text) {
   if (text == "cpu") return {PYKD_CPU, 0};
   if (text == "cuda") return {PYKD_CUDA, 0};
   const std::string digits = text.rfind("cuda:", 0) == 0 ? text.substr(5) : "";
-  const bool is_number =
-      !digits.empty() && digits.size() <= 4 &&
-      std::all_of(digits.begin(), digits.end(), [](char c) { return c >= '0' && c <= '9'; });
+  const bool is_number = !digits.empty() && digits.size() <= 4 &&
+                         std::all_of(digits.begin(), digits.end(), [](char c) { return c >= '0' && c <= '9'; });
   if (!is_number) {
     fail(PYKD_INVALID_VALUE, "\"cpu\", \"cuda\" or \"cuda:<id>\" as the device", in_quotes(text),
          "correct the load options");
@@ -45,13 +44,10 @@ KernelUse parse_kernels(const std::string& text) {
   if (text == "auto") return KernelUse::kAuto;
   if (text == "on") return KernelUse::kOn;
   if (text == "off") return KernelUse::kOff;
-  fail(PYKD_INVALID_VALUE, "\"auto\", \"on\" or \"off\" for kernels", in_quotes(text),
-       "correct the load options");
+  fail(PYKD_INVALID_VALUE, "\"auto\", \"on\" or \"off\" for kernels", in_quotes(text), "correct the load options");
 }
 
-std::string text_or(const char* text, const char* otherwise) {
-  return text == nullptr ? otherwise : text;
-}
+std::string text_or(const char* text, const char* otherwise) { return text == nullptr ? otherwise : text; }
 
 // ---- Engines -----------------------------------------------------------------------------------
 
@@ -65,8 +61,7 @@ auto opening(const ArtefactFile& file, Body&& body) -> decltype(body()) {
   } catch (const std::bad_alloc&) {
     throw;
   } catch (const std::exception& error) {
-    fail(PYKD_BAD_ARTEFACT, "a file that its engine can open at " + file.label, error.what(),
-         "export the loss again");
+    fail(PYKD_BAD_ARTEFACT, "a file that its engine can open at " + file.label, error.what(), "export the loss again");
   }
 }
 
@@ -106,8 +101,7 @@ std::size_t index_of(const Specs& specs, const std::string& name) {
 // ---- Kernels -----------------------------------------------------------------------------------
 
 [[noreturn]] void no_kernels(const std::string& expected, const std::string& got) {
-  fail(PYKD_UNAVAILABLE, expected + ", as kernels \"on\" asks for", got,
-       "load it with kernels \"auto\" or \"off\"");
+  fail(PYKD_UNAVAILABLE, expected + ", as kernels \"on\" asks for", got, "load it with kernels \"auto\" or \"off\"");
 }
 
 // The ops that a session on that device can have: none where its library cannot be had, which is an
@@ -131,17 +125,15 @@ std::string join_with_spaces(const std::set<std::string>& words) {
 
 // Those that the file uses.
 std::set<std::string> choose_ops(const ArtefactFile& file, const PykdNodes& nodes,
-                                 const std::set<std::string>& available,
-                                 const LoadOptions& options) {
+                                 const std::set<std::string>& available, const LoadOptions& options) {
   if (options.kernels == KernelUse::kOn) {
     if (nodes.in_graph.empty()) {
       no_kernels("a node that a kernel computes in " + file.label, "a file without one");
     }
     for (const std::string& node : nodes.in_graph) {
       if (available.count(node) == 0) {
-        no_kernels(
-            "a kernel for every node of domain \"pykd\" in " + file.label,
-            "none for " + in_quotes(node) + " on " + device_name(options.engine_options.device));
+        no_kernels("a kernel for every node of domain \"pykd\" in " + file.label,
+                   "none for " + in_quotes(node) + " on " + device_name(options.engine_options.device));
       }
     }
   }
@@ -165,16 +157,13 @@ LoadOptions read_options(const pykd_load_options* options) {
   result.kernels = parse_kernels(text_or(given.kernels, "auto"));
   check_engine_name(result.engine);
   if (given.threads < 0) {
-    fail(PYKD_INVALID_VALUE, "0 or more threads", std::to_string(given.threads),
-         "use 0 for one per core");
+    fail(PYKD_INVALID_VALUE, "0 or more threads", std::to_string(given.threads), "use 0 for one per core");
   }
   return result;
 }
 
 Loss::Loss(const LoadOptions& options, std::string engine)
-    : device_(options.engine_options.device),
-      engine_(std::move(engine)),
-      device_name_(options.device) {}
+    : device_(options.engine_options.device), engine_(std::move(engine)), device_name_(options.device) {}
 
 std::unique_ptr<Loss> Loss::load(const Artefact& artefact, const LoadOptions& options) {
   const bool may_onnx = options.engine != "torchscript" && artefact.has_onnx();
@@ -198,8 +187,7 @@ std::unique_ptr<Loss> Loss::load(const Artefact& artefact, const LoadOptions& op
   } catch (const Failure& failure) {
     if (failure.status() != PYKD_UNAVAILABLE) throw;
     fail(PYKD_UNAVAILABLE, "one of the two engines",
-         "neither. onnxruntime: " + onnx_problem + ". torchscript: " + failure.what(),
-         "make one of them available");
+         "neither. onnxruntime: " + onnx_problem + ". torchscript: " + failure.what(), "make one of them available");
   }
 }
 
@@ -251,8 +239,8 @@ std::unique_ptr<Loss> Loss::load_torchscript(const Artefact& artefact, const Loa
   EngineOptions engine_options = options.engine_options;
   engine_options.library = options.torch_library;
   Engine& engine = torchscript_engine(engine_options.library);
-  Signature signature = opening(
-      file, [&] { return parse_signature(engine.metadata(file.bytes.data(), file.bytes.size())); });
+  Signature signature =
+      opening(file, [&] { return parse_signature(engine.metadata(file.bytes.data(), file.bytes.size())); });
   check_kind(file, signature, ArtefactKind::kTorchScript);
   std::unique_ptr<Loss> loss(new Loss(options, "torchscript"));
   loss->signature_ = parse_signature(signature.metadata);
@@ -261,14 +249,12 @@ std::unique_ptr<Loss> Loss::load_torchscript(const Artefact& artefact, const Loa
   return loss;
 }
 
-void Loss::add_part(Engine& engine, const ArtefactFile& file, Signature signature,
-                    const EngineOptions& options) {
+void Loss::add_part(Engine& engine, const ArtefactFile& file, Signature signature, const EngineOptions& options) {
   engine_version_ = engine.version();
   auto part = std::make_unique<Part>();
   part->signature = std::move(signature);
-  part->session = opening(file, [&] {
-    return engine.open(file.bytes.data(), file.bytes.size(), part->signature, options);
-  });
+  part->session =
+      opening(file, [&] { return engine.open(file.bytes.data(), file.bytes.size(), part->signature, options); });
   parts_.push_back(std::move(part));
 }
 
@@ -283,19 +269,16 @@ void Loss::connect_parts() {
   }
 }
 
-Binding Loss::check_inputs(const pykd_tensor* inputs, std::size_t num_inputs,
-                           std::vector<pykd_tensor>& ordered) const {
+Binding Loss::check_inputs(const pykd_tensor* inputs, std::size_t num_inputs, std::vector<pykd_tensor>& ordered) const {
   return internal::check_inputs(signature_, device_, inputs, num_inputs, ordered);
 }
 
 void Loss::run(const pykd_tensor* inputs, std::size_t num_inputs, const pykd_parameter* parameters,
-               std::size_t num_parameters, const pykd_tensor* outputs,
-               std::size_t num_outputs) const {
+               std::size_t num_parameters, const pykd_tensor* outputs, std::size_t num_outputs) const {
   Request request;
   const Binding binding = check_inputs(inputs, num_inputs, request.inputs);
   check_parameters(signature_, binding, parameters, num_parameters, request.parameters);
-  check_outputs(signature_, device_, binding, request.inputs, outputs, num_outputs,
-                request.output_ids);
+  check_outputs(signature_, device_, binding, request.inputs, outputs, num_outputs, request.output_ids);
   request.outputs.assign(outputs, outputs + num_outputs);
   if (parts_.size() == 1) return run_session(*parts_[0]->session, request);
   if (!wants_gradient(request)) return run_part(*parts_[0], request, nullptr);

@@ -43,8 +43,7 @@ class Loss {
   const std::string& device_name() const { return device_name_; }
   const std::string& kernels() const { return kernels_; }
 
-  Binding check_inputs(const pykd_tensor* inputs, std::size_t num_inputs,
-                       std::vector<pykd_tensor>& ordered) const;
+  Binding check_inputs(const pykd_tensor* inputs, std::size_t num_inputs, std::vector<pykd_tensor>& ordered) const;
   void run(const pykd_tensor* inputs, std::size_t num_inputs, const pykd_parameter* parameters,
            std::size_t num_parameters, const pykd_tensor* outputs, std::size_t num_outputs) const;
 
@@ -60,11 +59,9 @@ class Loss {
 
   Loss(const LoadOptions& options, std::string engine);
   static std::unique_ptr<Loss> load_onnx(const Artefact& artefact, const LoadOptions& options);
-  static std::unique_ptr<Loss> load_torchscript(const Artefact& artefact,
-                                                const LoadOptions& options);
+  static std::unique_ptr<Loss> load_torchscript(const Artefact& artefact, const LoadOptions& options);
 
-  void add_part(Engine& engine, const ArtefactFile& file, Signature signature,
-                const EngineOptions& options);
+  void add_part(Engine& engine, const ArtefactFile& file, Signature signature, const EngineOptions& options);
   void connect_parts();
   bool wants_gradient(const Request& request) const;
   void run_part(const Part& part, const Request& request, Request* rest) const;

@@ -14,15 +14,13 @@ namespace {
 
 using nlohmann::json;
 
-constexpr pykd_dtype kDtypes[] = {PYKD_FLOAT16, PYKD_BFLOAT16, PYKD_FLOAT32, PYKD_FLOAT64,
-                                  PYKD_INT64};
+constexpr pykd_dtype kDtypes[] = {PYKD_FLOAT16, PYKD_BFLOAT16, PYKD_FLOAT32, PYKD_FLOAT64, PYKD_INT64};
 constexpr std::size_t kMaxMetadata = 1 << 20;
 
 // ---- Reading the metadata ----------------------------------------------------------------------
 
 [[noreturn]] void bad_metadata(const std::string& expected, const std::string& got) {
-  fail(PYKD_BAD_ARTEFACT, expected + " in the artefact's metadata", got,
-       "export the loss again with pykd.export");
+  fail(PYKD_BAD_ARTEFACT, expected + " in the artefact's metadata", got, "export the loss again with pykd.export");
 }
 
 // One object of the metadata and the path by which messages call it, such as "inputs[0]".
@@ -62,8 +60,7 @@ class Object {
   std::int64_t integer(const char* key) const {
     const json& value = get(key, "an integer");
     if (!value.is_number_integer()) wrong_type(key, "an integer", value);
-    if (value.is_number_unsigned() &&
-        value.get<std::uint64_t>() > static_cast<std::uint64_t>(INT64_MAX)) {
+    if (value.is_number_unsigned() && value.get<std::uint64_t>() > static_cast<std::uint64_t>(INT64_MAX)) {
       bad_metadata("a 64-bit integer as \"" + field(key) + "\"", value.dump());
     }
     return value.get<std::int64_t>();
@@ -73,8 +70,7 @@ class Object {
     const json& value = get(key, "a number");
     if (!value.is_number()) wrong_type(key, "a number", value);
     const double result = value.get<double>();
-    if (!std::isfinite(result))
-      bad_metadata("a finite number as \"" + field(key) + "\"", "infinity");
+    if (!std::isfinite(result)) bad_metadata("a finite number as \"" + field(key) + "\"", "infinity");
     return result;
   }
 
@@ -100,8 +96,7 @@ class Object {
   }
 
   [[noreturn]] void wrong_type(const char* key, const char* expected, const json& value) const {
-    bad_metadata(std::string(expected) + " as \"" + field(key) + "\"",
-                 std::string("type ") + value.type_name());
+    bad_metadata(std::string(expected) + " as \"" + field(key) + "\"", std::string("type ") + value.type_name());
   }
 
   static void check_name(const std::string& name, const std::string& where) {
@@ -144,15 +139,13 @@ void parse_tensor(const Object& object, ArtefactKind kind, TensorSpec& spec) {
   spec.axes = object.names("axes");
   spec.dtypes = parse_dtypes(object, kind);
   if (spec.axes.size() > kMaxRank) {
-    bad_metadata("at most 8 names in \"" + object.field("axes") + "\"",
-                 std::to_string(spec.axes.size()));
+    bad_metadata("at most 8 names in \"" + object.field("axes") + "\"", std::to_string(spec.axes.size()));
   }
 }
 
 std::size_t find_axis(const Signature& signature, const std::string& axis) {
   auto found = std::find(signature.axes.begin(), signature.axes.end(), axis);
-  return found == signature.axes.end() ? kNone
-                                       : static_cast<std::size_t>(found - signature.axes.begin());
+  return found == signature.axes.end() ? kNone : static_cast<std::size_t>(found - signature.axes.begin());
 }
 
 template <class Specs>
@@ -217,12 +210,10 @@ void connect_gradient(const Object& object, Signature& signature, OutputSpec& ou
   const std::string name = object.name("gradient_of");
   output.gradient_of = find_spec(signature.inputs, name);
   const std::string field = "\"" + object.field("gradient_of") + "\"";
-  if (output.gradient_of == kNone)
-    bad_metadata("the name of an input as " + field, in_quotes(name));
+  if (output.gradient_of == kNone) bad_metadata("the name of an input as " + field, in_quotes(name));
   InputSpec& input = signature.inputs[output.gradient_of];
   if (output.name != "grad_" + name) {
-    bad_metadata("the name grad_" + name + " where " + field + " is " + name,
-                 in_quotes(output.name));
+    bad_metadata("the name grad_" + name + " where " + field + " is " + name, in_quotes(output.name));
   }
   if (input.axes != output.axes || input.dtypes != output.dtypes || !input.is_float()) {
     bad_metadata("the axes and the floating dtype of " + name + " for its gradient", "others");
@@ -237,8 +228,7 @@ void parse_outputs(const Object& root, Signature& signature) {
     for (const std::string& axis : output.axes) {
       output.axis_ids.push_back(find_axis(signature, axis));
       if (output.axis_ids.back() == kNone) {
-        bad_metadata("axes that the inputs have in \"" + object.field("axes") + "\"",
-                     in_quotes(axis));
+        bad_metadata("axes that the inputs have in \"" + object.field("axes") + "\"", in_quotes(axis));
       }
     }
     const bool is_gradient = output.name.rfind("grad_", 0) == 0;
@@ -275,8 +265,7 @@ void check_format(const Object& root) {
   if (format != "pykd") bad_metadata("\"pykd\" as \"format\"", in_quotes(format));
   const std::int64_t version = root.integer("format_version");
   if (version > kFormatVersion) {
-    fail(PYKD_BAD_ARTEFACT,
-         "an artefact of format version " + std::to_string(kFormatVersion) + " or older",
+    fail(PYKD_BAD_ARTEFACT, "an artefact of format version " + std::to_string(kFormatVersion) + " or older",
          "format version " + std::to_string(version), "upgrade pykd or export the loss again");
   }
   if (version < 1) bad_metadata("at least 1 as \"format_version\"", std::to_string(version));
@@ -343,19 +332,15 @@ std::size_t find_name(const Specs& specs, const char* name, std::size_t guess) {
 
 void check_dtype(const TensorSpec& spec, const pykd_tensor& tensor) {
   if (!is_dtype(tensor.dtype) || (spec.dtypes & dtype_bit(tensor.dtype)) == 0) {
-    fail(PYKD_INVALID_TYPE, spec.name + " of dtype " + dtypes_text(spec.dtypes),
-         given_dtype(tensor),
-         spec.is_float() && is_dtype(tensor.dtype) ? "cast it, or export the loss for that dtype"
-                                                   : "cast it");
+    fail(PYKD_INVALID_TYPE, spec.name + " of dtype " + dtypes_text(spec.dtypes), given_dtype(tensor),
+         spec.is_float() && is_dtype(tensor.dtype) ? "cast it, or export the loss for that dtype" : "cast it");
   }
 }
 
 void check_device(const TensorSpec& spec, const pykd_tensor& tensor, Device device) {
-  const bool same = raw(tensor.device) == device.kind &&
-                    (device.kind == PYKD_CPU || tensor.device_id == device.id);
+  const bool same = raw(tensor.device) == device.kind && (device.kind == PYKD_CPU || tensor.device_id == device.id);
   if (!same) {
-    fail(PYKD_INVALID_TYPE,
-         spec.name + " on " + device_name(device) + ", where this loss was loaded",
+    fail(PYKD_INVALID_TYPE, spec.name + " on " + device_name(device) + ", where this loss was loaded",
          given_device(tensor), "move the tensor, or load the loss for that device");
   }
 }
@@ -371,14 +356,13 @@ void check_rank(const TensorSpec& spec, const pykd_tensor& tensor) {
   } else if (tensor.rank > 0) {
     got += " with shape " + shape_text(tensor.shape, tensor.rank);
   }
-  fail(PYKD_INVALID_VALUE, spec.name + " with " + axes_text(spec), got,
-       "give it one length per axis");
+  fail(PYKD_INVALID_VALUE, spec.name + " with " + axes_text(spec), got, "give it one length per axis");
 }
 
 // ---- Checks of the inputs ----------------------------------------------------------------------
 
-[[noreturn]] void fail_length(const Signature& signature, const InputSpec& input,
-                              const pykd_tensor& tensor, std::size_t axis, std::int64_t expected) {
+[[noreturn]] void fail_length(const Signature& signature, const InputSpec& input, const pykd_tensor& tensor,
+                              std::size_t axis, std::int64_t expected) {
   const std::size_t id = input.axis_ids[axis];
   const InputSpec* first = &input;
   for (const InputSpec& other : signature.inputs) {
@@ -387,14 +371,11 @@ void check_rank(const TensorSpec& spec, const pykd_tensor& tensor) {
       break;
     }
   }
-  const std::string owner =
-      first == &input ? "as its other axis of that name has" : "as " + first->name + " has";
-  fail(
-      PYKD_INVALID_VALUE,
-      input.name + " of length " + std::to_string(expected) + " along " +
-          in_quotes(signature.axes[id]) + ", " + owner,
-      std::to_string(tensor.shape[axis]) + " (shape " + shape_text(tensor.shape, tensor.rank) + ")",
-      "axes of one name have one length: cut, pad or map one of the tensors");
+  const std::string owner = first == &input ? "as its other axis of that name has" : "as " + first->name + " has";
+  fail(PYKD_INVALID_VALUE,
+       input.name + " of length " + std::to_string(expected) + " along " + in_quotes(signature.axes[id]) + ", " + owner,
+       std::to_string(tensor.shape[axis]) + " (shape " + shape_text(tensor.shape, tensor.rank) + ")",
+       "axes of one name have one length: cut, pad or map one of the tensors");
 }
 
 void bind_axes(const Signature& signature, const InputSpec& input, const pykd_tensor& tensor,
@@ -402,8 +383,7 @@ void bind_axes(const Signature& signature, const InputSpec& input, const pykd_te
   for (std::size_t axis = 0; axis < input.axis_ids.size(); ++axis) {
     const std::int64_t length = tensor.shape[axis];
     if (length < 1) {
-      fail(PYKD_INVALID_VALUE,
-           input.name + " of length at least 1 along " + in_quotes(input.axes[axis]),
+      fail(PYKD_INVALID_VALUE, input.name + " of length at least 1 along " + in_quotes(input.axes[axis]),
            "shape " + shape_text(tensor.shape, tensor.rank),
            length == 0 ? "an empty batch has no loss: leave the call out" : "check the shape");
     }
@@ -423,21 +403,19 @@ std::string position_text(const pykd_tensor& tensor, std::int64_t index) {
   return shape_text(position, tensor.rank);
 }
 
-[[noreturn]] void fail_label(const Signature& signature, const InputSpec& input,
-                             const pykd_tensor& tensor, std::int64_t index, std::int64_t length) {
+[[noreturn]] void fail_label(const Signature& signature, const InputSpec& input, const pykd_tensor& tensor,
+                             std::int64_t index, std::int64_t length) {
   const std::int64_t value = static_cast<const std::int64_t*>(tensor.data)[index];
   std::string allowed = "from 0 to " + std::to_string(length - 1);
   if (input.ignore_index) allowed += " or " + std::to_string(*input.ignore_index) + " (ignored)";
   fail(PYKD_INVALID_VALUE,
-       "every entry of " + input.name + " " + allowed + ", as " +
-           in_quotes(signature.axes[input.index_axis]) + " has length " + std::to_string(length),
+       "every entry of " + input.name + " " + allowed + ", as " + in_quotes(signature.axes[input.index_axis]) +
+           " has length " + std::to_string(length),
        std::to_string(value) + " at position " + position_text(tensor, index),
-       input.ignore_index ? "correct it, or write the ignored value"
-                          : "correct it; this loss ignores no entry");
+       input.ignore_index ? "correct it, or write the ignored value" : "correct it; this loss ignores no entry");
 }
 
-void check_labels(const Signature& signature, const InputSpec& input, const pykd_tensor& tensor,
-                  std::int64_t length) {
+void check_labels(const Signature& signature, const InputSpec& input, const pykd_tensor& tensor, std::int64_t length) {
   const auto* labels = static_cast<const std::int64_t*>(tensor.data);
   const auto limit = static_cast<std::uint64_t>(length);
   const std::int64_t ignored = input.ignore_index.value_or(0);  // 0 is in range anyway
@@ -472,8 +450,7 @@ void order_inputs(const Signature& signature, const pykd_tensor* inputs, std::si
   for (std::size_t id = 0; id < count; ++id) {
     if (ordered[id].name == nullptr) missing.push_back(signature.inputs[id].name);
   }
-  fail(PYKD_INVALID_VALUE, "the inputs " + join(names_of(signature.inputs)), "no " + join(missing),
-       "give every input");
+  fail(PYKD_INVALID_VALUE, "the inputs " + join(names_of(signature.inputs)), "no " + join(missing), "give every input");
 }
 
 void check_same_float(const Signature& signature, const InputSpec& input, const pykd_tensor& tensor,
@@ -481,10 +458,8 @@ void check_same_float(const Signature& signature, const InputSpec& input, const 
   if (tensor.dtype == float_dtype) return;
   std::size_t first = 0;
   while (!signature.inputs[first].is_float()) ++first;
-  fail(PYKD_INVALID_TYPE,
-       input.name + " of dtype " + dtype_name(float_dtype) + ", as " + ordered[first].name + " has",
-       dtype_name(tensor.dtype),
-       "all floating tensors of one call have one dtype: cast one of them");
+  fail(PYKD_INVALID_TYPE, input.name + " of dtype " + dtype_name(float_dtype) + ", as " + ordered[first].name + " has",
+       dtype_name(tensor.dtype), "all floating tensors of one call have one dtype: cast one of them");
 }
 
 // ---- Checks of the outputs ---------------------------------------------------------------------
@@ -495,22 +470,18 @@ std::vector<std::int64_t> output_lengths(const OutputSpec& output, const Binding
   return shape;
 }
 
-void check_output_shape(const OutputSpec& output, const pykd_tensor& tensor,
-                        const Binding& binding) {
+void check_output_shape(const OutputSpec& output, const pykd_tensor& tensor, const Binding& binding) {
   check_rank(output, tensor);
   for (std::size_t axis = 0; axis < output.axis_ids.size(); ++axis) {
     if (tensor.shape[axis] == binding.lengths[output.axis_ids[axis]]) continue;
     const std::vector<std::int64_t> shape = output_lengths(output, binding);
-    fail(PYKD_INVALID_VALUE,
-         output.name + " with shape " + shape_text(shape.data(), tensor.rank) + " for these inputs",
-         "shape " + shape_text(tensor.shape, tensor.rank),
-         "give memory of that shape; pykd_output_shape() tells it");
+    fail(PYKD_INVALID_VALUE, output.name + " with shape " + shape_text(shape.data(), tensor.rank) + " for these inputs",
+         "shape " + shape_text(tensor.shape, tensor.rank), "give memory of that shape; pykd_output_shape() tells it");
   }
 }
 
-void check_no_overlap(const Signature& signature, const std::vector<pykd_tensor>& inputs,
-                      const OutputSpec& output, const pykd_tensor* outputs, std::size_t index,
-                      const std::vector<std::size_t>& output_ids) {
+void check_no_overlap(const Signature& signature, const std::vector<pykd_tensor>& inputs, const OutputSpec& output,
+                      const pykd_tensor* outputs, std::size_t index, const std::vector<std::size_t>& output_ids) {
   const Extent written = extent_of(output.name, outputs[index]);
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     check_no_overlap(written, extent_of(signature.inputs[i].name, inputs[i]));
@@ -557,8 +528,8 @@ Signature parse_signature(std::string text) {
 
 Signature merge_signatures(const Signature& value, const Signature& gradient) {
   auto same_inputs = [&] {
-    return std::equal(value.inputs.begin(), value.inputs.end(), gradient.inputs.begin(),
-                      gradient.inputs.end(), [](const InputSpec& a, const InputSpec& b) {
+    return std::equal(value.inputs.begin(), value.inputs.end(), gradient.inputs.begin(), gradient.inputs.end(),
+                      [](const InputSpec& a, const InputSpec& b) {
                         return a.name == b.name && a.axes == b.axes && a.dtypes == b.dtypes &&
                                a.index_axis == b.index_axis && a.ignore_index == b.ignore_index;
                       });
@@ -572,8 +543,7 @@ Signature merge_signatures(const Signature& value, const Signature& gradient) {
              mine.minimum_exclusive == other.minimum_exclusive;
     });
   };
-  if (value.name != gradient.name || value.recipe != gradient.recipe || !same_inputs() ||
-      !same_parameters()) {
+  if (value.name != gradient.name || value.recipe != gradient.recipe || !same_inputs() || !same_parameters()) {
     fail(PYKD_BAD_ARTEFACT, "loss.onnx and loss.grad.onnx of one export",
          "files whose name, recipe, inputs or parameters differ", "export the loss again");
   }
@@ -596,8 +566,8 @@ Signature merge_signatures(const Signature& value, const Signature& gradient) {
   return merged;
 }
 
-Binding check_inputs(const Signature& signature, Device device, const pykd_tensor* inputs,
-                     std::size_t num_inputs, std::vector<pykd_tensor>& ordered) {
+Binding check_inputs(const Signature& signature, Device device, const pykd_tensor* inputs, std::size_t num_inputs,
+                     std::vector<pykd_tensor>& ordered) {
   order_inputs(signature, inputs, num_inputs, ordered);
   Binding binding;
   binding.lengths.assign(signature.axes.size(), 0);
@@ -627,9 +597,8 @@ Binding check_inputs(const Signature& signature, Device device, const pykd_tenso
   return binding;
 }
 
-void check_parameters(const Signature& signature, const Binding& binding,
-                      const pykd_parameter* parameters, std::size_t num_parameters,
-                      std::vector<double>& ordered) {
+void check_parameters(const Signature& signature, const Binding& binding, const pykd_parameter* parameters,
+                      std::size_t num_parameters, std::vector<double>& ordered) {
   check_list(parameters, num_parameters, "parameters");
   ordered.resize(signature.parameters.size());
   for (std::size_t id = 0; id < ordered.size(); ++id) {
@@ -644,17 +613,15 @@ void check_parameters(const Signature& signature, const Binding& binding,
     }
     // The loss computes in float32 except for float64 tensors: 1e-50 must not pass as "above 0".
     const ParameterSpec& spec = signature.parameters[id];
-    const double value = binding.float_dtype == PYKD_FLOAT64
-                             ? given.value
-                             : static_cast<double>(static_cast<float>(given.value));
+    const double value =
+        binding.float_dtype == PYKD_FLOAT64 ? given.value : static_cast<double>(static_cast<float>(given.value));
     if (!std::isfinite(value)) {
-      fail(PYKD_INVALID_VALUE, "a finite number for the parameter " + spec.name,
-           number_text(given.value), "give a number that the loss can compute with");
+      fail(PYKD_INVALID_VALUE, "a finite number for the parameter " + spec.name, number_text(given.value),
+           "give a number that the loss can compute with");
     }
     if (value < spec.minimum || (spec.minimum_exclusive && value == spec.minimum)) {
       fail(PYKD_INVALID_VALUE,
-           "the parameter " + spec.name +
-               (spec.minimum_exclusive ? " greater than " : " at least ") +
+           "the parameter " + spec.name + (spec.minimum_exclusive ? " greater than " : " at least ") +
                number_text(spec.minimum),
            number_text(given.value), "give a larger value");
     }
@@ -666,19 +633,18 @@ std::size_t find_output(const Signature& signature, const char* name) {
   const std::size_t id = find_spec(signature.outputs, name);
   if (id != kNone) return id;
   if (std::strncmp(name, "grad_", 5) == 0 && signature.kind == ArtefactKind::kValue) {
-    fail(PYKD_INVALID_VALUE, "an artefact with gradients for " + in_quotes(name),
-         "one that holds the value alone", "load loss.grad.onnx, loss.pt or their folder");
+    fail(PYKD_INVALID_VALUE, "an artefact with gradients for " + in_quotes(name), "one that holds the value alone",
+         "load loss.grad.onnx, loss.pt or their folder");
   }
   unknown_name("an output", name, signature.outputs);
 }
 
 void check_outputs(const Signature& signature, Device device, const Binding& binding,
-                   const std::vector<pykd_tensor>& inputs, const pykd_tensor* outputs,
-                   std::size_t num_outputs, std::vector<std::size_t>& output_ids) {
+                   const std::vector<pykd_tensor>& inputs, const pykd_tensor* outputs, std::size_t num_outputs,
+                   std::vector<std::size_t>& output_ids) {
   check_list(outputs, num_outputs, "outputs");
   if (num_outputs == 0) {
-    fail(PYKD_INVALID_VALUE, "at least one output", "none",
-         "ask for some of " + join(names_of(signature.outputs)));
+    fail(PYKD_INVALID_VALUE, "at least one output", "none", "ask for some of " + join(names_of(signature.outputs)));
   }
   output_ids.clear();
   output_ids.reserve(num_outputs);
@@ -693,8 +659,8 @@ void check_outputs(const Signature& signature, Device device, const Binding& bin
     check_output_shape(output, tensor, binding);
     const pykd_dtype expected = output_dtype(output, binding.float_dtype);
     if (raw(tensor.dtype) != expected) {
-      fail(PYKD_INVALID_TYPE, output.name + " of dtype " + dtype_name(expected),
-           given_dtype(tensor), "give memory of that dtype; pykd_output_shape() tells it");
+      fail(PYKD_INVALID_TYPE, output.name + " of dtype " + dtype_name(expected), given_dtype(tensor),
+           "give memory of that dtype; pykd_output_shape() tells it");
     }
     const bool scalar_on_cpu = output.rank() == 0 && raw(tensor.device) == PYKD_CPU;
     if (!scalar_on_cpu) check_device(output, tensor, device);

@@ -87,14 +87,13 @@ struct Binding {
 
 // Each of these throws Failure(PYKD_INVALID_VALUE or PYKD_INVALID_TYPE) with a message that names
 // the argument. `ordered` is filled in the order of the signature.
-Binding check_inputs(const Signature& signature, Device device, const pykd_tensor* inputs,
-                     std::size_t num_inputs, std::vector<pykd_tensor>& ordered);
-void check_parameters(const Signature& signature, const Binding& binding,
-                      const pykd_parameter* parameters, std::size_t num_parameters,
-                      std::vector<double>& ordered);
+Binding check_inputs(const Signature& signature, Device device, const pykd_tensor* inputs, std::size_t num_inputs,
+                     std::vector<pykd_tensor>& ordered);
+void check_parameters(const Signature& signature, const Binding& binding, const pykd_parameter* parameters,
+                      std::size_t num_parameters, std::vector<double>& ordered);
 void check_outputs(const Signature& signature, Device device, const Binding& binding,
-                   const std::vector<pykd_tensor>& inputs, const pykd_tensor* outputs,
-                   std::size_t num_outputs, std::vector<std::size_t>& output_ids);
+                   const std::vector<pykd_tensor>& inputs, const pykd_tensor* outputs, std::size_t num_outputs,
+                   std::vector<std::size_t>& output_ids);
 
 // The index of the output `name`; throws Failure(PYKD_INVALID_VALUE) where there is none.
 std::size_t find_output(const Signature& signature, const char* name);

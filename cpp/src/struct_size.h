@@ -18,18 +18,16 @@ namespace pykd::internal {
 // library's. What an older one lacks keeps the value of `defaults`; a field that only a newer one
 // has must not be set. `first_size` is the size that the struct had when it was introduced.
 template <class Struct>
-Struct copy_sized(const Struct& given, const Struct& defaults, std::size_t first_size,
-                  const std::string& what, const char* init) {
+Struct copy_sized(const Struct& given, const Struct& defaults, std::size_t first_size, const std::string& what,
+                  const char* init) {
   constexpr std::size_t kOurSize = sizeof(Struct), kMaxSize = 4096;
   const std::size_t size = given.struct_size;
   if (size < first_size || size > kMaxSize) {
-    fail(PYKD_INVALID_VALUE,
-         what + " of " + std::to_string(kOurSize) + " bytes, as struct_size tells",
+    fail(PYKD_INVALID_VALUE, what + " of " + std::to_string(kOurSize) + " bytes, as struct_size tells",
          std::to_string(size), std::string("start from ") + init);
   }
   const auto* bytes = reinterpret_cast<const unsigned char*>(&given);
-  if (size > kOurSize &&
-      std::any_of(bytes + kOurSize, bytes + size, [](unsigned char byte) { return byte != 0; })) {
+  if (size > kOurSize && std::any_of(bytes + kOurSize, bytes + size, [](unsigned char byte) { return byte != 0; })) {
     fail(PYKD_INVALID_VALUE, what + " that this library knows", "a newer one that is set",
          "use the libpykd that belongs to the header");
   }

@@ -29,9 +29,7 @@ std::string dtypes_text(std::uint32_t dtypes) {
   return names.empty() ? last : join(names) + " or " + last;
 }
 
-std::string device_name(Device device) {
-  return device.kind == PYKD_CPU ? "cpu" : "cuda:" + std::to_string(device.id);
-}
+std::string device_name(Device device) { return device.kind == PYKD_CPU ? "cpu" : "cuda:" + std::to_string(device.id); }
 
 std::string given_dtype(const pykd_tensor& tensor) {
   if (is_dtype(tensor.dtype)) return dtype_name(tensor.dtype);
@@ -79,10 +77,10 @@ void check_strides(std::string_view name, const pykd_tensor& tensor) {
   std::int64_t step = 1;
   for (std::int32_t axis = tensor.rank - 1; axis >= 0; --axis) {
     if (tensor.shape[axis] != 1 && tensor.strides[axis] != step) {
-      fail(PYKD_INVALID_VALUE, std::string(name) + " contiguous in memory, its last axis fastest",
-           "strides " + shape_text(tensor.strides, tensor.rank) + " with shape " +
-               shape_text(tensor.shape, tensor.rank),
-           "copy it into contiguous memory first");
+      fail(
+          PYKD_INVALID_VALUE, std::string(name) + " contiguous in memory, its last axis fastest",
+          "strides " + shape_text(tensor.strides, tensor.rank) + " with shape " + shape_text(tensor.shape, tensor.rank),
+          "copy it into contiguous memory first");
     }
     step *= tensor.shape[axis];  // check_size() has shown that this fits
   }
@@ -106,14 +104,12 @@ void given_twice(const char* name) {
   fail(PYKD_INVALID_VALUE, std::string(name) + " once", "it twice", "give every name once");
 }
 
-void unknown_name(const char* what, const char* name, const std::vector<std::string>& names,
-                  const char* owner) {
+void unknown_name(const char* what, const char* name, const std::vector<std::string>& names, const char* owner) {
   const std::string near = nearest(name, names);
-  fail(PYKD_INVALID_VALUE,
-       names.empty() ? std::string("no ") + what : std::string(what) + " among " + join(names),
-       in_quotes(name),
-       near.empty() ? std::string("use the names that the ") + owner + " has"
-                    : "did you mean " + in_quotes(near) + "?");
+  fail(
+      PYKD_INVALID_VALUE, names.empty() ? std::string("no ") + what : std::string(what) + " among " + join(names),
+      in_quotes(name),
+      near.empty() ? std::string("use the names that the ") + owner + " has" : "did you mean " + in_quotes(near) + "?");
 }
 
 }  // namespace pykd::internal

@@ -26,8 +26,8 @@ constexpr std::size_t kMaxRank = 8;
 
 // Sets of dtypes, as in pykd_tensor_info::dtypes.
 constexpr std::uint32_t dtype_bit(pykd_dtype dtype) { return 1u << static_cast<unsigned>(dtype); }
-constexpr std::uint32_t kAnyFloat = dtype_bit(PYKD_FLOAT16) | dtype_bit(PYKD_BFLOAT16) |
-                                    dtype_bit(PYKD_FLOAT32) | dtype_bit(PYKD_FLOAT64);
+constexpr std::uint32_t kAnyFloat =
+    dtype_bit(PYKD_FLOAT16) | dtype_bit(PYKD_BFLOAT16) | dtype_bit(PYKD_FLOAT32) | dtype_bit(PYKD_FLOAT64);
 
 // ---- Words
 // ---------------------------------------------------------------------------------------
@@ -57,9 +57,7 @@ int raw(const Enumeration& field) {
   return value;
 }
 
-inline bool is_dtype(const pykd_dtype& dtype) {
-  return raw(dtype) >= PYKD_FLOAT16 && raw(dtype) <= PYKD_INT64;
-}
+inline bool is_dtype(const pykd_dtype& dtype) { return raw(dtype) >= PYKD_FLOAT16 && raw(dtype) <= PYKD_INT64; }
 
 // Bytes of one element; `dtype` is one of the enumeration.
 PYKD_API std::size_t dtype_size(pykd_dtype dtype);
@@ -93,19 +91,19 @@ void check_no_overlap(const Extent& written, const Extent& other);
 
 [[noreturn]] void given_twice(const char* name);
 // `what` is "an input"; `owner` is whose names they are.
-[[noreturn]] void unknown_name(const char* what, const char* name,
-                               const std::vector<std::string>& names, const char* owner);
+[[noreturn]] void unknown_name(const char* what, const char* name, const std::vector<std::string>& names,
+                               const char* owner);
 
 template <class Item>
 void check_list(const Item* items, std::size_t count, const char* what) {
   if (items == nullptr && count != 0) {
-    fail(PYKD_INVALID_VALUE, std::string("an array of ") + what,
-         "NULL with a count of " + std::to_string(count), "pass the array or a count of 0");
+    fail(PYKD_INVALID_VALUE, std::string("an array of ") + what, "NULL with a count of " + std::to_string(count),
+         "pass the array or a count of 0");
   }
   for (std::size_t i = 0; i < count; ++i) {
     if (items[i].name == nullptr) {
-      fail(PYKD_INVALID_VALUE, std::string("a name for every one of the ") + what,
-           "NULL at index " + std::to_string(i), "set its name");
+      fail(PYKD_INVALID_VALUE, std::string("a name for every one of the ") + what, "NULL at index " + std::to_string(i),
+           "set its name");
     }
   }
 }

@@ -17,8 +17,7 @@ struct TorchLibrary {
 
 std::string default_path() {
   // The address of a hidden function: that of an exported one may lie in the program that links us.
-  const std::filesystem::path self =
-      library_path_of(reinterpret_cast<const void*>(&torchscript_engine));
+  const std::filesystem::path self = library_path_of(reinterpret_cast<const void*>(&torchscript_engine));
   return (self.parent_path() / "libpykd_torch.so").string();
 }
 
@@ -28,8 +27,7 @@ std::string path_for(const std::string& library) {
   return named.empty() ? default_path() : named;
 }
 
-[[noreturn]] void unavailable(const std::string& expected, const std::string& got,
-                              const std::string& remedy) {
+[[noreturn]] void unavailable(const std::string& expected, const std::string& got, const std::string& remedy) {
   fail(PYKD_UNAVAILABLE, expected + " for the engine \"torchscript\"", got, remedy);
 }
 
@@ -50,16 +48,14 @@ TorchLibrary open_torch_library(const std::string& path) {
                 "make LibTorch visible to the dynamic linker (LD_LIBRARY_PATH, or import torch "
                 "first), in the version that pykd was built with");
   }
-  const auto interface_version = reinterpret_cast<decltype(&pykd_torch_interface_version)>(
-      result.library.symbol("pykd_torch_interface_version"));
-  const auto make_engine =
-      reinterpret_cast<decltype(&pykd_torch_engine)>(result.library.symbol("pykd_torch_engine"));
+  const auto interface_version =
+      reinterpret_cast<decltype(&pykd_torch_interface_version)>(result.library.symbol("pykd_torch_interface_version"));
+  const auto make_engine = reinterpret_cast<decltype(&pykd_torch_engine)>(result.library.symbol("pykd_torch_engine"));
   const std::uint32_t version = interface_version == nullptr ? 0 : interface_version();
   if (version != PYKD_ENGINE_INTERFACE_VERSION || make_engine == nullptr) {
-    unavailable(
-        "interface version " + std::to_string(PYKD_ENGINE_INTERFACE_VERSION) + " of " + path,
-        interface_version == nullptr ? "a library without one" : std::to_string(version),
-        "use libpykd and libpykd_torch of one build");
+    unavailable("interface version " + std::to_string(PYKD_ENGINE_INTERFACE_VERSION) + " of " + path,
+                interface_version == nullptr ? "a library without one" : std::to_string(version),
+                "use libpykd and libpykd_torch of one build");
   }
   char message[512] = "";
   result.engine = make_engine(message, sizeof message);
@@ -80,8 +76,7 @@ Engine& torchscript_engine(const std::string& library) {
   } else if (!library.empty()) {
     SharedLibrary wanted;
     if (!wanted.open_loaded(library) || !(wanted == opened->library)) {
-      unavailable(library, opened->path + ", which this process uses already",
-                  "name one library per process");
+      unavailable(library, opened->path + ", which this process uses already", "name one library per process");
     }
   }
   return *opened->engine;

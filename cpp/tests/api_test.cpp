@@ -16,8 +16,7 @@ extern "C" int run_c_kernel_example(float value[2], float gradient[6]);
 namespace pykd::tests {
 namespace {
 
-#define EXPECT_ERROR(expected_status, statement, ...) \
-  EXPECT_FAILS_WITH(Error, expected_status, statement, __VA_ARGS__)
+#define EXPECT_ERROR(expected_status, statement, ...) EXPECT_FAILS_WITH(Error, expected_status, statement, __VA_ARGS__)
 
 class Api : public testing::Test {
  protected:
@@ -34,9 +33,9 @@ class Api : public testing::Test {
 
 TEST_F(Api, RunsTheExampleOfTheHeader) {
   auto loss = pykd::Loss::load(folder.path());
-  pykd::Result result = loss.value_and_gradient({{"student_logits", pykd::view(student, {2, 3})},
-                                                 {"teacher_logits", pykd::view(teacher, {2, 3})}},
-                                                {{"weight", 4.0}});
+  pykd::Result result = loss.value_and_gradient(
+      {{"student_logits", pykd::view(student, {2, 3})}, {"teacher_logits", pykd::view(teacher, {2, 3})}},
+      {{"weight", 4.0}});
   double value = result.value("loss");
   const float* gradient = result.data<float>("grad_student_logits");
 
@@ -86,8 +85,7 @@ TEST_F(Api, DescribesItself) {
   EXPECT_EQ(loss.inputs()[1].has_gradient, 0);
   std::vector<std::string> outputs;
   for (const pykd_tensor_info& info : loss.outputs()) outputs.push_back(info.name);
-  EXPECT_EQ(outputs,
-            (std::vector<std::string>{"loss", "error", "loss_per_sample", "grad_student_logits"}));
+  EXPECT_EQ(outputs, (std::vector<std::string>{"loss", "error", "loss_per_sample", "grad_student_logits"}));
   ASSERT_EQ(loss.parameters().size(), 2u);
   EXPECT_EQ(loss.parameters()[0].default_value, 1.5);
   EXPECT_EQ(loss.parameters()[0].minimum, 0.0);
@@ -101,14 +99,12 @@ TEST_F(Api, DescribesItself) {
 TEST_F(Api, LoadsSingleFilesAndBytes) {
   const Loss value = Loss::load(folder.path("loss.onnx"));
   EXPECT_NEAR(value.value(inputs()).value("loss"), 1.0, 1e-6);
-  EXPECT_ERROR(PYKD_INVALID_VALUE, value.value_and_gradient(inputs()), "value alone",
-               "loss.grad.onnx");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, value.value_and_gradient(inputs()), "value alone", "loss.grad.onnx");
   const Loss gradient = Loss::load(folder.path("loss.grad.onnx"));
   EXPECT_TRUE(gradient.value_and_gradient(inputs()).has("grad_student_logits"));
   EXPECT_FALSE(gradient.value(inputs()).has("grad_student_logits"));
   const std::string bytes = sealed(tiny_model(true).bytes());
-  EXPECT_NEAR(Loss::load_bytes(bytes.data(), bytes.size()).value(inputs()).value("loss"), 1.0,
-              1e-6);
+  EXPECT_NEAR(Loss::load_bytes(bytes.data(), bytes.size()).value(inputs()).value("loss"), 1.0, 1e-6);
 }
 
 TEST_F(Api, LoadsAFolderThatHoldsTheGradientAlone) {
@@ -121,8 +117,7 @@ TEST_F(Api, WritesIntoTheCallersMemory) {
   const Loss loss = load();
   std::vector<float> gradient(8, -7.0f);
   float value = 0;
-  loss.run(inputs(),
-           {{"loss", view(&value, {})}, {"grad_student_logits", view(gradient.data() + 1, {2, 3})}},
+  loss.run(inputs(), {{"loss", view(&value, {})}, {"grad_student_logits", view(gradient.data() + 1, {2, 3})}},
            {{"grad_scale", 10.0}});
   EXPECT_NEAR(value, 1.0, 1e-6);
   EXPECT_NEAR(gradient[1], 5.0, 1e-5);
@@ -140,8 +135,8 @@ TEST_F(Api, TakesOtherSizesWithOneLoss) {
   const Loss loss = load();
   for (std::int64_t batch : {1, 7, 2, 33}) {
     std::vector<float> a(batch * 5, 1.0f), b(batch * 5, 3.0f);
-    const Result result = loss.value_and_gradient(
-        {{"student_logits", view(a, {batch, 5})}, {"teacher_logits", view(b, {batch, 5})}});
+    const Result result =
+        loss.value_and_gradient({{"student_logits", view(a, {batch, 5})}, {"teacher_logits", view(b, {batch, 5})}});
     EXPECT_NEAR(result.value("loss"), 6.0, 1e-5);
     EXPECT_NEAR(result.data<float>("grad_student_logits")[0], -6.0 / (5.0 * batch), 1e-5);
   }
@@ -156,21 +151,16 @@ TEST_F(Api, ReportsWrongCallsWithoutWriting) {
   const Loss loss = load();
   float value = 42.0f;
   const Tensors out = {{"loss", view(&value, {})}};
-  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run({{"student_logits", view(student, {2, 3})}}, out),
-               "teacher_logits");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run({{"student_logits", view(student, {2, 3})}}, out), "teacher_logits");
   EXPECT_ERROR(PYKD_INVALID_VALUE,
-               loss.run({{"student_logits", view(student, {2, 3})},
-                         {"teacher_logits", view(teacher, {3, 2})}},
-                        out),
+               loss.run({{"student_logits", view(student, {2, 3})}, {"teacher_logits", view(teacher, {3, 2})}}, out),
                "teacher_logits of length 2 along \"batch\"");
   EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run(inputs(), out, {{"temperature", 1}}), "temperature");
   EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run(inputs(), {}), "at least one output");
   const std::vector<double> wide(6);
-  EXPECT_ERROR(
-      PYKD_INVALID_TYPE,
-      loss.run({{"student_logits", view(wide, {2, 3})}, {"teacher_logits", view(teacher, {2, 3})}},
-               out),
-      "student_logits of dtype float32", "float64");
+  EXPECT_ERROR(PYKD_INVALID_TYPE,
+               loss.run({{"student_logits", view(wide, {2, 3})}, {"teacher_logits", view(teacher, {2, 3})}}, out),
+               "student_logits of dtype float32", "float64");
   EXPECT_EQ(value, 42.0f);
 }
 
@@ -182,16 +172,12 @@ TEST_F(Api, TellsOutputShapes) {
   std::int64_t shape[8] = {};
   std::int32_t rank = -1;
   pykd_dtype dtype = PYKD_INT64;
-  ASSERT_EQ(pykd_output_shape(loss.c(), in.data(), in.size(), "grad_student_logits", shape, &rank,
-                              &dtype),
-            PYKD_OK);
+  ASSERT_EQ(pykd_output_shape(loss.c(), in.data(), in.size(), "grad_student_logits", shape, &rank, &dtype), PYKD_OK);
   EXPECT_EQ(rank, 2);
   EXPECT_EQ(shape[1], 3);
   EXPECT_EQ(dtype, PYKD_FLOAT32);
-  EXPECT_EQ(pykd_output_shape(loss.c(), in.data(), 1, "loss", shape, &rank, &dtype),
-            PYKD_INVALID_VALUE);
-  EXPECT_EQ(pykd_output_shape(loss.c(), in.data(), 2, "lost", shape, &rank, &dtype),
-            PYKD_INVALID_VALUE);
+  EXPECT_EQ(pykd_output_shape(loss.c(), in.data(), 1, "loss", shape, &rank, &dtype), PYKD_INVALID_VALUE);
+  EXPECT_EQ(pykd_output_shape(loss.c(), in.data(), 2, "lost", shape, &rank, &dtype), PYKD_INVALID_VALUE);
 }
 
 TEST_F(Api, ReportsWhatTheEngineReports) {
@@ -211,16 +197,14 @@ TEST_F(Api, ReportsWhatTheEngineReports) {
   model.inputs[0] = value;
   folder.write("loss.onnx", sealed(model.bytes()));
   const Loss loss = Loss::load(folder.path("loss.onnx"));
-  EXPECT_ERROR(PYKD_ENGINE_FAILURE, loss.value(inputs()), "ONNX Runtime reported",
-               "student_logits");
+  EXPECT_ERROR(PYKD_ENGINE_FAILURE, loss.value(inputs()), "ONNX Runtime reported", "student_logits");
 }
 
 TEST_F(Api, RefusesAGraphThatOnnxRuntimeRefuses) {
   TinyModel model = tiny_model(false);
   model.nodes[0] = node("NoSuchOperator", {"student_logits", "teacher_logits"}, "d");
   folder.write("loss.onnx", sealed(model.bytes()));
-  EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load(folder.path("loss.onnx")), "loss.onnx",
-               "NoSuchOperator");
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load(folder.path("loss.onnx")), "loss.onnx", "NoSuchOperator");
 }
 
 TEST_F(Api, RefusesDamagedFiles) {
@@ -236,12 +220,10 @@ TEST_F(Api, RefusesDamagedFiles) {
 
 TEST_F(Api, SkipsTheIntegrityCheckOnRequestAlone) {
   const std::string bytes = tiny_model(true).bytes();
-  EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load_bytes(bytes.data(), bytes.size()),
-               "integrity check switched off");
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load_bytes(bytes.data(), bytes.size()), "integrity check switched off");
   LoadOptions options;
   options.skip_integrity_check = true;
-  EXPECT_NEAR(Loss::load_bytes(bytes.data(), bytes.size(), options).value(inputs()).value("loss"),
-              1.0, 1e-6);
+  EXPECT_NEAR(Loss::load_bytes(bytes.data(), bytes.size(), options).value(inputs()).value("loss"), 1.0, 1e-6);
 }
 
 TEST_F(Api, RefusesWrongOptions) {
@@ -313,14 +295,12 @@ TEST_F(Api, MovesButStaysWhole) {
 std::string file_with_node(const std::string& op) {
   TinyModel model = tiny_model(false);
   model.opsets.push_back(opset("pykd", 1));
-  model.functions = {
-      function("pykd", op,
-               {node("ArgMax", {"s"}, "largest", {attribute("axis", 1), attribute("keepdims", 0)}),
-                node("Cast", {"largest"}, "y", {attribute("to", kFloat)})},
-               "", {"s", "t", "tau"})};
+  model.functions = {function("pykd", op,
+                              {node("ArgMax", {"s"}, "largest", {attribute("axis", 1), attribute("keepdims", 0)}),
+                               node("Cast", {"largest"}, "y", {attribute("to", kFloat)})},
+                              "", {"s", "t", "tau"})};
   model.nodes.resize(4);
-  model.nodes.push_back(
-      node(op, {"student_logits", "teacher_logits", "weight"}, "loss_per_sample", {}, "pykd"));
+  model.nodes.push_back(node(op, {"student_logits", "teacher_logits", "weight"}, "loss_per_sample", {}, "pykd"));
   return sealed(model.bytes());
 }
 
@@ -331,13 +311,11 @@ class ApiKernels : public Api {
     use("soft_target_float32");
     std::int64_t shape[2] = {2, 3};
     float temperature = 1.5f;
-    const pykd_tensor in[] = {
-        {"student", student.data(), PYKD_FLOAT32, 2, shape, nullptr, PYKD_CPU, 0},
-        {"teacher", teacher.data(), PYKD_FLOAT32, 2, shape, nullptr, PYKD_CPU, 0},
-        {"temperature", &temperature, PYKD_FLOAT32, 0, nullptr, nullptr, PYKD_CPU, 0}};
+    const pykd_tensor in[] = {{"student", student.data(), PYKD_FLOAT32, 2, shape, nullptr, PYKD_CPU, 0},
+                              {"teacher", teacher.data(), PYKD_FLOAT32, 2, shape, nullptr, PYKD_CPU, 0},
+                              {"temperature", &temperature, PYKD_FLOAT32, 0, nullptr, nullptr, PYKD_CPU, 0}};
     const pykd_tensor out[] = {{"soft", kernel, PYKD_FLOAT32, 1, shape, nullptr, PYKD_CPU, 0}};
-    ASSERT_EQ(pykd_kernel_run("soft_target", in, 3, nullptr, 0, out, 1, nullptr), PYKD_OK)
-        << pykd_last_error();
+    ASSERT_EQ(pykd_kernel_run("soft_target", in, 3, nullptr, 0, out, 1, nullptr), PYKD_OK) << pykd_last_error();
     ASSERT_NE(kernel[0], body[0]);
   }
 
@@ -352,8 +330,7 @@ class ApiKernels : public Api {
   // Both numbers of each sample.
   void expect_ran(const Loss& loss, const float (&expected)[2]) {
     const Result result = loss.value(inputs());
-    for (int i = 0; i < 2; ++i)
-      EXPECT_FLOAT_EQ(result.data<float>("loss_per_sample")[i], expected[i]);
+    for (int i = 0; i < 2; ++i) EXPECT_FLOAT_EQ(result.data<float>("loss_per_sample")[i], expected[i]);
     EXPECT_NEAR(result.value("loss"), 1.0, 1e-6);
   }
 
@@ -381,21 +358,19 @@ TEST_F(ApiKernels, LeaveNodesThatTheyDoNotKnow) {
   const Loss loss = load("auto");
   EXPECT_EQ(loss.kernels_in_use(), "");
   expect_ran(loss, body);
-  EXPECT_ERROR(PYKD_UNAVAILABLE, load("on"), "a kernel for every node",
-               "none for \"something_else_float32\" on cpu", "kernels \"auto\"");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load("on"), "a kernel for every node", "none for \"something_else_float32\" on cpu",
+               "kernels \"auto\"");
 }
 
 TEST_F(ApiKernels, AreAnErrorWhereTheyAreAskedForAndMissing) {
   folder.write("loss.onnx", sealed(tiny_model(false).bytes()));
   EXPECT_EQ(load("auto").kernels_in_use(), "");
-  EXPECT_ERROR(PYKD_UNAVAILABLE, load("on"), "a node that a kernel computes", "loss.onnx",
-               "kernels \"auto\"");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load("on"), "a node that a kernel computes", "loss.onnx", "kernels \"auto\"");
   EXPECT_ERROR(PYKD_INVALID_VALUE, load("fast"), "\"auto\", \"on\" or \"off\"", "\"fast\"");
   folder.write("loss.pt", fake_torchscript(tiny_metadata(true)));
   LoadOptions options;
   options.kernels = "on";
-  EXPECT_ERROR(PYKD_UNAVAILABLE, Loss::load(folder.path("loss.pt"), options), "an ONNX file",
-               "loss.pt");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, Loss::load(folder.path("loss.pt"), options), "an ONNX file", "loss.pt");
 }
 
 TEST_F(ApiKernels, AreNotAskedAboutByOlderCallers) {
@@ -403,8 +378,7 @@ TEST_F(ApiKernels, AreNotAskedAboutByOlderCallers) {
   options.struct_size = offsetof(pykd_load_options, kernels);
   options.kernels = "whatever lies behind an older struct";
   pykd_loss* loss = nullptr;
-  ASSERT_EQ(pykd_load(folder.path("loss.onnx").c_str(), &options, &loss), PYKD_OK)
-      << pykd_last_error();
+  ASSERT_EQ(pykd_load(folder.path("loss.onnx").c_str(), &options, &loss), PYKD_OK) << pykd_last_error();
   EXPECT_STREQ(pykd_kernels_in_use(loss), "soft_target_float32");
   pykd_free(loss);
   options.struct_size -= 1;

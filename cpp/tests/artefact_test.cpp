@@ -28,14 +28,10 @@ using tests::tiny_model;
 using tests::TinyModel;
 using tests::value_info;
 
-#define EXPECT_BAD(statement, ...) \
-  EXPECT_FAILS_WITH(Failure, PYKD_BAD_ARTEFACT, statement, __VA_ARGS__)
-#define EXPECT_NOT_FOUND(statement, ...) \
-  EXPECT_FAILS_WITH(Failure, PYKD_NOT_FOUND, statement, __VA_ARGS__)
+#define EXPECT_BAD(statement, ...) EXPECT_FAILS_WITH(Failure, PYKD_BAD_ARTEFACT, statement, __VA_ARGS__)
+#define EXPECT_NOT_FOUND(statement, ...) EXPECT_FAILS_WITH(Failure, PYKD_NOT_FOUND, statement, __VA_ARGS__)
 
-ArtefactFile file_of(const std::string& bytes) {
-  return {"test.onnx", detect_format(bytes), bytes};
-}
+ArtefactFile file_of(const std::string& bytes) { return {"test.onnx", detect_format(bytes), bytes}; }
 Signature scan(const TinyModel& model) { return scan_onnx(file_of(model.bytes())); }
 
 // True where the scan refuses the bytes as it should; any other exception, or a crash, is a bug.
@@ -59,13 +55,12 @@ TEST(Integrity, AcceptsWhatExportWrites) {
 
 TEST(Integrity, TellsThreeKindsOfDamageApart) {
   const std::string good = sealed(tiny_model(true).bytes());
-  EXPECT_BAD(check_integrity(file_of(good.substr(0, good.size() / 2))), "cut short",
-             "copy it again");
+  EXPECT_BAD(check_integrity(file_of(good.substr(0, good.size() / 2))), "cut short", "copy it again");
   std::string damaged = good;
   damaged[damaged.size() / 2] ^= 1;
   EXPECT_BAD(check_integrity(file_of(damaged)), "checksum", "damaged", "copy it again");
-  EXPECT_BAD(check_integrity(file_of(tiny_model(true).bytes())), "none",
-             "not written by pykd.export", "changed afterwards");
+  EXPECT_BAD(check_integrity(file_of(tiny_model(true).bytes())), "none", "not written by pykd.export",
+             "changed afterwards");
   EXPECT_BAD(check_integrity(file_of("")), "empty");
   EXPECT_BAD(check_integrity(file_of("\x07 is no protobuf tag")), "neither");
 }
@@ -80,8 +75,7 @@ TEST(Integrity, TellsThreeKindsOfDamageApartInArchives) {
 }
 
 TEST(Integrity, RefusesEveryTruncation) {
-  for (const std::string& good :
-       {sealed(tiny_model(true).bytes()), fake_torchscript(tiny_metadata(true))}) {
+  for (const std::string& good : {sealed(tiny_model(true).bytes()), fake_torchscript(tiny_metadata(true))}) {
     for (std::size_t size = 0; size < good.size(); ++size) {
       EXPECT_THROW(check_integrity(file_of(good.substr(0, size))), Failure) << size;
     }
@@ -89,8 +83,7 @@ TEST(Integrity, RefusesEveryTruncation) {
 }
 
 TEST(Integrity, RefusesEveryFlippedBit) {
-  for (const std::string& good :
-       {sealed(tiny_model(true).bytes()), fake_torchscript(tiny_metadata(true))}) {
+  for (const std::string& good : {sealed(tiny_model(true).bytes()), fake_torchscript(tiny_metadata(true))}) {
     for (std::size_t bit = 0; bit < good.size() * 8; ++bit) {
       std::string damaged = good;
       damaged[bit / 8] = static_cast<char>(damaged[bit / 8] ^ (1 << (bit % 8)));
@@ -190,8 +183,7 @@ TEST(Scan, RefusesExternalData) {
   EXPECT_BAD(scan(model), "external data");
 
   model = tiny_model(true);
-  model.functions = {
-      function("pykd", "f", {node("Constant", {}, "y", {attribute_with(5, external_tensor())})})};
+  model.functions = {function("pykd", "f", {node("Constant", {}, "y", {attribute_with(5, external_tensor())})})};
   EXPECT_BAD(scan(model), "external data");
 }
 
@@ -284,8 +276,7 @@ TEST(Scan, FindsFunctionsByNameAndOverload) {
 TEST(Scan, RefusesCallsWithoutAFunction) {
   TinyModel model = tiny_model(true);
   model.nodes[1] = node("soft_target_float32", {"d"}, "dd", {}, "pykd");
-  EXPECT_BAD(scan(model), "a function for every operator of domain \"pykd\"",
-             "none for \"soft_target_float32\"");
+  EXPECT_BAD(scan(model), "a function for every operator of domain \"pykd\"", "none for \"soft_target_float32\"");
   model.functions = {function("pykd", "soft_target_float32", {node("g", {"x"}, "y", {}, "pykd")})};
   EXPECT_BAD(scan(model), "none for \"g\"");
 }
@@ -345,9 +336,8 @@ TEST(Scan, RefusesFunctionsThatExplode) {
   model.functions = {function("pykd", "f0", {node("Mul", {"x", "x"}, "y")})};
   for (int level = 1; level < 30; ++level) {
     const std::string below = "f" + std::to_string(level - 1);
-    model.functions.push_back(
-        function("pykd", "f" + std::to_string(level),
-                 {node(below, {"x"}, "a", {}, "pykd"), node(below, {"a"}, "y", {}, "pykd")}));
+    model.functions.push_back(function("pykd", "f" + std::to_string(level),
+                                       {node(below, {"x"}, "a", {}, "pykd"), node(below, {"a"}, "y", {}, "pykd")}));
   }
   EXPECT_BAD(scan(model), "million nodes");
 }
@@ -358,8 +348,7 @@ TEST(Scan, ComparesTheGraphWithItsMetadata) {
   EXPECT_BAD(scan(model), "metadata entry");
 
   model = tiny_model(true);
-  tests::pbf_writer(model.model_extra)
-      .add_message(14, property("pykd", tiny_metadata(false).dump()));
+  tests::pbf_writer(model.model_extra).add_message(14, property("pykd", tiny_metadata(false).dump()));
   EXPECT_BAD(scan(model), "metadata \"pykd\" once");
 
   model = tiny_model(true);

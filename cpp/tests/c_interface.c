@@ -17,9 +17,8 @@ int run_c_example(const char* path, float* value_out, float gradient_out[6]) {
                        {"teacher_logits", teacher, PYKD_FLOAT32, 2, shape, NULL, PYKD_CPU, 0}};
 
   float value, gradient[2 * 3];
-  pykd_tensor out[2] = {
-      {"loss", &value, PYKD_FLOAT32, 0, NULL, NULL, PYKD_CPU, 0},
-      {"grad_student_logits", gradient, PYKD_FLOAT32, 2, shape, NULL, PYKD_CPU, 0}};
+  pykd_tensor out[2] = {{"loss", &value, PYKD_FLOAT32, 0, NULL, NULL, PYKD_CPU, 0},
+                        {"grad_student_logits", gradient, PYKD_FLOAT32, 2, shape, NULL, PYKD_CPU, 0}};
   if (pykd_run(loss, in, 2, NULL, 0, out, 2) != PYKD_OK) return __LINE__;
   *value_out = value;
   memcpy(gradient_out, gradient, sizeof gradient);

@@ -12,8 +12,7 @@
 namespace pykd::tests {
 namespace {
 
-#define EXPECT_ERROR(expected_status, statement, ...) \
-  EXPECT_FAILS_WITH(Error, expected_status, statement, __VA_ARGS__)
+#define EXPECT_ERROR(expected_status, statement, ...) EXPECT_FAILS_WITH(Error, expected_status, statement, __VA_ARGS__)
 
 json torchscript_metadata() {
   json metadata = tiny_metadata(true);
@@ -34,9 +33,7 @@ class Engines : public testing::Test {
   }
 
   Loss load(const LoadOptions& options) { return Loss::load(folder.path(), options); }
-  Tensors inputs() const {
-    return {{"student_logits", view(x, {2, 3})}, {"teacher_logits", view(x, {2, 3})}};
-  }
+  Tensors inputs() const { return {{"student_logits", view(x, {2, 3})}, {"teacher_logits", view(x, {2, 3})}}; }
 
   TemporaryFolder folder;
   LoadOptions torchscript, onnxruntime;
@@ -45,8 +42,7 @@ class Engines : public testing::Test {
 
 TEST_F(Engines, SaysThatLibpykdTorchIsAbsent) {
   torchscript.torch_library = folder.path("libpykd_torch.so");
-  EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "no file at ", "PYKD_TORCH=ON",
-               "PYKD_TORCH_LIBRARY");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "no file at ", "PYKD_TORCH=ON", "PYKD_TORCH_LIBRARY");
 }
 
 TEST_F(Engines, SaysThatLibpykdTorchCannotBeOpened) {
@@ -69,14 +65,12 @@ TEST_F(Engines, SaysWhatLibpykdTorchSays) {
 
 TEST_F(Engines, SaysThatOnnxRuntimeIsTooOld) {
   onnxruntime.onnxruntime_library = FAKE_ONNXRUNTIME;
-  EXPECT_ERROR(PYKD_UNAVAILABLE, load(onnxruntime), "1.21 or newer", "1.20.3",
-               "pip install onnxruntime");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(onnxruntime), "1.21 or newer", "1.20.3", "pip install onnxruntime");
 }
 
 TEST_F(Engines, SaysThatOnnxRuntimeIsNotThere) {
   onnxruntime.onnxruntime_library = folder.path("libonnxruntime.so");
-  EXPECT_ERROR(PYKD_UNAVAILABLE, load(onnxruntime), "libonnxruntime.so", "the load options",
-               "pip install onnxruntime");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(onnxruntime), "libonnxruntime.so", "the load options", "pip install onnxruntime");
   onnxruntime.onnxruntime_library = FAKE_TORCH_EMPTY;
   EXPECT_ERROR(PYKD_UNAVAILABLE, load(onnxruntime), "OrtGetApiBase");
 }
@@ -85,8 +79,7 @@ TEST_F(Engines, SaysWhyNeitherCanBeHad) {
   LoadOptions options;
   options.onnxruntime_library = folder.path("libonnxruntime.so");
   options.torch_library = folder.path("libpykd_torch.so");
-  EXPECT_ERROR(PYKD_UNAVAILABLE, load(options), "one of the two engines",
-               "onnxruntime:", "torchscript:");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(options), "one of the two engines", "onnxruntime:", "torchscript:");
 }
 
 TEST_F(Engines, ABadFileIsABadFileWithoutAnEngine) {

@@ -36,8 +36,7 @@ class FakeEngine : public Engine {
     if (end == std::string::npos) throw std::runtime_error("no metadata");
     return text.substr(4, end - 4);
   }
-  std::unique_ptr<Session> open(const void*, std::size_t, const Signature&,
-                                const EngineOptions&) override {
+  std::unique_ptr<Session> open(const void*, std::size_t, const Signature&, const EngineOptions&) override {
     return std::make_unique<FakeSession>();
   }
 };

@@ -206,8 +206,9 @@ TEST_P(Simd, EveryHalfWidensExactly) {
 // Random bits, among them ties, numbers that are subnormal as float16, infinities and NaN.
 std::vector<float> awkward_floats() {
   std::mt19937 random(3);
-  std::vector<float> values = {0.0f, -0.0f, kInf, -kInf, kNan, 65504.0f, 65519.99f, 65520.0f, -65536.0f,
-                               0x1p-24f, 0x1p-25f, 0x1.8p-25f, 0x1.ffcp-15f, 0x1.ffep-15f, 3.4e38f};
+  std::vector<float> values = {0.0f,     -0.0f,      kInf,         -kInf,        kNan,
+                               65504.0f, 65519.99f,  65520.0f,     -65536.0f,    0x1p-24f,
+                               0x1p-25f, 0x1.8p-25f, 0x1.ffcp-15f, 0x1.ffep-15f, 3.4e38f};
   while (values.size() < 400003) {
     std::uint32_t bits = static_cast<std::uint32_t>(random());
     if (random() % 2 == 0) bits = (bits & 0x8fffffffu) | 0x30000000u;  // about 2^-31 to 2^0

@@ -233,23 +233,39 @@ Row reference(const Settings& settings, const Data& data, std::size_t row) {
       double gradient = 0, scale = 0;
       switch (settings.form) {
         case Form::kCrossEntropy:
-        case Form::kKl: gradient = forward_gradient, scale = forward_scale; break;
-        case Form::kReverseKl: gradient = reverse_gradient, scale = reverse_scale; break;
+        case Form::kKl:
+          gradient = forward_gradient, scale = forward_scale;
+          break;
+        case Form::kReverseKl:
+          gradient = reverse_gradient, scale = reverse_scale;
+          break;
         case Form::kSymmetricKl:
           gradient = 0.5 * forward_gradient + 0.5 * reverse_gradient;
           scale = std::max(forward_scale, reverse_scale);
           break;
-        case Form::kJsd: gradient = (1 - beta) * term(q, log_q[j] - log_m[j] - q_to_m), scale = q; break;
+        case Form::kJsd:
+          gradient = (1 - beta) * term(q, log_q[j] - log_m[j] - q_to_m), scale = q;
+          break;
       }
       result.soft_gradient[j] = gradient / student_temperature;
       result.soft_scale = std::max(result.soft_scale, scale / student_temperature);
     }
     switch (settings.form) {
-      case Form::kCrossEntropy: result.soft = cross_entropy; break;
-      case Form::kKl: result.soft = kl; break;
-      case Form::kReverseKl: result.soft = reverse; break;
-      case Form::kSymmetricKl: result.soft = 0.5 * kl + 0.5 * reverse; break;
-      case Form::kJsd: result.soft = beta * p_to_m + (1 - beta) * q_to_m; break;
+      case Form::kCrossEntropy:
+        result.soft = cross_entropy;
+        break;
+      case Form::kKl:
+        result.soft = kl;
+        break;
+      case Form::kReverseKl:
+        result.soft = reverse;
+        break;
+      case Form::kSymmetricKl:
+        result.soft = 0.5 * kl + 0.5 * reverse;
+        break;
+      case Form::kJsd:
+        result.soft = beta * p_to_m + (1 - beta) * q_to_m;
+        break;
     }
   }
   if (settings.hard != Hard::kNone) {
@@ -373,8 +389,7 @@ std::vector<Settings> all_settings() {
   std::vector<Settings> result;
   for (const pykd_dtype dtype : {PYKD_FLOAT32, PYKD_FLOAT16, PYKD_BFLOAT16}) {
     for (const Hard hard : {Hard::kNone, Hard::kLabels, Hard::kProbs}) {
-      for (const Form form :
-           {Form::kCrossEntropy, Form::kKl, Form::kReverseKl, Form::kSymmetricKl, Form::kJsd}) {
+      for (const Form form : {Form::kCrossEntropy, Form::kKl, Form::kReverseKl, Form::kSymmetricKl, Form::kJsd}) {
         for (const bool soften : {true, false}) {
           Settings settings;
           settings.form = form;
@@ -559,8 +574,8 @@ TEST_P(SoftTarget, WeightsOfZeroTakeNothing) {
     data.soft_weight = {0, 0, 2, 0};
     data.hard_weight = {0, 3, 0, 0};
     data.student[3 * classes + 5] = data.student[0] = kNan;
-    for (std::size_t j = 0; j < classes; ++j) data.teacher[classes + j] = kNan;      // row 1: no soft part
-    for (std::size_t j = 0; j < classes; ++j) data.probs[2 * classes + j] = kNan;    // row 2: no hard part
+    for (std::size_t j = 0; j < classes; ++j) data.teacher[classes + j] = kNan;    // row 1: no soft part
+    for (std::size_t j = 0; j < classes; ++j) data.probs[2 * classes + j] = kNan;  // row 2: no hard part
     data.labels[2] = -100;
     const Result result = run(settings, data);
     for (const std::size_t row : {0, 3}) {

@@ -15,12 +15,9 @@ using nlohmann::json;
 using tests::tensor_json;
 using tests::tiny_metadata;
 
-#define EXPECT_BAD(statement, ...) \
-  EXPECT_FAILS_WITH(Failure, PYKD_BAD_ARTEFACT, statement, __VA_ARGS__)
-#define EXPECT_VALUE_ERROR(statement, ...) \
-  EXPECT_FAILS_WITH(Failure, PYKD_INVALID_VALUE, statement, __VA_ARGS__)
-#define EXPECT_TYPE_ERROR(statement, ...) \
-  EXPECT_FAILS_WITH(Failure, PYKD_INVALID_TYPE, statement, __VA_ARGS__)
+#define EXPECT_BAD(statement, ...) EXPECT_FAILS_WITH(Failure, PYKD_BAD_ARTEFACT, statement, __VA_ARGS__)
+#define EXPECT_VALUE_ERROR(statement, ...) EXPECT_FAILS_WITH(Failure, PYKD_INVALID_VALUE, statement, __VA_ARGS__)
+#define EXPECT_TYPE_ERROR(statement, ...) EXPECT_FAILS_WITH(Failure, PYKD_INVALID_TYPE, statement, __VA_ARGS__)
 
 Signature parse(const json& metadata) { return parse_signature(metadata.dump()); }
 
@@ -47,8 +44,7 @@ TEST(Metadata, NamesPointIntoTheSignatureAfterAMove) {
 }
 
 TEST(Metadata, NamesAMissingField) {
-  for (const char* field :
-       {"format", "format_version", "kind", "name", "inputs", "parameters", "outputs"}) {
+  for (const char* field : {"format", "format_version", "kind", "name", "inputs", "parameters", "outputs"}) {
     json metadata = tiny_metadata(true);
     metadata.erase(field);
     EXPECT_BAD(parse(metadata), field, "no such field", "export the loss again");
@@ -131,12 +127,10 @@ TEST(Metadata, TakesTheRecipeAsItIs) {
 }
 
 TEST(Metadata, MergesTheFilesOfAFolder) {
-  const Signature merged =
-      merge_signatures(parse(tiny_metadata(false)), parse(tiny_metadata(true)));
+  const Signature merged = merge_signatures(parse(tiny_metadata(false)), parse(tiny_metadata(true)));
   std::vector<std::string> names;
   for (const OutputSpec& output : merged.outputs) names.push_back(output.name);
-  EXPECT_EQ(names,
-            (std::vector<std::string>{"loss", "error", "loss_per_sample", "grad_student_logits"}));
+  EXPECT_EQ(names, (std::vector<std::string>{"loss", "error", "loss_per_sample", "grad_student_logits"}));
   EXPECT_EQ(merged.inputs[0].gradient_output, 3u);
   EXPECT_EQ(merged.parameters.size(), 2u);
 }
@@ -206,10 +200,9 @@ class Call : public testing::Test {
   std::int64_t shape[8] = {kBatch, kClasses, 1, 1, 1, 1, 1, 1};
   float student[6] = {}, teacher[6] = {}, gradient[6] = {}, loss = 0;
   std::int64_t labels[2] = {2, -100};
-  std::vector<pykd_tensor> inputs = {
-      floats("student_logits", student),
-      floats("teacher_logits", teacher),
-      {"labels", labels, PYKD_INT64, 1, shape, nullptr, PYKD_CPU, 0}};
+  std::vector<pykd_tensor> inputs = {floats("student_logits", student),
+                                     floats("teacher_logits", teacher),
+                                     {"labels", labels, PYKD_INT64, 1, shape, nullptr, PYKD_CPU, 0}};
   pykd_tensor output = {"loss", &loss, PYKD_FLOAT32, 0, nullptr, nullptr, PYKD_CPU, 0};
 };
 
@@ -260,10 +253,9 @@ TEST_F(Call, NamesTheAxesForAWrongRank) {
 TEST_F(Call, NamesBothTensorsForUnequalAxes) {
   std::int64_t other[2] = {kBatch, 5};
   inputs[1].shape = other;
-  EXPECT_VALUE_ERROR(
-      check(),
-      "expected teacher_logits of length 3 along \"classes\", as student_logits has, "
-      "got 5 (shape [2, 5])");
+  EXPECT_VALUE_ERROR(check(),
+                     "expected teacher_logits of length 3 along \"classes\", as student_logits has, "
+                     "got 5 (shape [2, 5])");
   std::int64_t batch[1] = {4};
   inputs[1].shape = shape;
   inputs[2].shape = batch;
@@ -353,8 +345,7 @@ TEST_F(Call, ChecksDevices) {
 
 TEST_F(Call, ChecksLabels) {
   labels[1] = 3;
-  EXPECT_VALUE_ERROR(check(), "labels from 0 to 2 or -100 (ignored)", "3 at position [1]",
-                     "\"classes\"");
+  EXPECT_VALUE_ERROR(check(), "labels from 0 to 2 or -100 (ignored)", "3 at position [1]", "\"classes\"");
   labels[1] = -1;
   EXPECT_VALUE_ERROR(check(), "-1 at position [1]");
   labels[1] = std::numeric_limits<std::int64_t>::min();
@@ -382,9 +373,7 @@ TEST_F(Call, ChecksParameters) {
   EXPECT_EQ(check(std::vector<pykd_parameter>{{"weight", 0.0}}), (std::vector<double>{0.0}));
   EXPECT_EQ(check(std::vector<pykd_parameter>{}), (std::vector<double>{1.5}));
   const double infinity = std::numeric_limits<double>::infinity();
-  auto one = [&](const char* name, double value) {
-    return check(std::vector<pykd_parameter>{{name, value}});
-  };
+  auto one = [&](const char* name, double value) { return check(std::vector<pykd_parameter>{{name, value}}); };
   EXPECT_VALUE_ERROR(one("wieght", 1), "wieght", "did you mean \"weight\"?");
   EXPECT_VALUE_ERROR(one("weight", -0.5), "weight at least 0", "-0.5");
   EXPECT_VALUE_ERROR(one("weight", std::nan("")), "finite", "weight", "nan");
@@ -399,8 +388,7 @@ TEST_F(Call, TakesNoTemperatureThatRoundsToZero) {
   metadata["parameters"][0]["minimum_exclusive"] = true;
   use(metadata);
   EXPECT_VALUE_ERROR(check(std::vector<pykd_parameter>{{"weight", 0}}), "weight greater than 0");
-  EXPECT_VALUE_ERROR(check(std::vector<pykd_parameter>{{"weight", 1e-50}}), "greater than 0",
-                     "1e-50");
+  EXPECT_VALUE_ERROR(check(std::vector<pykd_parameter>{{"weight", 1e-50}}), "greater than 0", "1e-50");
   EXPECT_EQ(check(std::vector<pykd_parameter>{{"weight", 1e-30}}), (std::vector<double>{1e-30}));
 }
 
@@ -430,8 +418,7 @@ TEST_F(Call, ChecksOutputShapes) {
   float per_sample[3];
   std::int64_t wrong[1] = {3};
   output = {"loss_per_sample", per_sample, PYKD_FLOAT32, 1, wrong, nullptr, PYKD_CPU, 0};
-  EXPECT_VALUE_ERROR(check(std::vector<pykd_tensor>{output}), "loss_per_sample with shape [2]",
-                     "[3]");
+  EXPECT_VALUE_ERROR(check(std::vector<pykd_tensor>{output}), "loss_per_sample with shape [2]", "[3]");
 }
 
 TEST_F(Call, TakesScalarsOnTheCpuWhateverTheDevice) {
@@ -445,8 +432,7 @@ TEST_F(Call, TakesScalarsOnTheCpuWhateverTheDevice) {
 
 TEST_F(Call, RefusesMemoryThatIsUsedTwice) {
   output.data = student + 5;
-  EXPECT_VALUE_ERROR(check(std::vector<pykd_tensor>{output}), "loss in memory of its own",
-                     "student_logits");
+  EXPECT_VALUE_ERROR(check(std::vector<pykd_tensor>{output}), "loss in memory of its own", "student_logits");
   output.data = &loss;
   pykd_tensor second = output;
   second.name = "error";

@@ -28,10 +28,8 @@ struct Work {
   }
 
   pykd_status run(const pykd_loss* loss) {
-    const pykd_tensor in[] = {tensor("student_logits", student.data(), 2),
-                              tensor("teacher_logits", teacher.data(), 2)};
-    const pykd_tensor out[] = {tensor("loss", &value, 0),
-                               tensor("loss_per_sample", per_sample.data(), 1),
+    const pykd_tensor in[] = {tensor("student_logits", student.data(), 2), tensor("teacher_logits", teacher.data(), 2)};
+    const pykd_tensor out[] = {tensor("loss", &value, 0), tensor("loss_per_sample", per_sample.data(), 1),
                                tensor("grad_student_logits", gradient.data(), 2)};
     return pykd_run(loss, in, 2, &weight, 1, out, 3);
   }

@@ -47,9 +47,8 @@ inline std::string attribute_with(std::uint32_t field, const std::string& messag
   return bytes;
 }
 
-inline std::string node(const std::string& op, const std::vector<std::string>& inputs,
-                        const std::string& output, const std::vector<std::string>& attributes = {},
-                        const std::string& domain = "") {
+inline std::string node(const std::string& op, const std::vector<std::string>& inputs, const std::string& output,
+                        const std::vector<std::string>& attributes = {}, const std::string& domain = "") {
   std::string bytes;
   pbf_writer writer(bytes);
   for (const std::string& input : inputs) writer.add_string(1, input);
@@ -70,8 +69,7 @@ inline std::string scalar(const std::string& name, float value) {
   return bytes;
 }
 
-inline std::string value_info(const std::string& name, int dtype,
-                              const std::vector<std::string>& axes) {
+inline std::string value_info(const std::string& name, int dtype, const std::vector<std::string>& axes) {
   std::string shape, tensor, type, bytes;
   for (const std::string& axis : axes) {
     std::string dimension;
@@ -95,9 +93,8 @@ inline std::string opset(const std::string& domain, int version) {
 }
 
 // A function from `inputs` to "y".
-inline std::string function(const std::string& domain, const std::string& name,
-                            const std::vector<std::string>& nodes, const std::string& overload = "",
-                            const std::vector<std::string>& inputs = {"x"}) {
+inline std::string function(const std::string& domain, const std::string& name, const std::vector<std::string>& nodes,
+                            const std::string& overload = "", const std::vector<std::string>& inputs = {"x"}) {
   std::string bytes;
   pbf_writer writer(bytes);
   writer.add_string(1, name);
@@ -112,8 +109,8 @@ inline std::string function(const std::string& domain, const std::string& name,
 }
 
 // A call of one overload of a function of pykd.
-inline std::string call_of(const std::string& op, const std::string& overload,
-                           const std::vector<std::string>& inputs, const std::string& output) {
+inline std::string call_of(const std::string& op, const std::string& overload, const std::vector<std::string>& inputs,
+                           const std::string& output) {
   std::string bytes = node(op, inputs, output, {}, "pykd");
   pbf_writer(bytes).add_string(8, overload);
   return bytes;
@@ -210,12 +207,11 @@ inline TinyModel tiny_model(bool gradient) {
   const std::vector<std::string> axes = {"batch", "classes"};
   TinyModel model;
   model.metadata = tiny_metadata(gradient);
-  model.inputs = {value_info("student_logits", kFloat, axes),
-                  value_info("teacher_logits", kFloat, axes), value_info("weight", kFloat, {})};
+  model.inputs = {value_info("student_logits", kFloat, axes), value_info("teacher_logits", kFloat, axes),
+                  value_info("weight", kFloat, {})};
   model.outputs = {value_info("loss", kFloat, {}), value_info("error", kFloat, {})};
   model.initializers = {scalar("weight", 1.5f)};
-  model.nodes = {node("Sub", {"student_logits", "teacher_logits"}, "d"),
-                 node("Mul", {"d", "d"}, "dd"),
+  model.nodes = {node("Sub", {"student_logits", "teacher_logits"}, "d"), node("Mul", {"d", "d"}, "dd"),
                  node("ReduceMean", {"dd"}, "error", {attribute("keepdims", 0)}),
                  node("Mul", {"error", "weight"}, "loss")};
   auto add = [&](std::string item) { model.nodes.push_back(std::move(item)); };
@@ -287,8 +283,7 @@ inline void write_tiny_folder(const TemporaryFolder& folder) {
 // A stand-in for loss.pt: a ZIP archive in its first and last bytes, with the metadata between
 // them. The engine in fake_torch.cpp reads it.
 inline std::string fake_torchscript(const json& metadata) {
-  std::string bytes =
-      "PK\x03\x04" + metadata.dump() + std::string("PK\x05\x06") + std::string(16, '\0');
+  std::string bytes = "PK\x03\x04" + metadata.dump() + std::string("PK\x05\x06") + std::string(16, '\0');
   bytes += std::string("\x13\x00", 2);  // the length of the comment
   return bytes + "pykd.crc32=" + crc_digits(bytes);
 }

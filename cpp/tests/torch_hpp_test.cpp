@@ -38,8 +38,7 @@ std::string metadata() {
   pykd::tests::json result = pykd::tests::tiny_metadata(true);
   result["kind"] = "torchscript";
   for (auto& input : result["inputs"]) input["dtype"] = "float";
-  result["outputs"].insert(result["outputs"].begin() + 2,
-                           pykd::tests::tensor_json("loss_per_sample", {"batch"}));
+  result["outputs"].insert(result["outputs"].begin() + 2, pykd::tests::tensor_json("loss_per_sample", {"batch"}));
   for (auto& output : result["outputs"]) output["dtype"] = "float";
   return result.dump();
 }
@@ -100,8 +99,7 @@ std::string error_of(Body&& body, pykd_status status) {
   return "";
 }
 
-const std::vector<std::vector<std::int64_t>> kShapes = {{4, 10}, {1, 1},  {7, 3},
-                                                        {4, 10}, {33, 5}, {2, 100}};
+const std::vector<std::vector<std::int64_t>> kShapes = {{4, 10}, {1, 1}, {7, 3}, {4, 10}, {33, 5}, {2, 100}};
 
 void expect_right_gradients(const pykd::TorchLoss& loss, at::ScalarType dtype) {
   double weight = 0.5;
@@ -109,25 +107,21 @@ void expect_right_gradients(const pykd::TorchLoss& loss, at::ScalarType dtype) {
     const at::Tensor student = torch::randn(shape, dtype).requires_grad_(true);
     const at::Tensor teacher = torch::randn(shape, dtype);
     weight += 0.5;
-    const at::Tensor value =
-        loss({{"student_logits", student}, {"teacher_logits", teacher}}, {{"weight", weight}});
+    const at::Tensor value = loss({{"student_logits", student}, {"teacher_logits", teacher}}, {{"weight", weight}});
     ASSERT_EQ(value.dim(), 0);
     ASSERT_EQ(value.scalar_type(), dtype);
     ASSERT_TRUE(value.requires_grad());
     (value * 5.0).backward();  // an upstream gradient of 5
 
     const double tolerance = dtype == at::kDouble ? 1e-13 : 1e-6;
-    const double truth =
-        weight * (student.detach() - teacher).to(at::kDouble).square().mean().item<double>();
+    const double truth = weight * (student.detach() - teacher).to(at::kDouble).square().mean().item<double>();
     EXPECT_NEAR(value.item<double>(), truth, tolerance * (1 + truth));
     const at::Tensor truth_gradient = expected_gradient(student, teacher, 5.0 * weight);
     EXPECT_LE(largest(student.grad() - truth_gradient), tolerance * (1 + largest(truth_gradient)));
   }
 }
 
-TEST_P(TorchHpp, GradientsMatchTheFormulaInEveryCallWhateverTheShapes) {
-  expect_right_gradients(loss, at::kFloat);
-}
+TEST_P(TorchHpp, GradientsMatchTheFormulaInEveryCallWhateverTheShapes) { expect_right_gradients(loss, at::kFloat); }
 
 TEST_F(TorchScript, GradientsMatchTheFormulaInFloat64) {
   expect_right_gradients(loss, at::kDouble);
@@ -135,12 +129,10 @@ TEST_F(TorchScript, GradientsMatchTheFormulaInFloat64) {
 }
 
 TEST_P(TorchHpp, GradientsFlowOnThroughTheStudent) {
-  const at::Tensor weights = torch::randn({6, 3}).requires_grad_(true),
-                   inputs = torch::randn({5, 6});
+  const at::Tensor weights = torch::randn({6, 3}).requires_grad_(true), inputs = torch::randn({5, 6});
   const at::Tensor teacher = torch::randn({5, 3});
   loss({{"student_logits", inputs.mm(weights)}, {"teacher_logits", teacher}}).backward();
-  const at::Tensor truth =
-      inputs.t().to(at::kDouble).mm(expected_gradient(inputs.mm(weights), teacher, 1.5));
+  const at::Tensor truth = inputs.t().to(at::kDouble).mm(expected_gradient(inputs.mm(weights), teacher, 1.5));
   EXPECT_LE(largest(weights.grad() - truth), 1e-6);
 }
 
@@ -150,31 +142,26 @@ TEST_P(TorchHpp, TheTeacherIsAConstant) {
   loss({{"student_logits", student}, {"teacher_logits", teacher}}).backward();
   EXPECT_TRUE(student.grad().defined());
   EXPECT_FALSE(teacher.grad().defined());
-  EXPECT_FALSE(
-      loss({{"student_logits", student.detach()}, {"teacher_logits", teacher}}).requires_grad());
+  EXPECT_FALSE(loss({{"student_logits", student.detach()}, {"teacher_logits", teacher}}).requires_grad());
 }
 
 TEST_P(TorchHpp, WithoutGradModeThereIsTheValueAlone) {
-  const at::Tensor student = torch::randn({2, 3}).requires_grad_(true),
-                   teacher = torch::randn({2, 3});
+  const at::Tensor student = torch::randn({2, 3}).requires_grad_(true), teacher = torch::randn({2, 3});
   {
     const at::NoGradGuard no_grad;
     EXPECT_FALSE(loss({{"student_logits", student}, {"teacher_logits", teacher}}).requires_grad());
   }
   const c10::InferenceMode inference;
-  const at::Tensor value =
-      loss({{"student_logits", torch::zeros({2, 3})}, {"teacher_logits", torch::ones({2, 3})}});
+  const at::Tensor value = loss({{"student_logits", torch::zeros({2, 3})}, {"teacher_logits", torch::ones({2, 3})}});
   EXPECT_FLOAT_EQ(value.item<float>(), 1.5f);
-  const auto result = loss.value_and_gradient(
-      {{"student_logits", torch::zeros({2, 3})}, {"teacher_logits", torch::ones({2, 3})}});
+  const auto result =
+      loss.value_and_gradient({{"student_logits", torch::zeros({2, 3})}, {"teacher_logits", torch::ones({2, 3})}});
   EXPECT_LE(largest(result.at("grad_student_logits") + 0.5), 1e-7);
 }
 
 TEST_P(TorchHpp, TermsAreDetachedAndTheLossIsNot) {
-  const at::Tensor student = torch::randn({4, 3}).requires_grad_(true),
-                   teacher = torch::randn({4, 3});
-  const pykd::TorchTensors terms =
-      loss.terms({{"student_logits", student}, {"teacher_logits", teacher}});
+  const at::Tensor student = torch::randn({4, 3}).requires_grad_(true), teacher = torch::randn({4, 3});
+  const pykd::TorchTensors terms = loss.terms({{"student_logits", student}, {"teacher_logits", teacher}});
   ASSERT_EQ(terms.size(), 3u);
   EXPECT_TRUE(terms.at("loss").requires_grad());
   EXPECT_FALSE(terms.at("error").requires_grad());
@@ -185,13 +172,11 @@ TEST_P(TorchHpp, TermsAreDetachedAndTheLossIsNot) {
 }
 
 TEST_P(TorchHpp, ValueAndGradientIsDetached) {
-  const at::Tensor student = torch::randn({4, 3}).requires_grad_(true),
-                   teacher = torch::randn({4, 3});
-  const auto result = loss.value_and_gradient(
-      {{"student_logits", student}, {"teacher_logits", teacher}}, {{"grad_scale", 8.0}});
+  const at::Tensor student = torch::randn({4, 3}).requires_grad_(true), teacher = torch::randn({4, 3});
+  const auto result =
+      loss.value_and_gradient({{"student_logits", student}, {"teacher_logits", teacher}}, {{"grad_scale", 8.0}});
   for (const auto& entry : result) EXPECT_FALSE(entry.second.requires_grad()) << entry.first;
-  EXPECT_LE(largest(result.at("grad_student_logits") - expected_gradient(student, teacher, 12.0)),
-            1e-5);
+  EXPECT_LE(largest(result.at("grad_student_logits") - expected_gradient(student, teacher, 12.0)), 1e-5);
 }
 
 TEST_F(TorchScript, HalfPrecisionKeepsItsDtypeAndLossScalingWorks) {
@@ -210,8 +195,7 @@ TEST_F(TorchScript, HalfPrecisionKeepsItsDtypeAndLossScalingWorks) {
 }
 
 TEST_P(TorchHpp, BackwardTwiceAddsUp) {
-  const at::Tensor student = torch::randn({3, 2}).requires_grad_(true),
-                   teacher = torch::randn({3, 2});
+  const at::Tensor student = torch::randn({3, 2}).requires_grad_(true), teacher = torch::randn({3, 2});
   const at::Tensor value = loss({{"student_logits", student}, {"teacher_logits", teacher}});
   value.backward({}, /*retain_graph=*/true);
   value.backward({}, /*retain_graph=*/true);
@@ -221,15 +205,13 @@ TEST_P(TorchHpp, BackwardTwiceAddsUp) {
 
 TEST_P(TorchHpp, DoubleBackwardIsAClearError) {
   const at::Tensor student = torch::randn({3, 2}).requires_grad_(true);
-  const at::Tensor value =
-      loss({{"student_logits", student}, {"teacher_logits", torch::randn({3, 2})}});
+  const at::Tensor value = loss({{"student_logits", student}, {"teacher_logits", torch::randn({3, 2})}});
   try {
     torch::autograd::grad(torch::autograd::variable_list{value}, {student}, {}, true,
                           /*create_graph=*/true);
     FAIL() << "expected an exception";
   } catch (const std::exception& error) {
-    EXPECT_NE(std::string(error.what()).find("first derivatives only"), std::string::npos)
-        << error.what();
+    EXPECT_NE(std::string(error.what()).find("first derivatives only"), std::string::npos) << error.what();
   }
 }
 
@@ -245,15 +227,9 @@ TEST_P(TorchHpp, ErrorsSayWhatToDo) {
   expect_words(error_of(call(good.to("meta")), PYKD_INVALID_TYPE), {"meta"});
   expect_words(error_of(call(good.to(at::kDouble)), PYKD_INVALID_TYPE), {"float64"});
   expect_words(error_of(call(torch::randn({2, 4})), PYKD_INVALID_VALUE), {"batch"});
-  expect_words(error_of(
-                   [&] {
-                     loss({{"student_logits", good}});
-                   },
-                   PYKD_INVALID_VALUE),
-               {"teacher_logits"});
+  expect_words(error_of([&] { loss({{"student_logits", good}}); }, PYKD_INVALID_VALUE), {"teacher_logits"});
   if (!torch::cuda::is_available()) {
-    expect_words(error_of([] { load("torchscript", "cuda"); }, PYKD_UNAVAILABLE),
-                 {"cuda:0", "CUDA", "cpu"});
+    expect_words(error_of([] { load("torchscript", "cuda"); }, PYKD_UNAVAILABLE), {"cuda:0", "CUDA", "cpu"});
   }
 }
 
@@ -266,8 +242,7 @@ TEST_F(TorchScript, ALossThatIgnoresItsInputIsAnErrorAndNotZeros) {
   const pykd::Tensors tensors = {{"student_logits", pykd::view(zeros, {2, 3})},
                                  {"teacher_logits", pykd::view(zeros, {2, 3})}};
   EXPECT_EQ(broken.value(tensors).value("loss"), 0.0);
-  expect_words(error_of([&] { broken.value_and_gradient(tensors); }, PYKD_INTERNAL),
-               {"student_logits"});
+  expect_words(error_of([&] { broken.value_and_gradient(tensors); }, PYKD_INTERNAL), {"student_logits"});
 }
 
 TEST_P(TorchHpp, ManyThreadsShareOneLoss) {
@@ -276,11 +251,9 @@ TEST_P(TorchHpp, ManyThreadsShareOneLoss) {
   for (int thread = 0; thread < 6; ++thread) {
     threads.emplace_back([&, thread] {
       for (int call = 0; call < 50; ++call) {
-        const at::Tensor student =
-            torch::randn({1 + (thread + call) % 5, 1 + call % 7}).requires_grad_(true);
+        const at::Tensor student = torch::randn({1 + (thread + call) % 5, 1 + call % 7}).requires_grad_(true);
         const at::Tensor teacher = torch::randn_like(student);
-        loss({{"student_logits", student}, {"teacher_logits", teacher}}, {{"weight", 1.0 + thread}})
-            .backward();
+        loss({{"student_logits", student}, {"teacher_logits", teacher}}, {{"weight", 1.0 + thread}}).backward();
         const at::Tensor truth = expected_gradient(student, teacher, 1.0 + thread);
         if (largest(student.grad() - truth) > 1e-5) ++wrong;
       }

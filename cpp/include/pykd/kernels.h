@@ -43,7 +43,8 @@ typedef struct pykd_kernel_host {
   void* cuda_stream; /* the cudaStream_t on which CUDA work is queued; NULL: the default stream */
 } pykd_kernel_host;
 
-#define PYKD_KERNEL_HOST_INIT {sizeof(pykd_kernel_host), 0, NULL, NULL, NULL}
+#define PYKD_KERNEL_HOST_INIT \
+  { sizeof(pykd_kernel_host), 0, NULL, NULL, NULL }
 
 /* How many kernels there are, and what one is, as JSON:
  *     {"name", "inputs": [{"name", "axes": ["batch", "classes"], "role", "optional"}], "outputs": [{"name", "axes",

@@ -42,17 +42,14 @@ struct KernelDescription {
   const KernelArgument* output(const std::string& wanted) const { return find(outputs, wanted); }
 
   // The gradient of an input; nullptr for an input that has none.
-  const KernelArgument* gradient_of(const std::string& input) const {
-    return output("grad_" + input);
-  }
+  const KernelArgument* gradient_of(const std::string& input) const { return output("grad_" + input); }
   // The weight of a value; nullptr where it has none.
   const KernelArgument* weight_of(const std::string& value) const {
     return input(value == "value" ? "weight" : value + "_weight");
   }
 
  private:
-  static const KernelArgument* find(const std::vector<KernelArgument>& all,
-                                    const std::string& wanted) {
+  static const KernelArgument* find(const std::vector<KernelArgument>& all, const std::string& wanted) {
     for (const KernelArgument& argument : all) {
       if (argument.name == wanted) return &argument;
     }
@@ -134,10 +131,9 @@ class KernelDescriptionReader {
   }
   void expect(char wanted) {
     if (!take(wanted)) {
-      throw Error(PYKD_INTERNAL,
-                  std::string("expected the description of a kernel as JSON, got text without '") +
-                      wanted + "' at " + std::string(at_).substr(0, 20) +
-                      "; this is a mistake in pykd, please report it");
+      throw Error(PYKD_INTERNAL, std::string("expected the description of a kernel as JSON, got text without '") +
+                                     wanted + "' at " + std::string(at_).substr(0, 20) +
+                                     "; this is a mistake in pykd, please report it");
     }
   }
   template <class Value>
@@ -203,10 +199,9 @@ inline const std::vector<KernelDescription>& kernels() {
 namespace internal {
 [[noreturn]] inline void fail_as_library_does(pykd_status status) {
   check(status);
-  throw Error(
-      PYKD_INTERNAL,
-      "expected the library to refuse a call that it describes otherwise, got a result; this is a "
-      "mistake in pykd, please report it");
+  throw Error(PYKD_INTERNAL,
+              "expected the library to refuse a call that it describes otherwise, got a result; this is a "
+              "mistake in pykd, please report it");
 }
 }  // namespace internal
 
@@ -215,8 +210,7 @@ inline const KernelDescription& kernel(const std::string& name) {
   for (const KernelDescription& known : kernels()) {
     if (known.name == name) return known;
   }
-  internal::fail_as_library_does(
-      pykd_kernel_run(name.c_str(), nullptr, 0, nullptr, 0, nullptr, 0, nullptr));
+  internal::fail_as_library_does(pykd_kernel_run(name.c_str(), nullptr, 0, nullptr, 0, nullptr, 0, nullptr));
 }
 
 // One call on its way: inputs and attributes go in, then shape_of() tells the shape of each output
@@ -231,12 +225,8 @@ class KernelCall {
   const KernelDescription& description() const { return kernel_; }
 
   // `tensor.name` is not looked at.
-  void input(const std::string& name, pykd_tensor tensor) {
-    inputs_.push_back(named(name, tensor));
-  }
-  void output(const std::string& name, pykd_tensor tensor) {
-    outputs_.push_back(named(name, tensor));
-  }
+  void input(const std::string& name, pykd_tensor tensor) { inputs_.push_back(named(name, tensor)); }
+  void output(const std::string& name, pykd_tensor tensor) { outputs_.push_back(named(name, tensor)); }
 
   // A number or the word of a choice, as text.
   void attribute(const std::string& name, const std::string& text) {
@@ -248,9 +238,7 @@ class KernelCall {
     }
     attributes_.push_back(given);
   }
-  void attribute(const std::string& name, double value) {
-    attributes_.push_back({keep(name), value, nullptr});
-  }
+  void attribute(const std::string& name, double value) { attributes_.push_back({keep(name), value, nullptr}); }
 
   // What an output will have, from the inputs given so far. Throws Error, the library's own where
   // there is no such output or an input that it depends on is missing.
@@ -277,9 +265,8 @@ class KernelCall {
 
   // Throws Error.
   void run(const pykd_kernel_host& host) const {
-    internal::check(pykd_kernel_run(kernel_.name.c_str(), inputs_.data(), inputs_.size(),
-                                    attributes_.data(), attributes_.size(), outputs_.data(),
-                                    outputs_.size(), &host));
+    internal::check(pykd_kernel_run(kernel_.name.c_str(), inputs_.data(), inputs_.size(), attributes_.data(),
+                                    attributes_.size(), outputs_.data(), outputs_.size(), &host));
   }
 
  private:
@@ -300,8 +287,7 @@ class KernelCall {
   std::int64_t length_of(const std::string& axis) const {
     for (const pykd_tensor& given : inputs_) {
       const KernelArgument* argument = kernel_.input(given.name);
-      if (argument == nullptr || argument->axes.size() != static_cast<std::size_t>(given.rank))
-        continue;
+      if (argument == nullptr || argument->axes.size() != static_cast<std::size_t>(given.rank)) continue;
       for (std::size_t i = 0; i < argument->axes.size(); ++i) {
         if (argument->axes[i] == axis) return given.shape[i];
       }
@@ -313,8 +299,7 @@ class KernelCall {
   // an output of unknown shape would be.
   [[noreturn]] void refuse(const std::string& output) const {
     double unused = 0.0;
-    pykd_tensor wanted = {output.c_str(), &unused, dtype_of(output), 0,
-                          nullptr,        nullptr, PYKD_CPU,         0};
+    pykd_tensor wanted = {output.c_str(), &unused, dtype_of(output), 0, nullptr, nullptr, PYKD_CPU, 0};
     for (const pykd_tensor& given : inputs_) {
       const KernelArgument* argument = kernel_.input(given.name);
       if (argument == nullptr || argument->role == "number") continue;
@@ -322,9 +307,8 @@ class KernelCall {
       wanted.device_id = given.device_id;
       break;
     }
-    internal::fail_as_library_does(pykd_kernel_run(kernel_.name.c_str(), inputs_.data(),
-                                                   inputs_.size(), attributes_.data(),
-                                                   attributes_.size(), &wanted, 1, nullptr));
+    internal::fail_as_library_does(pykd_kernel_run(kernel_.name.c_str(), inputs_.data(), inputs_.size(),
+                                                   attributes_.data(), attributes_.size(), &wanted, 1, nullptr));
   }
 
   const KernelDescription& kernel_;

@@ -119,7 +119,8 @@ typedef struct pykd_load_options {
                                       the file carries */
 } pykd_load_options;
 
-#define PYKD_LOAD_OPTIONS_INIT {sizeof(pykd_load_options), NULL, NULL, NULL, NULL, 0, 0, NULL, NULL}
+#define PYKD_LOAD_OPTIONS_INIT \
+  { sizeof(pykd_load_options), NULL, NULL, NULL, NULL, 0, 0, NULL, NULL }
 
 /* A loaded loss. */
 typedef struct pykd_loss pykd_loss;
@@ -163,8 +164,8 @@ PYKD_API const char* pykd_last_error(void);
 PYKD_API pykd_status pykd_load(const char* path, const pykd_load_options* options, pykd_loss** loss);
 
 /* The same for one file that is in memory already. The bytes may be freed after the call. */
-PYKD_API pykd_status pykd_load_bytes(const void* bytes, size_t size,
-                                     const pykd_load_options* options, pykd_loss** loss);
+PYKD_API pykd_status pykd_load_bytes(const void* bytes, size_t size, const pykd_load_options* options,
+                                     pykd_loss** loss);
 
 /* Frees a loss; NULL is allowed. No thread may be running it. */
 PYKD_API void pykd_free(pykd_loss* loss);
@@ -187,14 +188,12 @@ PYKD_API size_t pykd_num_outputs(const pykd_loss* loss);
 PYKD_API size_t pykd_num_parameters(const pykd_loss* loss);
 PYKD_API pykd_status pykd_input_info(const pykd_loss* loss, size_t index, pykd_tensor_info* info);
 PYKD_API pykd_status pykd_output_info(const pykd_loss* loss, size_t index, pykd_tensor_info* info);
-PYKD_API pykd_status pykd_get_parameter_info(const pykd_loss* loss, size_t index,
-                                             pykd_parameter_info* info);
+PYKD_API pykd_status pykd_get_parameter_info(const pykd_loss* loss, size_t index, pykd_parameter_info* info);
 
 /* The rank, shape and dtype that the output `name` will have for these inputs, which are checked on
  * the way exactly as pykd_run() does. `shape` has room for 8 lengths. */
-PYKD_API pykd_status pykd_output_shape(const pykd_loss* loss, const pykd_tensor* inputs,
-                                       size_t num_inputs, const char* name, int64_t* shape,
-                                       int32_t* rank, pykd_dtype* dtype);
+PYKD_API pykd_status pykd_output_shape(const pykd_loss* loss, const pykd_tensor* inputs, size_t num_inputs,
+                                       const char* name, int64_t* shape, int32_t* rank, pykd_dtype* dtype);
 
 /* Runs the loss.
  *
@@ -209,8 +208,8 @@ PYKD_API pykd_status pykd_output_shape(const pykd_loss* loss, const pykd_tensor*
  * multiplies it before it is rounded to the input's dtype (loss scaling for float16).
  * NaN in an input gives NaN in the loss. */
 PYKD_API pykd_status pykd_run(const pykd_loss* loss, const pykd_tensor* inputs, size_t num_inputs,
-                              const pykd_parameter* parameters, size_t num_parameters,
-                              const pykd_tensor* outputs, size_t num_outputs);
+                              const pykd_parameter* parameters, size_t num_parameters, const pykd_tensor* outputs,
+                              size_t num_outputs);
 
 #ifdef __cplusplus
 } /* extern "C" */

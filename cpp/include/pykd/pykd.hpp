@@ -71,8 +71,8 @@ inline std::size_t size_of(pykd_dtype dtype) {
     case PYKD_INT64:
       return 8;
   }
-  throw Error(PYKD_INVALID_TYPE, "expected one of the values of pykd_dtype, got " +
-                                     std::to_string(static_cast<int>(dtype)));
+  throw Error(PYKD_INVALID_TYPE,
+              "expected one of the values of pykd_dtype, got " + std::to_string(static_cast<int>(dtype)));
 }
 }  // namespace internal
 
@@ -97,14 +97,10 @@ class Tensor {
 
   // The view as the C interface wants it. It lives as long as this Tensor and `name` do.
   pykd_tensor c(const char* name) const {
-    return {name,
-            data_,
-            dtype_,
-            static_cast<std::int32_t>(shape_.size()),
-            shape_.data(),
-            strides_.empty() ? nullptr : strides_.data(),
-            device_,
-            device_id_};
+    return {name,          data_,
+            dtype_,        static_cast<std::int32_t>(shape_.size()),
+            shape_.data(), strides_.empty() ? nullptr : strides_.data(),
+            device_,       device_id_};
   }
 
  private:
@@ -130,8 +126,7 @@ auto view(const Container& values, std::vector<std::int64_t> shape)
   for (std::int64_t length : shape) count *= static_cast<std::size_t>(length);
   if (count != values.size()) {
     throw Error(PYKD_INVALID_VALUE, "expected a container of " + std::to_string(count) +
-                                        " elements for this shape, got " +
-                                        std::to_string(values.size()) +
+                                        " elements for this shape, got " + std::to_string(values.size()) +
                                         "; pass the shape that the data has");
   }
   return view(values.data(), std::move(shape));
@@ -178,9 +173,8 @@ class Result {
   double value(const std::string& name) const {
     const Array& array = find(name);
     if (!array.shape.empty()) {
-      throw Error(PYKD_INVALID_VALUE, "expected the name of a scalar, got \"" + name +
-                                          "\", which has " + std::to_string(array.shape.size()) +
-                                          " axes; use data()");
+      throw Error(PYKD_INVALID_VALUE, "expected the name of a scalar, got \"" + name + "\", which has " +
+                                          std::to_string(array.shape.size()) + " axes; use data()");
     }
     return array.dtype == PYKD_FLOAT64 ? *reinterpret_cast<const double*>(array.bytes.data())
                                        : *reinterpret_cast<const float*>(array.bytes.data());
@@ -218,8 +212,7 @@ class Result {
     if (found == arrays_.end()) {
       std::string known;
       for (const auto& entry : arrays_) known += (known.empty() ? "" : ", ") + entry.first;
-      throw Error(PYKD_INVALID_VALUE,
-                  "expected one of the outputs " + known + ", got \"" + name + "\"");
+      throw Error(PYKD_INVALID_VALUE, "expected one of the outputs " + known + ", got \"" + name + "\"");
     }
     return found->second;
   }
@@ -234,8 +227,8 @@ struct LoadOptions {
   std::string torch_library;        // path of libpykd_torch.so; empty: beside libpykd
   int threads = 0;                  // of one ONNX Runtime session; 0: one per core
   bool skip_integrity_check = false;
-  void* cuda_stream = nullptr;      // a cudaStream_t for ONNX Runtime
-  std::string kernels = "auto";     // fused kernels: "auto" where there are some, "on" or an error, "off"
+  void* cuda_stream = nullptr;   // a cudaStream_t for ONNX Runtime
+  std::string kernels = "auto";  // fused kernels: "auto" where there are some, "on" or an error, "off"
 };
 
 // A loaded loss.
@@ -270,8 +263,8 @@ class Loss {
   void run(const Tensors& inputs, const Tensors& outputs, const Parameters& parameters = {}) const {
     const std::vector<pykd_tensor> in = c_tensors(inputs), out = c_tensors(outputs);
     const std::vector<pykd_parameter> settings = c_parameters(parameters);
-    internal::check(pykd_run(loss_.get(), in.data(), in.size(), settings.data(), settings.size(),
-                             out.data(), out.size()));
+    internal::check(
+        pykd_run(loss_.get(), in.data(), in.size(), settings.data(), settings.size(), out.data(), out.size()));
   }
 
   // What the artefact says of itself, as JSON; the engine that runs it and that engine's version.
@@ -346,22 +339,20 @@ class Loss {
       Result::Array& array = result.arrays_[info.name];
       std::int64_t shape[8];
       std::int32_t rank = 0;
-      internal::check(pykd_output_shape(loss_.get(), in.data(), in.size(), info.name, shape, &rank,
-                                        &array.dtype));
+      internal::check(pykd_output_shape(loss_.get(), in.data(), in.size(), info.name, shape, &rank, &array.dtype));
       array.shape.assign(shape, shape + rank);
       std::size_t count = 1;
       for (std::int64_t length : array.shape) count *= static_cast<std::size_t>(length);
       array.bytes.resize(count * internal::size_of(array.dtype));
-      out.push_back({info.name, array.bytes.data(), array.dtype, rank, array.shape.data(), nullptr,
-                     PYKD_CPU, 0});
+      out.push_back({info.name, array.bytes.data(), array.dtype, rank, array.shape.data(), nullptr, PYKD_CPU, 0});
     }
     if (gradient && !any_gradient(out)) {
       throw Error(PYKD_INVALID_VALUE,
                   "expected an artefact with gradients, got one that holds the value alone; load "
                   "loss.grad.onnx, loss.pt or their folder");
     }
-    internal::check(pykd_run(loss_.get(), in.data(), in.size(), settings.data(), settings.size(),
-                             out.data(), out.size()));
+    internal::check(
+        pykd_run(loss_.get(), in.data(), in.size(), settings.data(), settings.size(), out.data(), out.size()));
     return result;
   }
   static bool any_gradient(const std::vector<pykd_tensor>& outputs) {

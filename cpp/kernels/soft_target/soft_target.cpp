@@ -81,10 +81,10 @@ struct HardPart {
 
 // Per class: e = 2^y, y = (logit - top) scale / ln 2 <= 0, with the row's largest logit when the block was read as top.
 struct Scratch {
-  float* student = nullptr;     // e of the student
-  float* teacher = nullptr;     // e of the teacher
-  float* difference = nullptr;  // y of the student less y of the teacher; later jsd's log(q / m)
-  float* hard = nullptr;        // e of the student without temperature
+  float* student = nullptr;       // e of the student
+  float* teacher = nullptr;       // e of the teacher
+  float* difference = nullptr;    // y of the student less y of the teacher; later jsd's log(q / m)
+  float* hard = nullptr;          // e of the student without temperature
   float* student_tops = nullptr;  // per block
   float* teacher_tops = nullptr;
   bool keep = false;  // false: one block's worth is enough, nobody reads it
@@ -99,7 +99,7 @@ constexpr size_t scratch_arrays() {
 
 // The sums over a row, relative to the tops so far.
 struct Sums {
-  double student = 0;       // sum e
+  double student = 0;  // sum e
   double teacher = 0;
   double hard = 0;
   double forward = 0;       // sum e_teacher (share y_teacher - y_student)
@@ -217,8 +217,7 @@ struct Lane {
     student = hn::Add(student, student_e);
     hn::Store(student_e, d, student_out);
     if constexpr (Terms::kTeacher) {
-      const V teacher_y =
-          hn::Mul(hn::Sub(teacher_logits, hn::Set(d, scales.teacher_top)), hn::Set(d, scales.teacher));
+      const V teacher_y = hn::Mul(hn::Sub(teacher_logits, hn::Set(d, scales.teacher_top)), hn::Set(d, scales.teacher));
       const V teacher_e = exp2(d, teacher_y);
       teacher = hn::Add(teacher, teacher_e);
       hn::Store(teacher_e, d, teacher_out);
@@ -258,8 +257,12 @@ struct PartInput {
   size_t width;
 
   PartInput from(size_t entry) const {
-    return {student + entry, teacher + entry, probs + entry, student_ahead + entry * width,
-            teacher_ahead + entry * width, width};
+    return {student + entry,
+            teacher + entry,
+            probs + entry,
+            student_ahead + entry * width,
+            teacher_ahead + entry * width,
+            width};
   }
 };
 
@@ -276,7 +279,7 @@ HWY_NOINLINE void add_part(const PartInput& part, size_t count, const BlockScale
   Lane<Terms, Hard> even, odd;
   even.clear();
   odd.clear();
-  const auto add_vector = [&](Lane<Terms, Hard>& lane, size_t i) __attribute__((always_inline)) {
+  const auto add_vector = [&](Lane<Terms, Hard> & lane, size_t i) __attribute__((always_inline)) {
     hwy::Prefetch(in.student_ahead + i * in.width);
     if constexpr (Terms::kTeacher) hwy::Prefetch(in.teacher_ahead + i * in.width);
     lane.add(scales, load(d, in.student + i), Terms::kTeacher ? load(d, in.teacher + i) : none,
@@ -443,8 +446,7 @@ class Rows {
     if (gradient != nullptr && gradient_is_zero) std::fill_n(gradient, classes_, T{});
     if (gradient_is_zero && problem_.soft == nullptr && problem_.hard == nullptr) return;
 
-    const T* const probs =
-        Hard::kProbs ? static_cast<const T*>(problem_.label_probs) + row * classes_ : nullptr;
+    const T* const probs = Hard::kProbs ? static_cast<const T*>(problem_.label_probs) + row * classes_ : nullptr;
     const std::int64_t label = problem_.labels != nullptr ? problem_.labels[row] : -1;
     scratch_.keep = !gradient_is_zero || Terms::kMixture;
     read(row, probs);
@@ -562,8 +564,7 @@ class Rows {
     const double teacher_below = teacher_top == teacher_top_ ? 0 : static_cast<double>(teacher_top) - teacher_top_;
     span.student_factor = factor(student_below * student_scale2_) / sums_.student;
     span.teacher_factor = Terms::kTeacher ? factor(teacher_below * teacher_scale2_) / sums_.teacher : 0;
-    span.hard_factor =
-        Hard::kSeparate ? factor(student_below * kLog2E) / sums_.hard : span.student_factor;
+    span.hard_factor = Hard::kSeparate ? factor(student_below * kLog2E) / sums_.hard : span.student_factor;
     span.log_ratio = student_below * student_scale2_ - teacher_below * teacher_scale2_;
     return span;
   }
@@ -574,14 +575,13 @@ class Rows {
     using Write = void (*)(const Scratch&, const Coefficients&, const T*, size_t, size_t, std::int64_t, bool, T*);
     const bool with_soft = Terms::kTeacher && soft_weight != 0, with_probs = Hard::kProbs && hard_weight != 0;
     constexpr bool kSeparate = Hard::kSeparate, kProbs = Hard::kProbs;
-    const Write write_span =
-        with_soft ? (with_probs ? write_gradient<T, kDifference, Terms::kForward, kSeparate, kProbs>
-                                : write_gradient<T, kDifference, Terms::kForward, kSeparate, false>)
-                  : (with_probs ? write_gradient<T, false, false, kSeparate, kProbs>
-                                : write_gradient<T, false, false, kSeparate, false>);
+    const Write write_span = with_soft
+                                 ? (with_probs ? write_gradient<T, kDifference, Terms::kForward, kSeparate, kProbs>
+                                               : write_gradient<T, kDifference, Terms::kForward, kSeparate, false>)
+                                 : (with_probs ? write_gradient<T, false, false, kSeparate, kProbs>
+                                               : write_gradient<T, false, false, kSeparate, false>);
     double hard = hard_weight;
-    if (hard_weight != 0 && problem_.labels != nullptr &&
-        (label < 0 || label >= static_cast<std::int64_t>(classes_))) {
+    if (hard_weight != 0 && problem_.labels != nullptr && (label < 0 || label >= static_cast<std::int64_t>(classes_))) {
       hard = kNan;
     }
     if (hard_weight == 0) label = -1;
@@ -651,18 +651,25 @@ void with_form(const Problem& problem, size_t first, size_t last, float* memory)
   if (problem.teacher == nullptr) return with_hard<T, NoForm>(problem, first, last, memory);
   switch (problem.form) {
     case Form::kCrossEntropy:
-    case Form::kKl: return with_hard<T, ForwardForm>(problem, first, last, memory);
-    case Form::kReverseKl: return with_hard<T, ReverseForm>(problem, first, last, memory);
-    case Form::kSymmetricKl: return with_hard<T, SymmetricForm>(problem, first, last, memory);
-    case Form::kJsd: return with_hard<T, MixtureForm>(problem, first, last, memory);
+    case Form::kKl:
+      return with_hard<T, ForwardForm>(problem, first, last, memory);
+    case Form::kReverseKl:
+      return with_hard<T, ReverseForm>(problem, first, last, memory);
+    case Form::kSymmetricKl:
+      return with_hard<T, SymmetricForm>(problem, first, last, memory);
+    case Form::kJsd:
+      return with_hard<T, MixtureForm>(problem, first, last, memory);
   }
 }
 
 void SoftTargetRows(const Problem& problem, size_t first, size_t last, float* memory) {
   switch (problem.dtype) {
-    case PYKD_FLOAT16: return with_form<hwy::float16_t>(problem, first, last, memory);
-    case PYKD_BFLOAT16: return with_form<hwy::bfloat16_t>(problem, first, last, memory);
-    default: return with_form<float>(problem, first, last, memory);
+    case PYKD_FLOAT16:
+      return with_form<hwy::float16_t>(problem, first, last, memory);
+    case PYKD_BFLOAT16:
+      return with_form<hwy::bfloat16_t>(problem, first, last, memory);
+    default:
+      return with_form<float>(problem, first, last, memory);
   }
 }
 
@@ -798,9 +805,7 @@ const bool registered = add({
     {{"soft", "batch", Role::kFloat32},
      {"hard", "batch", Role::kFloat32},
      {"grad_student", "batch classes", Role::kTensor}},
-    {{"form", 0, {"cross_entropy", "kl", "reverse_kl", "symmetric_kl", "jsd"}},
-     {"soften_student", 1},
-     {"beta", 0.5}},
+    {{"form", 0, {"cross_entropy", "kl", "reverse_kl", "symmetric_kl", "jsd"}}, {"soften_student", 1}, {"beta", 0.5}},
     kFloatAndHalves,
     refuse,
     run,
