@@ -1,0 +1,474 @@
+// The fused distance of normalised features against its formula in float64, on every instruction set of this machine.
+#include "feature_distance/feature_distance.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "simd.h"
+
+namespace pykd::kernels {
+namespace {
+
+enum Power { kL1, kL2 };
+constexpr float kGuard = -12352.0f;  // every dtype has it
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// ---- Half formats, one number at a time ------------------------------------------------------------
+
+// The number with the same `bits` leading bits of the mantissa, rounded to nearest, ties to even; steps no finer than
+// 2^lowest.
+double round_mantissa(double x, int bits, int lowest) {
+  if (x == 0.0 || !std::isfinite(x)) return x;
+  const int exponent = std::max(std::ilogb(x) - bits, lowest);
+  return std::ldexp(std::nearbyint(std::ldexp(x, -exponent)), exponent);
+}
+
+float round_to(pykd_dtype dtype, double x) {
+  if (dtype == PYKD_FLOAT16) {
+    const double rounded = round_mantissa(x, 10, -24);
+    return static_cast<float>(std::abs(rounded) > 65504.0 ? std::copysign(HUGE_VAL, x) : rounded);
+  }
+  if (dtype == PYKD_BFLOAT16) return static_cast<float>(round_mantissa(x, 7, -133));
+  return static_cast<float>(x);
+}
+
+// `x` must be a number of the half format.
+std::uint16_t to_half(pykd_dtype dtype, float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (dtype == PYKD_BFLOAT16) return static_cast<std::uint16_t>(bits >> 16);
+  const auto sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000u);
+  if (std::isnan(x)) return sign | 0x7e00u;
+  if (std::isinf(x)) return sign | 0x7c00u;
+  const float magnitude = std::abs(x);
+  if (magnitude < 0x1p-14f) return static_cast<std::uint16_t>(sign | static_cast<std::uint32_t>(magnitude * 0x1p24f));
+  return static_cast<std::uint16_t>(sign | (((bits & 0x7fffffffu) >> 13) - (112u << 10)));
+}
+
+float from_half(pykd_dtype dtype, std::uint16_t half) {
+  if (dtype == PYKD_BFLOAT16) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  const double sign = (half & 0x8000) != 0 ? -1.0 : 1.0;
+  if (exponent == 31) return mantissa == 0 ? static_cast<float>(sign) * kInfinity : kNaN;
+  if (exponent == 0) return static_cast<float>(sign * std::ldexp(mantissa, -24));
+  return static_cast<float>(sign * std::ldexp(1024 + mantissa, exponent - 25));
+}
+
+std::vector<unsigned char> encode(pykd_dtype dtype, const std::vector<float>& numbers) {
+  const std::size_t size = dtype == PYKD_FLOAT32 ? 4 : 2;
+  std::vector<unsigned char> bytes(numbers.size() * size);
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    const std::uint16_t half = to_half(dtype, numbers[i]);
+    std::memcpy(&bytes[i * size], size == 4 ? static_cast<const void*>(&numbers[i]) : &half, size);
+  }
+  return bytes;
+}
+
+std::vector<float> decode(pykd_dtype dtype, const std::vector<unsigned char>& bytes) {
+  std::vector<float> numbers(bytes.size() / (dtype == PYKD_FLOAT32 ? 4 : 2));
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    std::uint16_t half;
+    if (dtype == PYKD_FLOAT32) {
+      std::memcpy(&numbers[i], &bytes[4 * i], 4);
+    } else {
+      std::memcpy(&half, &bytes[2 * i], 2);
+      numbers[i] = from_half(dtype, half);
+    }
+  }
+  return numbers;
+}
+
+// ---- The definition --------------------------------------------------------------------------------
+
+struct Features {
+  std::int64_t batch, tokens, channels;
+  pykd_dtype dtype;
+  std::vector<float> x, y;  // numbers of that dtype
+  std::vector<float> weight;
+};
+
+struct Answer {
+  std::vector<double> value, gradient;
+};
+
+std::vector<double> direction(const float* entries, std::int64_t channels, double* norm) {
+  double squares = 0.0;
+  for (std::int64_t c = 0; c < channels; ++c) squares += double{entries[c]} * double{entries[c]};
+  *norm = std::sqrt(squares);
+  std::vector<double> result(channels, 0.0);
+  for (std::int64_t c = 0; c < channels && !(squares <= 1e-24); ++c) result[c] = entries[c] / *norm;
+  return result;
+}
+
+Answer reference(const Features& f, Power power) {
+  Answer answer;
+  answer.gradient.assign(f.x.size(), 0.0);
+  for (std::int64_t b = 0; b < f.batch; ++b) {
+    double sum = 0.0;
+    for (std::int64_t t = 0; t < f.tokens; ++t) {
+      const std::int64_t start = (b * f.tokens + t) * f.channels;
+      double x_norm, y_norm, along = 0.0;
+      const std::vector<double> x = direction(&f.x[start], f.channels, &x_norm);
+      const std::vector<double> y = direction(&f.y[start], f.channels, &y_norm);
+      std::vector<double> slope(f.channels);
+      for (std::int64_t c = 0; c < f.channels; ++c) {
+        const double difference = x[c] - y[c];
+        sum += power == kL1 ? std::abs(difference) : difference * difference;
+        const double sign = difference > 0 ? 1.0 : difference < 0 ? -1.0 : difference;
+        slope[c] = power == kL1 ? sign : 2 * difference;
+        along += x[c] * slope[c];
+      }
+      for (std::int64_t c = 0; c < f.channels && !(x_norm <= 1e-12) && f.weight[b] != 0.0f; ++c) {
+        answer.gradient[start + c] =
+            double{f.weight[b]} / static_cast<double>(f.tokens) / x_norm * (slope[c] - x[c] * along);
+      }
+    }
+    answer.value.push_back(sum / static_cast<double>(f.tokens));
+  }
+  return answer;
+}
+
+// ---- The kernel ------------------------------------------------------------------------------------
+
+Features draw(std::int64_t batch, std::int64_t tokens, std::int64_t channels, pykd_dtype dtype, unsigned seed = 1) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> normal;
+  Features f{batch, tokens, channels, dtype, {}, {}, {}};
+  for (std::int64_t i = 0; i < batch * tokens * channels; ++i) {
+    f.x.push_back(round_to(dtype, normal(generator)));
+    f.y.push_back(round_to(dtype, 3.0f * normal(generator) + 0.5f));
+  }
+  for (std::int64_t b = 0; b < batch; ++b) f.weight.push_back(0.5f + 0.25f * static_cast<float>(b % 7));
+  return f;
+}
+
+Parallel threads(int* count) {
+  Parallel parallel;
+  parallel.threads = *count;
+  parallel.pool = count;
+  parallel.run = [](void* pool, std::int64_t tasks, void (*task)(void*, std::int64_t), void* state) {
+    std::atomic<std::int64_t> next{0};
+    const auto work = [&] {
+      for (std::int64_t i = next++; i < tasks; i = next++) task(state, i);
+    };
+    std::vector<std::thread> helpers;
+    for (int i = 1; i < *static_cast<int*>(pool); ++i) helpers.emplace_back(work);
+    work();
+    for (std::thread& helper : helpers) helper.join();
+  };
+  return parallel;
+}
+
+struct Result {
+  std::vector<float> value, gradient;
+};
+
+enum Wanted { kBoth, kValueAlone, kGradientAlone };
+
+Result run(const Features& f, Power power, int thread_count = 1, Wanted wanted = kBoth) {
+  const Kernel* kernel = find("feature_distance");
+  EXPECT_NE(kernel, nullptr);
+  const std::int64_t shape[] = {f.batch, f.tokens, f.channels};
+  const std::size_t around = 64, count = f.x.size();
+  std::vector<unsigned char> x = encode(f.dtype, f.x), y = encode(f.dtype, f.y);
+  const std::vector<unsigned char> x_before = x, y_before = y;
+  std::vector<unsigned char> guarded = encode(f.dtype, std::vector<float>(count + 2 * around, kGuard));
+  std::vector<float> weight = f.weight;
+  Result result;
+  result.value.assign(f.batch, kGuard);
+  const std::size_t size = f.dtype == PYKD_FLOAT32 ? 4 : 2;
+  const Array inputs[] = {{x.data(), f.dtype, 3, shape},
+                          {y.data(), f.dtype, 3, shape},
+                          {wanted == kValueAlone ? nullptr : weight.data(), PYKD_FLOAT32, 1, shape}};
+  const Array outputs[] = {{wanted == kGradientAlone ? nullptr : result.value.data(), PYKD_FLOAT32, 1, shape},
+                           {wanted == kValueAlone ? nullptr : guarded.data() + around * size, f.dtype, 3, shape}};
+  const double attribute = power;
+  const Parallel parallel = threads(&thread_count);
+  kernel->cpu({inputs, outputs, &attribute, f.dtype, &parallel});
+  EXPECT_EQ(x, x_before);
+  EXPECT_EQ(y, y_before);
+  const std::vector<float> numbers = decode(f.dtype, guarded);
+  for (std::size_t i = 0; i < around; ++i) {
+    EXPECT_EQ(numbers[i], kGuard) << "written before the gradient";
+    EXPECT_EQ(numbers[around + count + i], kGuard) << "written after the gradient";
+  }
+  result.gradient.assign(numbers.begin() + around, numbers.begin() + around + static_cast<std::ptrdiff_t>(count));
+  return result;
+}
+
+// A sum of channels in float32, relative to it. A gradient is rounded to its dtype; in l1 an entry whose difference
+// rounds to another sign than the exact one would be off by more, but no drawn number comes that close.
+void expect_close(const Features& f, const Result& result, const Answer& answer) {
+  for (std::size_t b = 0; b < answer.value.size(); ++b) {
+    EXPECT_NEAR(result.value[b], answer.value[b], 1e-6 * std::max(1.0, answer.value[b])) << "row " << b;
+  }
+  const double unit = f.dtype == PYKD_FLOAT32 ? 0x1p-24 : f.dtype == PYKD_FLOAT16 ? 0x1p-11 : 0x1p-8;
+  const double smallest = f.dtype == PYKD_FLOAT16 ? 0x1p-25 : 0.0;  // half a step of subnormal numbers
+  double largest = 0.0;
+  for (const double entry : answer.gradient) largest = std::max(largest, std::abs(entry));
+  std::size_t wrong = 0;
+  for (std::size_t i = 0; i < answer.gradient.size(); ++i) {
+    const double error = std::abs(double{result.gradient[i]} - answer.gradient[i]);
+    if (error <= unit * std::abs(answer.gradient[i]) + 1e-6 * largest + smallest) continue;
+    if (wrong++ == 0) ADD_FAILURE() << "entry " << i << ": " << result.gradient[i] << ", not " << answer.gradient[i];
+  }
+  EXPECT_EQ(wrong, 0u);
+}
+
+template <class Statement>
+void on_every_target(const Statement& statement) {
+  std::vector<std::string> names = simd_targets();
+  ASSERT_FALSE(names.empty());
+  std::reverse(names.begin(), names.end());
+  for (const std::string& name : names) {
+    SCOPED_TRACE(name);
+    ASSERT_TRUE(use_simd(name.c_str()));
+    statement();
+  }
+  use_simd(nullptr);
+}
+
+template <class Statement>
+void for_every_kind(const Statement& statement) {
+  for (const pykd_dtype dtype : {PYKD_FLOAT32, PYKD_FLOAT16, PYKD_BFLOAT16}) {
+    for (const Power power : {kL1, kL2}) {
+      SCOPED_TRACE("dtype " + std::to_string(dtype) + (power == kL1 ? ", l1" : ", l2"));
+      statement(dtype, power);
+    }
+  }
+}
+
+TEST(FeatureDistance, TheReferenceHasTheGradientOfItsValue) {
+  Features f = draw(2, 3, 5, PYKD_FLOAT32);
+  for (const Power power : {kL1, kL2}) {
+    const Answer answer = reference(f, power);
+    for (std::size_t i = 0; i < f.x.size(); ++i) {
+      Features more = f, less = f;
+      more.x[i] += 1e-3f;
+      less.x[i] -= 1e-3f;
+      const Answer up = reference(more, power), down = reference(less, power);
+      double slope = 0.0;
+      for (std::size_t b = 0; b < f.weight.size(); ++b) slope += double{f.weight[b]} * (up.value[b] - down.value[b]);
+      EXPECT_NEAR(slope / (double{more.x[i]} - double{less.x[i]}), answer.gradient[i], 1e-5);
+    }
+  }
+}
+
+TEST(FeatureDistance, MatchesTheDefinition) {
+  for_every_kind([](pykd_dtype dtype, Power power) {
+    for (const std::int64_t batch : {1, 3}) {
+      for (const std::int64_t tokens : {1, 2, 7}) {
+        for (const std::int64_t channels : {2, 3, 8, 16, 17, 31, 33, 64, 255}) {
+          SCOPED_TRACE(std::to_string(batch) + " x " + std::to_string(tokens) + " x " + std::to_string(channels));
+          const Features f = draw(batch, tokens, channels, dtype);
+          const Answer answer = reference(f, power);
+          on_every_target([&] { expect_close(f, run(f, power), answer); });
+        }
+      }
+    }
+  });
+}
+
+// More tasks than one, rows that are cut, sums in several runs, a gradient that goes past the caches.
+TEST(FeatureDistance, MatchesTheDefinitionWhereItIsLarge) {
+  struct Shape {
+    std::int64_t batch, tokens, channels;
+  };
+  for_every_kind([](pykd_dtype dtype, Power power) {
+    for (const Shape shape : {Shape{3, 196, 512}, Shape{200, 1, 1000}, Shape{2, 3, 10001}, Shape{41, 101, 1030}}) {
+      SCOPED_TRACE(std::to_string(shape.batch) + " x " + std::to_string(shape.tokens));
+      const Features f = draw(shape.batch, shape.tokens, shape.channels, dtype);
+      const Answer answer = reference(f, power);
+      on_every_target([&] { expect_close(f, run(f, power, 2), answer); });
+    }
+  });
+}
+
+// x / |x| is a sign: the gradient is 0 but for rounding, on the scale of slope / |x|.
+TEST(FeatureDistance, TakesOneChannel) {
+  for_every_kind([](pykd_dtype dtype, Power power) {
+    const Features f = draw(5, 9, 1, dtype);
+    const Answer answer = reference(f, power);
+    on_every_target([&] {
+      const Result result = run(f, power);
+      for (std::size_t b = 0; b < 5; ++b) EXPECT_NEAR(result.value[b], answer.value[b], 1e-6);
+      for (std::size_t i = 0; i < f.x.size(); ++i) {
+        EXPECT_NEAR(result.gradient[i], 0.0, 1e-6 * double{f.weight[i / 9]} / std::abs(double{f.x[i]}));
+      }
+    });
+  });
+}
+
+TEST(FeatureDistance, GivesWhatIsWantedAlone) {
+  for_every_kind([](pykd_dtype dtype, Power power) {
+    const Features f = draw(3, 100, 401, dtype);
+    on_every_target([&] {
+      const Result both = run(f, power);
+      const Result value = run(f, power, 1, kValueAlone), gradient = run(f, power, 1, kGradientAlone);
+      EXPECT_EQ(value.value, both.value);
+      EXPECT_EQ(value.gradient, std::vector<float>(f.x.size(), kGuard));
+      EXPECT_EQ(gradient.gradient, both.gradient);
+      EXPECT_EQ(gradient.value, std::vector<float>(3, kGuard));
+    });
+  });
+}
+
+TEST(FeatureDistance, DoesNotDependOnTheNumberOfThreads) {
+  for_every_kind([](pykd_dtype dtype, Power power) {
+    for (const std::int64_t batch : {1, 5}) {
+      const Features f = draw(batch, 300, 301, dtype);
+      on_every_target([&] {
+        const Result alone = run(f, power, 1);
+        for (const int count : {2, 3, 8}) {
+          const Result together = run(f, power, count);
+          EXPECT_EQ(together.value, alone.value) << count;
+          EXPECT_EQ(together.gradient, alone.gradient) << count;
+        }
+      });
+    }
+  });
+}
+
+TEST(FeatureDistance, ATokenOfZerosHasNoDirectionAndNoGradient) {
+  for_every_kind([](pykd_dtype dtype, Power power) {
+    Features f = draw(2, 4, 19, dtype);
+    const auto zero = [&](std::vector<float>& rows, std::int64_t token) {
+      std::fill_n(rows.begin() + token * f.channels, f.channels, 0.0f);
+    };
+    zero(f.x, 1);
+    zero(f.y, 2);
+    zero(f.x, 6);
+    zero(f.y, 6);
+    const Answer answer = reference(f, power);
+    on_every_target([&] {
+      const Result result = run(f, power);
+      expect_close(f, result, answer);
+      for (const std::int64_t token : {1, 6}) {
+        for (std::int64_t c = 0; c < f.channels; ++c) EXPECT_EQ(result.gradient[token * f.channels + c], 0.0f);
+      }
+    });
+  });
+}
+
+// On both sides of the squared norm that counts as 0.
+TEST(FeatureDistance, KnowsAShortTokenFromAZeroOne) {
+  for (const Power power : {kL1, kL2}) {
+    Features f = draw(1, 2, 4, PYKD_FLOAT32);
+    for (std::int64_t c = 0; c < 4; ++c) {
+      f.x[c] *= 1e-13f;
+      f.x[4 + c] *= 1e-10f;
+    }
+    const Answer answer = reference(f, power);
+    EXPECT_EQ(answer.gradient[0], 0.0);
+    EXPECT_NE(answer.gradient[4], 0.0);
+    on_every_target([&] { expect_close(f, run(f, power), answer); });
+  }
+}
+
+TEST(FeatureDistance, EqualTokensHaveNeitherDistanceNorGradient) {
+  for_every_kind([](pykd_dtype dtype, Power power) {
+    Features f = draw(3, 5, 37, dtype);
+    f.y = f.x;
+    on_every_target([&] {
+      const Result result = run(f, power);
+      EXPECT_EQ(result.value, std::vector<float>(3, 0.0f));
+      EXPECT_EQ(result.gradient, std::vector<float>(f.x.size(), 0.0f));
+    });
+  });
+}
+
+// The sign of a difference of 0 is 0: equal entries of unequal tokens. Norms of 5, exact in every dtype.
+TEST(FeatureDistance, EqualEntriesHaveNoSlope) {
+  for (const pykd_dtype dtype : {PYKD_FLOAT32, PYKD_FLOAT16, PYKD_BFLOAT16}) {
+    const Features f{1, 1, 4, dtype, {3, 4, 0, 0}, {3, 0, 4, 0}, {1}};
+    const Answer answer = reference(f, kL1);
+    on_every_target([&] { expect_close(f, run(f, kL1), answer); });
+  }
+}
+
+TEST(FeatureDistance, NaNAndInfinityStayInTheirToken) {
+  for_every_kind([](pykd_dtype dtype, Power power) {
+    for (const bool student : {true, false}) {
+      for (const float bad : {kNaN, kInfinity, -kInfinity}) {
+        for (const std::int64_t channels : {5, 40}) {
+          Features f = draw(3, 4, channels, dtype);
+          const Answer answer = reference(f, power);
+          (student ? f.x : f.y)[5 * channels + 2] = bad;  // of row 1, token 1
+          on_every_target([&] {
+            const Result result = run(f, power);
+            for (const std::size_t b : {0, 2}) EXPECT_NEAR(result.value[b], answer.value[b], 1e-5);
+            EXPECT_TRUE(std::isnan(result.value[1]));
+            for (std::int64_t i = 0; i < static_cast<std::int64_t>(f.x.size()); ++i) {
+              EXPECT_EQ(std::isnan(result.gradient[i]), i / channels == 5) << i;
+            }
+          });
+        }
+      }
+    }
+  });
+}
+
+TEST(FeatureDistance, AWeightOfZeroGivesNoGradient) {
+  for_every_kind([](pykd_dtype dtype, Power power) {
+    Features f = draw(3, 4, 21, dtype);
+    f.weight[1] = 0.0f;
+    for (const float bad : {1.0f, kNaN}) {
+      f.x[5 * f.channels] = bad;
+      on_every_target([&] {
+        const Result result = run(f, power);
+        for (std::int64_t i = 4 * f.channels; i < 8 * f.channels; ++i) EXPECT_EQ(result.gradient[i], 0.0f);
+        EXPECT_EQ(std::isnan(result.value[1]), std::isnan(bad));
+        EXPECT_NE(result.gradient[0], 0.0f);
+      });
+    }
+  });
+}
+
+// Squares that float32 does not hold.
+TEST(FeatureDistance, TakesVeryLargeFeatures) {
+  for (const pykd_dtype dtype : {PYKD_FLOAT32, PYKD_BFLOAT16}) {
+    for (const Power power : {kL1, kL2}) {
+      Features f = draw(2, 3, 29, dtype);
+      for (std::int64_t c = 0; c < f.channels; ++c) f.x[c] *= 0x1p70f;
+      for (std::int64_t c = 0; c < f.channels; ++c) f.y[4 * f.channels + c] *= 0x1p70f;
+      const Answer answer = reference(f, power);
+      on_every_target([&] { expect_close(f, run(f, power), answer); });
+    }
+  }
+}
+
+TEST(FeatureDistance, RefusesAGradientWithoutWeight) {
+  const Kernel* kernel = find("feature_distance");
+  ASSERT_NE(kernel, nullptr);
+  float number = 0.0f;
+  const std::int64_t shape[] = {1, 1, 1};
+  const Array inputs[] = {{&number, PYKD_FLOAT32, 3, shape}, {&number, PYKD_FLOAT32, 3, shape}, {}};
+  Array outputs[] = {{}, {&number, PYKD_FLOAT32, 3, shape}};
+  const double attribute = kL1;
+  const Parallel parallel;
+  const Call call{inputs, outputs, &attribute, PYKD_FLOAT32, &parallel};
+  ASSERT_NE(kernel->refuse(call), nullptr);
+  EXPECT_NE(std::string(kernel->refuse(call)).find("weight"), std::string::npos);
+  outputs[0] = {&number, PYKD_FLOAT32, 1, shape};
+  outputs[1] = {};
+  EXPECT_EQ(kernel->refuse(call), nullptr);
+}
+
+}  // namespace
+}  // namespace pykd::kernels
