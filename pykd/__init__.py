@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pykd.composition import LossGraph as LossGraph
     from pykd.composition import Part as Part
     from pykd.composition import compose as compose
+    from pykd.config import onnxruntime_ops_path as onnxruntime_ops_path
+    from pykd.config import torch_ops_path as torch_ops_path
     from pykd.distillation_loss import DistillationLoss as DistillationLoss
     from pykd.export import export as export
     from pykd.export import verify as verify
@@ -39,7 +41,9 @@ _HOME = {
     "compose": "pykd.composition",
     "export": "pykd.export",
     "load": "pykd.runtime",
+    "onnxruntime_ops_path": "pykd.config",
     "register": "pykd.registry",
+    "torch_ops_path": "pykd.config",
     "verify": "pykd.export",
 }
 

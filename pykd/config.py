@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pykd
 
-__all__ = ["cmake_dir", "includedir", "libdir", "onnxruntime_library", "root"]
+__all__ = ["cmake_dir", "includedir", "libdir", "onnxruntime_library", "onnxruntime_ops_path", "root", "torch_ops_path"]
 
 
 def root() -> Path:
@@ -47,6 +47,38 @@ def libdir() -> Path:
     return root() / "lib"
 
 
+def torch_ops_path() -> Path:
+    """The library that registers the fused kernels as ``torch.ops.pykd``.
+
+    Python programs need not load it themselves: :mod:`pykd.fused_ops` does. C++ programs ``dlopen()`` it before they
+    load a TorchScript file that uses the operators.
+
+    Raises:
+        FileNotFoundError: where this pykd was installed without it.
+    """
+    path = libdir() / "libpykd_torch_ops.so"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected {path}, which holds the fused kernels as torch operators, got a pykd that was built without it; "
+            "install pykd where torch 2.10 or newer is installed, and do not set PYKD_TORCH=OFF"
+        )
+    return path
+
+
+def onnxruntime_ops_path() -> str:
+    """The library of ONNX Runtime custom ops: with it, sessions of your own run exported files with the fused kernels.
+
+    Without it they run the portable operators that the files carry. :func:`pykd.load` needs none of this.
+
+        >>> options = onnxruntime.SessionOptions()
+        >>> options.register_custom_ops_library(pykd.onnxruntime_ops_path())
+        >>> session = onnxruntime.InferenceSession("recipe/loss.grad.onnx", options)
+
+    The ops are for the CPU. It is a str because ONNX Runtime takes nothing else.
+    """
+    return str(libdir() / "libpykd.so")
+
+
 def onnxruntime_library() -> Path:
     """The library inside the installed wheel ``onnxruntime`` (or ``onnxruntime-gpu``), which is not imported.
 
@@ -71,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--libdir": ("the folder of the libraries", lambda: str(libdir())),
         "--cflags": ("flags for the compiler", lambda: f"-I{includedir()}"),
         "--libs": ("flags for the linker", lambda: f"-L{libdir()} -lpykd -Wl,-rpath,{libdir()}"),
+        "--torch-ops": ("libpykd_torch_ops.so, the kernels as torch operators", lambda: str(torch_ops_path())),
         "--onnxruntime-library": ("libonnxruntime.so of the installed wheel", lambda: str(onnxruntime_library())),
     }
     parser = argparse.ArgumentParser(prog="python -m pykd.config", description="Where the C++ side of pykd lies.")

@@ -20,9 +20,8 @@ int main(int argc, char** argv) try {
   }
 
   const std::vector<float> student = {1, 2, 3, 3, 2, 1}, teacher = {0, 2, 4, 4, 2, 0};
-  const pykd::Result result =
-      loss.value_and_gradient({{"student_logits", pykd::view(student, {2, 3})},
-                               {"teacher_logits", pykd::view(teacher, {2, 3})}});
+  const pykd::Result result = loss.value_and_gradient(
+      {{"student_logits", pykd::view(student, {2, 3})}, {"teacher_logits", pykd::view(teacher, {2, 3})}});
   std::printf("%.9g\n", result.value("loss"));
   const float* gradient = result.data<float>("grad_student_logits");
   for (int i = 0; i < 6; ++i) std::printf("%.9g\n", gradient[i]);

@@ -12,7 +12,8 @@
 //     optimizer.step();
 //
 // It works the same with both engines, TorchScript and ONNX Runtime: one call computes the value and
-// the gradient, and backward() multiplies that gradient by the upstream one.
+// the gradient, and backward() multiplies that gradient by the upstream one (on the CPU not where that is
+// 1 and the graph is freed: then the gradient flows on as it is).
 //
 // Gradients. They flow to the inputs that the loss's signature gives a gradient (the student's); the
 // others are constants, whatever their requires_grad says. Only first derivatives exist: backward()
@@ -43,17 +44,15 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "pykd/pykd.hpp"
+#include "pykd/torch_tensors.hpp"
 
 namespace pykd {
-
-using TorchTensors = std::map<std::string, at::Tensor>;  // by input or output name
 
 // A loaded loss. Immutable; copies share the loss; many threads may call it at once.
 class TorchLoss {
@@ -119,7 +118,7 @@ class TorchLoss {
       in.reserve(tensors.size());
       out.reserve(names.size());
       for (const auto& entry : tensors) {
-        in.push_back(view_of(entry.first, entry.second));
+        in.push_back(internal::torch_view_of(entry.first, entry.second));
         if (entry.second.is_cuda()) device = entry.second.device();
       }
       std::vector<pykd_parameter> settings;
@@ -130,18 +129,17 @@ class TorchLoss {
         std::int64_t shape[8];
         std::int32_t rank = 0;
         pykd_dtype dtype;
-        internal::check(pykd_output_shape(loss.c(), in.data(), in.size(), name.c_str(), shape, &rank,
-                                          &dtype));
+        internal::check(pykd_output_shape(loss.c(), in.data(), in.size(), name.c_str(), shape, &rank, &dtype));
         at::Tensor& result = results[name];
         result = at::empty(at::IntArrayRef(shape, static_cast<std::size_t>(rank)),
-                           at::TensorOptions().dtype(scalar_type(dtype)).device(device));
-        out.push_back(view_of(name, result));
+                           at::TensorOptions().dtype(internal::torch_scalar_type(dtype)).device(device));
+        out.push_back(internal::torch_view_of(name, result));
       }
       if (wait_for_inputs && device.is_cuda()) {
         c10::impl::VirtualGuardImpl(device.type()).getStream(device).synchronize();
       }
-      internal::check(pykd_run(loss.c(), in.data(), in.size(), settings.data(), settings.size(),
-                               out.data(), out.size()));
+      internal::check(
+          pykd_run(loss.c(), in.data(), in.size(), settings.data(), settings.size(), out.data(), out.size()));
       return results;
     }
 
@@ -164,8 +162,7 @@ class TorchLoss {
 
   class Function : public torch::autograd::Function<Function> {
    public:
-    static at::Tensor forward(torch::autograd::AutogradContext* context, at::TensorList differentiable,
-                              Call* call) {
+    static at::Tensor forward(torch::autograd::AutogradContext* context, at::TensorList differentiable, Call* call) {
       std::vector<std::string> names = call->values;
       names.insert(names.end(), call->gradients.begin(), call->gradients.end());
       call->results = call->state.run(call->tensors, call->parameters, names);
@@ -180,14 +177,10 @@ class TorchLoss {
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                    const torch::autograd::variable_list& upstream) {
-      if (at::GradMode::is_enabled()) {
-        throw Error(PYKD_INVALID_VALUE,
-                    "expected backward() with create_graph = false, got true; pykd has first "
-                    "derivatives only: leave this loss out of what you differentiate twice");
-      }
+      internal::torch_require_first_derivative();
       torch::autograd::variable_list result;
-      for (const at::Tensor& gradient : context->get_saved_variables()) {
-        result.push_back(gradient * upstream[0]);
+      for (at::Tensor& gradient : context->get_saved_variables()) {
+        result.push_back(internal::torch_scaled(std::move(gradient), upstream[0]));
       }
       result.emplace_back();  // for the argument `call`
       return result;
@@ -216,71 +209,6 @@ class TorchLoss {
     const at::Tensor loss = Function::apply(at::TensorList(differentiable), &call);
     call.results["loss"] = loss;
     return std::move(call.results);
-  }
-
-  static pykd_tensor view_of(const std::string& name, const at::Tensor& tensor) {
-    if (!tensor.defined()) {
-      throw Error(PYKD_INVALID_VALUE,
-                  "expected a tensor for " + name + ", got an undefined at::Tensor; pass one with data");
-    }
-    if (tensor.layout() != at::kStrided || tensor.is_neg() || tensor.is_conj()) {
-      throw Error(PYKD_INVALID_TYPE, "expected a dense tensor for " + name +
-                                         ", got a sparse or lazily negated one; call .to_dense() or "
-                                         ".resolve_neg() first");
-    }
-    if (!tensor.is_contiguous()) {
-      throw Error(PYKD_INVALID_VALUE, "expected " + name + " contiguous in memory, got strides " +
-                                          c10::str(tensor.strides()) + " with shape " +
-                                          c10::str(tensor.sizes()) + "; call .contiguous() first");
-    }
-    if (!tensor.is_cpu() && !tensor.is_cuda()) {
-      throw Error(PYKD_INVALID_TYPE, "expected a tensor on the CPU or a CUDA device for " + name + ", got " +
-                                         tensor.device().str() + "; copy it over first");
-    }
-    return {name.c_str(),
-            tensor.data_ptr(),
-            dtype_of(name, tensor.scalar_type()),
-            static_cast<std::int32_t>(tensor.dim()),
-            tensor.sizes().data(),
-            tensor.strides().data(),
-            tensor.is_cuda() ? PYKD_CUDA : PYKD_CPU,
-            tensor.is_cuda() ? static_cast<std::int32_t>(tensor.device().index()) : 0};
-  }
-
-  static pykd_dtype dtype_of(const std::string& name, at::ScalarType type) {
-    switch (type) {
-      case at::kHalf:
-        return PYKD_FLOAT16;
-      case at::kBFloat16:
-        return PYKD_BFLOAT16;
-      case at::kFloat:
-        return PYKD_FLOAT32;
-      case at::kDouble:
-        return PYKD_FLOAT64;
-      case at::kLong:
-        return PYKD_INT64;
-      default:
-        throw Error(PYKD_INVALID_TYPE, "expected float16, bfloat16, float32, float64 or int64 for " + name +
-                                           ", got " + c10::toString(type) + "; cast it with .to() first");
-    }
-  }
-
-  static at::ScalarType scalar_type(pykd_dtype dtype) {
-    switch (dtype) {
-      case PYKD_FLOAT16:
-        return at::kHalf;
-      case PYKD_BFLOAT16:
-        return at::kBFloat16;
-      case PYKD_FLOAT32:
-        return at::kFloat;
-      case PYKD_FLOAT64:
-        return at::kDouble;
-      case PYKD_INT64:
-        return at::kLong;
-    }
-    throw Error(PYKD_INTERNAL, "expected one of the values of pykd_dtype, got " +
-                                   std::to_string(static_cast<int>(dtype)) +
-                                   "; this is a mistake in pykd, please report it");
   }
 
   std::shared_ptr<const State> state_;
