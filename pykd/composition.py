@@ -131,17 +131,27 @@ class Composition(nn.Module):
         self.losses_ = nn.ModuleList(part.loss for term in self.terms_ for part in term.parts)
         self._graphs: dict[Any, LossGraph] = {}
 
-    def forward(self, **tensors_and_parameters: Any) -> dict[str, Tensor]:
-        """The loss and its terms; see the class."""
+    def forward(self, *, fused: bool = False, **tensors_and_parameters: Any) -> dict[str, Tensor]:
+        """The loss and its terms; see the class.
+
+        Args:
+            fused: whether the losses that have a kernel are computed by it (:mod:`pykd.fused`); then ``loss`` alone
+                has autograd, and the terms are detached.
+            tensors_and_parameters: the inputs and those numbers that differ from their default, by name.
+        """
         tensors = {n: v for n, v in tensors_and_parameters.items() if n not in self.parameters_ and v is not None}
         numbers = {n: v for n, v in tensors_and_parameters.items() if n in self.parameters_}
         for name, value in numbers.items():
             self.parameters_[name].scalar.check(name, value)
         layouts = self.resolve(tensors)
         optional = tuple(name for name in self.optional_inputs if name in tensors)
-        graph = self.graph(layouts, optional)
+        graph = self.graph(layouts, optional, check=not fused, fused=fused)
         checks.check_tensors(graph.signature.inputs, tensors)
         checks.check_ranges(graph.signature.inputs, tensors, graph.signature.ignore_indices)
+        if fused:
+            from pykd.fused import evaluate_graph
+
+            return evaluate_graph(graph, tensors, numbers)
         values: dict[str, Tensor] = graph(**tensors, **numbers)
         return values
 

@@ -1,13 +1,20 @@
 """The formulas as functions: ``pykd.functional.soft_target(student_logits, teacher_logits, temperature=4.0)``.
 
 Each function is the one that the loss of the same name computes with; it takes tensors and settings in one
-call, is scriptable, and does not check its inputs. See the class for the specification.
+call, can be scripted (``torch.jit.script(pykd.functional.soft_target)``), and does not check its inputs. See the
+class for the specification.
+
+``fused=True`` computes the same through the loss's fused kernel, where it has one: worth it for large inputs. Then
+inputs are checked, only first derivatives exist, and a call that no kernel covers is an error (:mod:`pykd.fused`).
 """
 
+import functools
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from pykd import registry
+from pykd import checks, registry
 
 
 def __getattr__(name: str) -> Any:
@@ -15,9 +22,36 @@ def __getattr__(name: str) -> Any:
     cls = registry.registered().get(name)
     if cls is None:
         raise AttributeError(f"module 'pykd.functional' has no attribute {name!r}; it has {', '.join(__dir__())}")
-    return getattr(sys.modules[cls.__module__], name)
+    return _with_fused(name)
 
 
 def __dir__() -> list[str]:
     registry.load_all()
     return list(registry.registered())
+
+
+@functools.cache
+def _with_fused(name: str) -> Callable[..., Any]:
+    """The formula of a loss, with the argument ``fused``."""
+    cls = registry.get(name)
+    formula: Callable[..., Any] = getattr(sys.modules[cls.__module__], name)
+    signature = inspect.signature(formula)
+
+    @functools.wraps(formula)
+    def call(*args: Any, fused: bool = False, **kwargs: Any) -> Any:
+        if not fused:
+            return formula(*args, **kwargs)
+        from pykd import fused as fusion
+
+        given = signature.bind(*args, **kwargs).arguments
+        tensors = {name: value for name, value in given.items() if name in cls.inputs and value is not None}
+        numbers = {name: value for name, value in given.items() if name in cls.scalars}
+        settings = {name: value for name, value in given.items() if name not in cls.inputs and name not in numbers}
+        loss = cls(**settings)
+        checks.check_call(loss, {**tensors, **numbers})
+        return fusion.evaluate(loss, tensors, numbers)
+
+    # torch.jit.script takes the formula itself.
+    call.__script_if_tracing_wrapper = True  # type: ignore[attr-defined]
+    call.__original_fn = formula  # type: ignore[attr-defined]
+    return call

@@ -289,7 +289,8 @@ def test_settings_build_the_same_loss(loss_subject):
 
 def test_function_of_the_same_name_is_public(loss_class):
     function = getattr(pykd.functional, loss_class.name)
-    assert function is getattr(sys.modules[loss_class.__module__], loss_class.name)
+    assert function.__wrapped__ is getattr(sys.modules[loss_class.__module__], loss_class.name)
+    assert torch.jit.script(function).name == loss_class.name
     assert getattr(pykd, loss_class.__name__) is loss_class
 
 

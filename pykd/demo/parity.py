@@ -50,7 +50,7 @@ class Row:
     @property
     def ok(self) -> bool:
         """Whether both errors are small enough; NaN is not."""
-        return self.value_error <= VALUE_LIMIT and self.gradient_error <= GRADIENT_LIMIT
+        return bool(self.value_error <= VALUE_LIMIT and self.gradient_error <= GRADIENT_LIMIT)
 
 
 def measure(

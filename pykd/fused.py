@@ -1,0 +1,174 @@
+"""Losses through their fused kernels, with autograd: what ``fused=True`` does.
+
+    loss = pykd.functional.soft_target(student_logits, teacher_logits, temperature=4.0, fused=True)
+    loss.backward()
+
+    values = composition(student_logits=…, teacher_logits=…, labels=…, fused=True)
+
+One call computes the value and the gradient, so ``backward()`` has only to hand it on. Nothing is fused unless it is
+asked for, and what was asked for and cannot be had (a dtype, a device, the library) is an error.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pykd import fused_ops
+from pykd import kernel as kernels
+from pykd.kernel import Call, Point
+from pykd.registry import Loss
+
+
+def evaluate(loss: Loss, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Tensor:
+    """A loss through its kernel; differentiable once, with respect to the student's tensors.
+
+    Args:
+        loss: a loss that has a kernel.
+        tensors: its inputs.
+        numbers: those of its scalars that differ from the setting.
+
+    Raises:
+        ValueError: for a loss without a kernel, and what the kernel refuses.
+        RuntimeError: inside a trace or a compiled function; where the library of torch operators is missing.
+    """
+    if not loss.has_kernel():
+        raise ValueError(f"expected a loss that has a kernel for fused=True, got {loss.name}; leave fused out")
+    students = [name for name in tensors if loss.layouts(name)[0].grad]
+    function = _of_loss(loss, numbers)
+    if loss.reduction == "none":
+        return _per_sample(function, tensors, students)
+    return _scalar(function, tensors, students)["loss"]
+
+
+def evaluate_graph(graph: Any, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A graph built with ``fused=True``: every output by name. ``loss`` has autograd, the others are detached."""
+    if graph.kernel_point is None:
+        raise ValueError(
+            "expected a composition with a loss that has a kernel for fused=True, got none; leave fused out"
+        )
+    students = [name for name, spec in graph.signature.inputs.items() if spec.grad]
+
+    def function(point: Point, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(graph(**given, **numbers))
+
+    return _scalar(function, tensors, students, graph.kernel_point)
+
+
+Function = Callable[[Point, Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+def _of_loss(loss: Loss, numbers: Mapping[str, Any]) -> Function:
+    return lambda point, given: {"loss": loss.fused(point, **given, **numbers)}
+
+
+def _scalar(
+    function: Function, tensors: Mapping[str, Tensor], students: list[str], point: Point | None = None
+) -> dict[str, Tensor]:
+    _refuse_traces(tensors)
+    wanted = [name for name in students if tensors[name].requires_grad] if torch.is_grad_enabled() else []
+    leaves = _leaves(tensors, wanted)
+    own = point or Point()
+    values, gradients = kernels.value_and_gradient(
+        lambda: function(own, leaves), own, [leaves[name] for name in wanted], 1.0, run
+    )
+    if wanted:
+        given = (*gradients, *(tensors[name] for name in wanted))
+        values["loss"] = _Given.apply(values["loss"], len(wanted), *given)  # type: ignore[no-untyped-call]
+    return values
+
+
+def _per_sample(function: Function, tensors: Mapping[str, Tensor], students: list[str]) -> Tensor:
+    """Values per sample: what flows back is known in backward() alone, so the kernel runs again there."""
+    _refuse_traces(tensors)
+    wanted = [name for name in students if tensors[name].requires_grad] if torch.is_grad_enabled() else []
+
+    def compute(upstream: Tensor | None) -> Any:
+        leaves = _leaves(tensors, wanted if upstream is not None else [])
+        point = Point()
+
+        def weighted() -> dict[str, Tensor]:
+            values = function(point, leaves)["loss"]
+            return {"loss": values if upstream is None else (values * upstream).sum()}
+
+        inputs = [leaves[name] for name in wanted] if upstream is not None else []
+        values, gradients = kernels.value_and_gradient(weighted, point, inputs, 1.0, run)
+        return values["loss"] if upstream is None else gradients
+
+    if not wanted:
+        return compute(None)  # type: ignore[no-any-return]
+    students_given = (tensors[name] for name in wanted)
+    return _PerSample.apply(compute, *students_given)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _leaves(tensors: Mapping[str, Tensor], wanted: list[str]) -> dict[str, Tensor]:
+    """The same memory under new leaves."""
+    return {
+        name: tensor.detach().requires_grad_() if name in wanted else tensor.detach()
+        for name, tensor in tensors.items()
+    }
+
+
+def run(call: Call, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Runs one kernel call through the torch operator."""
+    kernel = call.kernel
+    inputs: dict[str, Tensor] = {}
+    for name, value in {**call.tensors, **weights}.items():
+        if kernel.inputs[name].role == "number":
+            inputs[name] = torch.as_tensor(value, dtype=torch.float32).cpu()
+        elif kernel.inputs[name].role == "float32":
+            inputs[name] = value.detach().float().contiguous()
+        else:
+            inputs[name] = value.detach().contiguous()
+    outputs = [value.output for value in call.values]
+    if weights:
+        outputs += [name for name in kernel.outputs if name.startswith("grad_")]
+    return fused_ops.fused_call(kernel.name, inputs, call.attributes, outputs)
+
+
+def _refuse_traces(tensors: Mapping[str, Tensor]) -> None:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if (
+        torch._C._get_tracing_state() is not None
+        or torch.compiler.is_compiling()
+        or any(isinstance(tensor, FakeTensor) for tensor in tensors.values())
+    ):
+        raise RuntimeError(
+            "expected fused=True outside of tracing and compiling, got a call inside; leave fused out there, "
+            "or use torch.ops.pykd.loss"
+        )
+
+
+class _Given(torch.autograd.Function):
+    """A value whose gradients have been computed already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[:count])
+        ctx.count = count
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        fused_ops.refuse_second_derivatives()
+        gradients = [fused_ops.scaled(gradient, upstream[0]) for gradient in ctx.saved_tensors]
+        return (None, None, *[None] * ctx.count, *gradients)
+
+
+class _PerSample(torch.autograd.Function):
+    """Values per sample; the gradient is computed when the upstream gradient is known."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[[Tensor | None], Any], *students: Tensor) -> Tensor:
+        ctx.compute = compute
+        ctx.save_for_backward(*students)  # a change in place is noticed
+        value: Tensor = compute(None)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        fused_ops.refuse_second_derivatives()
+        _ = ctx.saved_tensors
+        return (None, *ctx.compute(upstream[0]))

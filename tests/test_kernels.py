@@ -1,0 +1,275 @@
+"""Every loss that has a kernel, with every case it declares: kernel against float64, beside the formula in the same type.
+
+Nothing here names a loss. A kernel may be as far from float64 as the plain formula in the working type is, plus a margin
+for another order of the same sums.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+import pykd
+from pykd import kernel as kernel_points
+from pykd import kernels, registry
+from pykd.export.verification import truth
+from tests.conftest import Subject, composed_subjects, loss_subjects
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SIZES = (
+    {},
+    {"batch": 1, "classes": 1, "tokens": 1, "channels": 1, "students": 1},
+    {"batch": 33, "classes": 257, "tokens": 3, "channels": 65, "students": 2},
+    {"batch": 2, "classes": 5001, "tokens": 17, "channels": 129, "students": 1},
+)
+# The margin, relative to max(1, |value|) and to the largest entry of the gradient: some roundings of float32; of the
+# gradient's own type for halves, where the formula rounds once and the kernel does, too, but elsewhere.
+MARGIN = {"float32": (2e-6, 4e-6), "float16": (2e-6, 2**-11), "bfloat16": (2e-6, 2**-8)}
+
+
+def with_kernel():
+    return [
+        subject
+        for subject in (*loss_subjects(), *composed_subjects())
+        if any(part.loss.has_kernel() for term in subject.composition.terms_ for part in term.parts)
+    ]
+
+
+def pytest_generate_tests(metafunc):
+    if "fusable" in metafunc.fixturenames:
+        metafunc.parametrize("fusable", with_kernel(), ids=str)
+
+
+def through(subject: Subject, tensors, run, scale=1.0):
+    """Loss and gradients of a fused graph whose kernel calls go to ``run``."""
+    graph = subject.composition.graph(subject.layouts, subject.optional, check=False, fused=True)
+    students = [name for name, spec in graph.signature.inputs.items() if spec.grad]
+    leaves = {name: t.clone().requires_grad_(name in students) for name, t in tensors.items()}
+    values, gradients = kernel_points.value_and_gradient(
+        lambda: graph(**leaves), graph.kernel_point, [leaves[name] for name in students], scale, run
+    )
+    return {**values, **{f"grad_{name}": g for name, g in zip(students, gradients, strict=True)}}
+
+
+def in_library(threads=0):
+    def run(call, weights):
+        inputs = {n: torch.as_tensor(v, dtype=None if torch.is_tensor(v) else torch.float32).detach() for n, v in {**call.tensors, **weights}.items()}  # fmt: skip
+        names = [value.output for value in call.values]
+        names += [n for n in call.kernel.outputs if n.startswith("grad_")] if weights else []
+        kind = next(t.dtype for n, t in inputs.items() if call.kernel.inputs[n].role == "tensor")
+        outputs = {
+            n: torch.full(call.kernel.shape(n, call.tensors), torch.nan, dtype=kind if call.kernel.outputs[n].role == "tensor" else torch.float32)
+            for n in names
+        }  # fmt: skip
+        kernels.run(call.kernel.name, {n: t.contiguous() for n, t in inputs.items()}, call.attributes, outputs, threads)
+        return outputs
+
+    return run
+
+
+def by_formula(call, weights):
+    return call.plain({n: v.detach() if torch.is_tensor(v) else v for n, v in call.tensors.items()}, weights)
+
+
+def distances(got, want):
+    """(of the values, of the gradients)"""
+    worst = [0.0, 0.0]
+    for name, expected in want.items():
+        expected = np.asarray(expected, dtype=np.float64)
+        difference = np.abs(got[name].detach().double().numpy() - expected)
+        assert np.isfinite(difference).all(), name
+        if name.startswith("grad_"):
+            worst[1] = max(worst[1], difference.max() / max(np.abs(expected).max(), 1e-2))
+        else:
+            worst[0] = max(worst[0], (difference / np.maximum(np.abs(expected), 1.0)).max())
+    return worst
+
+
+def check(subject, tensors, dtype, run=None):
+    """No farther from float64 than the formula in the same type, plus the margin."""
+    want = truth(subject.composition, subject.graph(), tensors, {}, False)
+    kernel = distances(through(subject, tensors, run or in_library()), want)
+    formula = distances(through(subject, tensors, by_formula), want)
+    value_margin, gradient_margin = MARGIN[dtype]
+    # A gradient of the reverse direction is a difference of numbers as large as the value, of which nothing but their
+    # rounding may be left: thousands where logits are saturated.
+    value = abs(float(want["loss"]))
+    if value > 100:
+        largest = max(np.abs(g).max() for name, g in want.items() if name.startswith("grad_"))
+        gradient_margin += value * 2**-23 / max(largest, 1e-2)
+    assert kernel[0] <= formula[0] + value_margin, f"values: kernel {kernel[0]}, formula {formula[0]}"
+    assert kernel[1] <= formula[1] + gradient_margin, f"gradients: kernel {kernel[1]}, formula {formula[1]}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_kernel_is_as_close_as_the_formula(fusable, sizes, dtype):
+    check(fusable, fusable.draw(sizes, seed=1, dtype=DTYPES[dtype]), dtype)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e4], ids=["equal", "tiny", "saturated"])
+def test_kernel_at_the_ends_of_the_range(fusable, scale):
+    tensors = fusable.draw(seed=2, dtype=torch.float32)
+    for name in tensors:
+        if name.endswith("_logits") or "_features" in name or "_embeddings" in name:
+            tensors[name] = tensors[name] * scale
+    check(fusable, tensors, "float32")
+
+
+def test_kernel_with_masked_classes(fusable):
+    tensors = fusable.draw({"classes": 37}, seed=3, dtype=torch.float32)
+    logits = [name for name, spec in fusable.graph().signature.inputs.items() if spec.grad or "teacher" in name]
+    logits = [name for name in logits if "classes" in fusable.graph().signature.inputs[name].names]
+    if not logits:
+        pytest.skip("no classes")
+    for name in logits:
+        tensors[name][..., ::3] = float("-inf")
+    if "labels" in tensors:
+        if tensors["labels"].is_floating_point():
+            tensors["labels"][..., ::3] = 0
+        else:
+            tensors["labels"] = torch.where(tensors["labels"] % 3 == 0, 1, tensors["labels"])
+    got, want = (through(fusable, tensors, run) for run in (in_library(), by_formula))
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=2e-6, msg=name)
+
+
+def test_kernel_with_nothing_kept(fusable):
+    if "sample_weight" not in fusable.optional:
+        pytest.skip("every sample counts")
+    tensors = fusable.draw(seed=4, dtype=torch.float32)
+    tensors["sample_weight"] = torch.zeros_like(tensors["sample_weight"])
+    got, want = (through(fusable, tensors, run) for run in (in_library(), by_formula))
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=2e-6, msg=name)
+
+
+def test_upstream_gradient_reaches_the_kernel(fusable):
+    tensors = fusable.draw(seed=5, dtype=torch.float32)
+    got, want = through(fusable, tensors, in_library(), scale=-2.5), through(fusable, tensors, by_formula, scale=-2.5)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=2e-5, atol=3e-6, msg=name)
+
+
+def test_numbers_do_not_depend_on_the_number_of_threads(fusable):
+    tensors = fusable.draw({"batch": 67, "classes": 3001, "tokens": 9, "channels": 130}, seed=6, dtype=torch.float32)
+    one = through(fusable, tensors, in_library(threads=1))
+    for threads in (2, 3, 8):
+        for name, value in through(fusable, tensors, in_library(threads)).items():
+            assert torch.equal(value, one[name]), f"{name} with {threads} threads"
+
+
+@pytest.mark.parametrize("target", kernels.simd_targets())
+def test_every_simd_target_of_this_machine(target):
+    kernels.use_simd(target)
+    try:
+        for subject in with_kernel():
+            check(subject, subject.draw(SIZES[2], seed=7, dtype=torch.float32), "float32")
+            check(subject, subject.draw(SIZES[2], seed=7, dtype=torch.bfloat16), "bfloat16")
+    finally:
+        kernels.use_simd(None)
+
+
+def test_declarations_are_those_of_the_library():
+    declared = {}
+    for subject in with_kernel():
+        tensors = subject.draw(dtype=torch.float32)
+        seen = []
+        through(subject, tensors, lambda call, weights: seen.append(call.kernel) or by_formula(call, weights))  # noqa: B023
+        declared |= {kernel.name: kernel for kernel in seen}
+    described = kernels.descriptions()
+    assert declared.keys() == described.keys()
+    for name, kernel in declared.items():
+        entry = described[name]
+        for ours, theirs in ((kernel.inputs, entry["inputs"]), (kernel.outputs, entry["outputs"])):
+            assert [(n, a.axes.split(), a.role) for n, a in ours.items()] == [
+                (argument["name"], argument["axes"], argument["role"]) for argument in theirs
+            ]
+        assert [(n, v) if isinstance(v, str) else (n, float(v)) for n, v in kernel.attributes.items()] == [
+            (attribute["name"], attribute["default"]) for attribute in entry["attributes"]
+        ]
+
+
+# ---- fused=True ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", registry.REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_functional_with_fused(loss_subject, reduction, dtype):
+    loss = loss_subject.composition.terms_[0].parts[0].loss
+    if not loss.has_kernel() or (loss.couples_batch and reduction != "mean"):
+        pytest.skip("no such form")
+    function = getattr(pykd.functional, loss.name)
+    settings = {name: value for name, value in loss.settings().items() if name != "reduction"}
+    settings |= {} if loss.couples_batch else {"reduction": reduction}
+    tensors = loss_subject.draw(seed=8, dtype=DTYPES[dtype])
+    specs = loss_subject.graph().signature.inputs
+    results = []
+    for fused in (False, True):
+        given = {name: t.clone().requires_grad_(specs[name].grad) for name, t in tensors.items()}
+        value = function(**given, **settings, fused=fused)
+        upstream = torch.linspace(-1, 2, value.numel()).reshape(value.shape)
+        value.backward(upstream, retain_graph=True)
+        once = {name: t.grad.clone() for name, t in given.items() if t.requires_grad}
+        value.backward(upstream)
+        for name, gradient in once.items():
+            torch.testing.assert_close(given[name].grad, 2 * gradient)
+        results.append((value.detach(), once))
+    (plain, plain_gradients), (fast, fast_gradients) = results
+    assert fast.dtype == plain.dtype
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=3e-6)
+    rounding = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}[dtype]
+    for name, gradient in plain_gradients.items():
+        assert fast_gradients[name].dtype == gradient.dtype
+        limit = rounding * gradient.abs().max()
+        assert (fast_gradients[name] - gradient).abs().max() <= limit
+
+
+def test_composition_with_fused(fusable):
+    tensors = fusable.draw(seed=9, dtype=torch.float32)
+    specs = fusable.graph().signature.inputs
+    results = []
+    for fused in (False, True):
+        given = {name: t.clone().requires_grad_(specs[name].grad) for name, t in tensors.items()}
+        if isinstance(fusable.composition, pykd.DistillationLoss):
+            values = pykd.Composition.forward(fusable.composition, **given, fused=fused)
+        else:
+            values = fusable.composition(**given, fused=fused)
+        (values["loss"] * 3).backward()
+        results.append(values | {f"grad_{name}": t.grad for name, t in given.items() if t.requires_grad})
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=2e-5, atol=5e-6, msg=name)
+
+
+def test_what_fused_refuses():
+    student, teacher = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+    with pytest.raises((TypeError, ValueError, RuntimeError), match="float64"):
+        pykd.functional.soft_target(student.double(), teacher.double(), fused=True)
+    with pytest.raises(RuntimeError, match="outside of tracing"):
+        torch.jit.trace(lambda s, t: pykd.functional.soft_target(s, t, fused=True), (student, teacher))
+    with pytest.raises(ValueError, match='student_logits.*"classes"|teacher_logits.*"classes"'):
+        pykd.functional.soft_target(student, teacher[:, :2], fused=True)
+    value = pykd.functional.soft_target(student, teacher, fused=True)
+    with pytest.raises(RuntimeError, match="first derivatives"):
+        torch.autograd.grad(value, student, create_graph=True)
+    with torch.no_grad():
+        assert not pykd.functional.soft_target(student, teacher, fused=True).requires_grad
+
+
+# ---- Files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_and_formulas_of_one_file_agree(fusable, dtype, exported):
+    """The same file with and without the kernels, in calls with changing shapes."""
+    folder = str(exported(fusable, dtype))
+    with_kernels = pykd.load(folder, engine="onnxruntime", kernels="on")
+    portable = pykd.load(folder, engine="onnxruntime", kernels="off")
+    assert with_kernels.kernels_in_use and not portable.kernels_in_use
+    per_sample = any(not term.couples_batch for term in fusable.composition.terms_)
+    for seed, sizes in enumerate((*SIZES, SIZES[0])):
+        tensors = fusable.draw(sizes, seed=seed, dtype=DTYPES[dtype])
+        want = truth(fusable.composition, fusable.graph(per_sample), tensors, {}, per_sample)
+        fast, plain = (distances(loss.value_and_gradient(**tensors), want) for loss in (with_kernels, portable))
+        for got, other, margin in zip(fast, plain, MARGIN[dtype], strict=True):
+            assert got <= other + margin, f"kernels {fast}, portable {plain} at {sizes}"
