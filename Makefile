@@ -55,6 +55,7 @@ readme: tested-build $(VECTORS) ## renew the generated parts of README.md
 	$(PY) scripts/readme
 
 .PHONY: bench
+bench: OPTIONS += -DPYKD_BENCHMARKS=ON
 bench: build ## the side-by-side comparisons
 	$(PY) -m benchmarks
 

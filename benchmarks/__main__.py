@@ -1,23 +1,41 @@
-"""``python -m benchmarks [tiny medium large]``: measures and stores the result under benchmarks/results/."""
+"""``python -m benchmarks [kernels losses]``: measures and stores the results under benchmarks/results/."""
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from benchmarks import losses
-from benchmarks.measure import conditions
+from benchmarks import figures, kernels, losses
+from benchmarks.measure import conditions, copy_bandwidth
 
-if __name__ == "__main__":
-    sizes = sys.argv[1:] or ["tiny", "medium"]
-    unknown = [size for size in sizes if size not in losses.SIZES]
+BENCHMARKS: dict[str, Callable[[float], list[dict[str, Any]]]] = {"kernels": kernels.run, "losses": losses.run}
+
+
+def main(names: list[str]) -> int:
+    """Runs the benchmarks of these names (all by default); 0 where every answer was right."""
+    names = names or list(BENCHMARKS)
+    unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
-        sys.exit(f"expected sizes out of {', '.join(losses.SIZES)}, got {', '.join(unknown)}; pass one of these")
+        print(f"expected benchmarks out of {', '.join(BENCHMARKS)}, got {', '.join(unknown)}; pass one of these")
+        return 2
     where = conditions()
     print(" · ".join(f"{name} {value}" for name, value in where.items()))
-    rows = losses.run(sizes)
-    name = f"losses-{where['machine']}-{where['threads']}threads-torch{where['torch']}.json".replace("+", "-")
-    target = Path(__file__).parent / "results" / name
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps({"conditions": where, "rows": rows}, indent=1) + "\n")
-    print(f"stored in benchmarks/results/{name}")
-    sys.exit(1 if any("wrong" in row for row in rows) else 0)
+    wrong = False
+    for name in names:
+        bandwidth = copy_bandwidth()
+        rows = BENCHMARKS[name](bandwidth)
+        wrong |= any("wrong" in row for row in rows)
+        file = f"{name}-{where['machine']}-{where['threads']}threads-torch{where['torch']}.json".replace("+", "-")
+        target = figures.RESULTS / file
+        target.parent.mkdir(exist_ok=True)
+        result = {"conditions": where, "bandwidth": bandwidth, "rows": rows}
+        target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"stored in {target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target}")
+        if name == "kernels":
+            figures.picture(result)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -6,7 +6,7 @@ The answer is checked against float64 first; a route that is wrong has no time. 
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import pykd
-from benchmarks.measure import copy_bandwidth, median_seconds
+from benchmarks.measure import median_seconds
 from pykd import registry
 from pykd.composition import as_composition
 from pykd.export.verification import LIMITS, errors
@@ -49,10 +49,9 @@ def routes(graph: Any, folder: Path, tensors: dict[str, Tensor]) -> Iterator[tup
         yield f"pykd.load, {engine}", lambda loss=loss: loss.value_and_gradient(**tensors)  # type: ignore[misc]
 
 
-def run(sizes: list[str]) -> list[dict[str, Any]]:
+def run(bandwidth: float, sizes: Sequence[str] = ("tiny", "medium")) -> list[dict[str, Any]]:
     """Measures; one row per loss, size and route."""
     registry.load_all()
-    bandwidth = copy_bandwidth()
     rows = []
     for name, cls in registry.registered().items():
         composition = as_composition(cls())

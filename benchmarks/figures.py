@@ -1,0 +1,118 @@
+"""What the stored kernel results look like: the table of the README and the picture beside it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PICTURE = Path(__file__).parents[1] / "docs" / "kernels.png"
+
+# The routes in the order of the picture, best first, with their colours. Competitors are grey.
+ROUTES = {
+    "kernel alone": "#08519c",
+    "pykd_run (C)": "#2171b5",
+    "pykd.load": "#4292c6",
+    "fused=True, backward()": "#6baed6",
+    "LibTorch, backward() (C++)": "#9ecae1",
+    "ONNX Runtime, portable": "#a63603",
+    "torch.compile": "#fd8d3c",
+    "torch.compile, definition": "#fdae6b",
+    "eager": "#636363",
+    "eager definition": "#bdbdbd",
+}
+
+
+def newest() -> dict[str, Any] | None:
+    """The newest stored result; None where there is none."""
+    found = sorted(RESULTS.glob("kernels-*.json"), key=lambda path: path.stat().st_mtime)
+    result: dict[str, Any] | None = json.loads(found[-1].read_text(encoding="utf-8")) if found else None
+    return result
+
+
+def by_case(result: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """case → route → row, without the rows that were wrong."""
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if "seconds" in row:
+            cases.setdefault(row["case"], {})[row["route"]] = row
+    return cases
+
+
+def fastest(rows: Mapping[str, Mapping[str, Any]], *routes: str) -> Mapping[str, Any] | None:
+    """The fastest of these routes: what a user of that competitor could have at best."""
+    found = [rows[route] for route in routes if route in rows]
+    return min(found, key=lambda row: row["seconds"], default=None)
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The table: times of our routes, and how many times as long the others take."""
+    lines = [
+        "| value + gradient | kernel alone | `pykd_run` (C) | `pykd.load` | `fused=True` | LibTorch | kernel × memory limit | eager | `torch.compile` | ONNX Runtime, portable |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, rows in by_case(result).items():
+        alone = rows["kernel alone"]
+        limit = f"{alone['times_limit']:.1f}" if alone.get("bound_by_memory", True) else "–"
+        others = [
+            fastest(rows, "eager", "eager definition"),
+            fastest(rows, "torch.compile", "torch.compile, definition"),
+            fastest(rows, "ONNX Runtime, portable"),
+        ]
+        ratios = [f"{row['seconds'] / alone['seconds']:.1f} ×" if row else "–" for row in others]
+        own = [_time(rows[route]["seconds"]) if route in rows else "–" for route in list(ROUTES)[:5]]
+        lines.append(f"| {case} | {' | '.join(own)} | {limit} | {' | '.join(ratios)} |")
+    memory = [
+        f"{case}: {_size(rows['kernel alone']['peak_bytes'])} for the kernel, {_size(eager['peak_bytes'])} eager"
+        for case, rows in by_case(result).items()
+        if (eager := fastest(rows, "eager", "eager definition")) and "peak_bytes" in eager
+    ]
+    if memory:
+        lines.append("\nMemory that a call adds at its peak. " + "; ".join(memory) + ".")
+    where = result["conditions"]
+    lines.append(
+        f"\n{where['cpu']}, {where['threads']} threads, torch {where['torch']}, ONNX Runtime {where['onnxruntime']}; medians of one run; "
+        f"copy bandwidth {result['bandwidth'] / 1e9:.1f} GB/s, read and write."
+    )
+    return "\n".join(lines)
+
+
+def picture(result: Mapping[str, Any], path: Path = PICTURE) -> None:
+    """Every route of every case, as multiples of the memory limit."""
+    from matplotlib import pyplot as plt
+
+    plt.switch_backend("agg")
+    cases = by_case(result)
+    figure, axis = plt.subplots(figsize=(11, 0.95 * len(cases) + 2.2))
+    height = 0.86 / len(ROUTES)
+    for place, (_, rows) in enumerate(cases.items()):
+        shown = [route for route in ROUTES if route in rows]
+        for number, route in enumerate(shown):
+            at = place + (number - (len(shown) - 1) / 2) * height
+            value = rows[route]["times_limit"]
+            axis.barh(at, value, height * 0.92, color=ROUTES[route])
+            axis.text(value * 1.05, at, f"{value:.1f}", va="center", fontsize=6.5)
+    axis.axvline(1.0, color="black", linestyle=":", linewidth=1)
+    axis.text(1.0, -0.62, " memory limit", fontsize=8, va="center")
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(cases)), list(cases))
+    axis.invert_yaxis()
+    axis.set_xlabel("time of value + gradient, as a multiple of the memory limit (shorter is better)")
+    used = [route for route in ROUTES if any(route in rows for rows in cases.values())]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=ROUTES[route]) for route in used]
+    axis.legend(handles, used, fontsize=8, loc="lower right")
+    where = result["conditions"]
+    axis.set_title(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}", fontsize=9)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**20:.1f} MiB"
