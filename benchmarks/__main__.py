@@ -13,7 +13,7 @@ BENCHMARKS: dict[str, Callable[[float], list[dict[str, Any]]]] = {"kernels": ker
 
 
 def main(names: list[str]) -> int:
-    """Runs the benchmarks of these names (all by default); 0 where every answer was right."""
+    """Runs the benchmarks of these names (all by default); 0 where every answer of ours was right."""
     names = names or list(BENCHMARKS)
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
@@ -25,7 +25,8 @@ def main(names: list[str]) -> int:
     for name in names:
         bandwidth = copy_bandwidth()
         rows = BENCHMARKS[name](bandwidth)
-        wrong |= any("wrong" in row for row in rows)
+        # A competitor beyond the limits has no time; one of ours is a failure.
+        wrong |= any("wrong" in row and row["route"] not in figures.COMPETITORS for row in rows)
         file = f"{name}-{where['machine']}-{where['threads']}threads-torch{where['torch']}.json".replace("+", "-")
         target = figures.RESULTS / file
         target.parent.mkdir(exist_ok=True)

@@ -22,6 +22,9 @@ ROUTES = {
     "eager definition": "#bdbdbd",
 }
 
+# Without our kernels.
+COMPETITORS = ("ONNX Runtime, portable", "torch.compile", "torch.compile, definition", "eager", "eager definition")
+
 
 def newest() -> dict[str, Any] | None:
     """The newest stored result; None where there is none."""

@@ -112,8 +112,9 @@ def routes(case: Comparison, folder: str, tensors: dict[str, Tensor]) -> Iterato
     portable = pykd.load(folder, engine="onnxruntime", kernels="off")
     yield "ONNX Runtime, portable", lambda: portable.value_and_gradient(**tensors)
     yield "eager definition", by_autograd(lambda t: graph(**t)["loss"])
-    yield "torch.compile, definition", by_autograd(_compiled(lambda t: graph(**t)["loss"]))
-    if case.idiom is not None:
+    if case.idiom is None:
+        yield "torch.compile, definition", by_autograd(_compiled(lambda t: graph(**t)["loss"]))
+    else:
         yield "eager", by_autograd(case.idiom)
         yield "torch.compile", by_autograd(_compiled(case.idiom))
 

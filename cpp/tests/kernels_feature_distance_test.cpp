@@ -105,6 +105,7 @@ struct Features {
 
 struct Answer {
   std::vector<double> value, gradient;
+  std::vector<bool> unsure;  // per token: l1, and float32 may find another sign of a difference than the exact one
 };
 
 std::vector<double> direction(const float* entries, std::int64_t channels, double* norm) {
@@ -127,13 +128,16 @@ Answer reference(const Features& f, Power power) {
       const std::vector<double> x = direction(&f.x[start], f.channels, &x_norm);
       const std::vector<double> y = direction(&f.y[start], f.channels, &y_norm);
       std::vector<double> slope(f.channels);
+      bool unsure = false;
       for (std::int64_t c = 0; c < f.channels; ++c) {
         const double difference = x[c] - y[c];
         sum += power == kL1 ? std::abs(difference) : difference * difference;
         const double sign = difference > 0 ? 1.0 : difference < 0 ? -1.0 : difference;
         slope[c] = power == kL1 ? sign : 2 * difference;
+        unsure = unsure || (power == kL1 && difference != 0 && std::abs(difference) < 1e-6 * std::abs(x[c]));
         along += x[c] * slope[c];
       }
+      answer.unsure.push_back(unsure);
       for (std::int64_t c = 0; c < f.channels && !(x_norm <= 1e-12) && f.weight[b] != 0.0f; ++c) {
         answer.gradient[start + c] =
             double{f.weight[b]} / static_cast<double>(f.tokens) / x_norm * (slope[c] - x[c] * along);
@@ -212,8 +216,8 @@ Result run(const Features& f, Power power, int thread_count = 1, Wanted wanted =
   return result;
 }
 
-// A sum of channels in float32, relative to it. A gradient is rounded to its dtype; in l1 an entry whose difference
-// rounds to another sign than the exact one would be off by more, but no drawn number comes that close.
+// A sum of channels in float32, relative to it. A gradient is rounded to its dtype. One sign changes the gradient of a
+// whole token, so tokens whose signs are unsure are not compared; they must be few.
 void expect_close(const Features& f, const Result& result, const Answer& answer) {
   for (std::size_t b = 0; b < answer.value.size(); ++b) {
     EXPECT_NEAR(result.value[b], answer.value[b], 1e-6 * std::max(1.0, answer.value[b])) << "row " << b;
@@ -222,8 +226,11 @@ void expect_close(const Features& f, const Result& result, const Answer& answer)
   const double smallest = f.dtype == PYKD_FLOAT16 ? 0x1p-25 : 0.0;  // half a step of subnormal numbers
   double largest = 0.0;
   for (const double entry : answer.gradient) largest = std::max(largest, std::abs(entry));
+  const auto unsure = std::count(answer.unsure.begin(), answer.unsure.end(), true);
+  EXPECT_LE(unsure, static_cast<std::ptrdiff_t>(answer.unsure.size() / 100 + 1)) << "draw other numbers";
   std::size_t wrong = 0;
   for (std::size_t i = 0; i < answer.gradient.size(); ++i) {
+    if (answer.unsure[i / static_cast<std::size_t>(f.channels)]) continue;
     const double error = std::abs(double{result.gradient[i]} - answer.gradient[i]);
     if (error <= unit * std::abs(answer.gradient[i]) + 1e-6 * largest + smallest) continue;
     if (wrong++ == 0) ADD_FAILURE() << "entry " << i << ": " << result.gradient[i] << ", not " << answer.gradient[i];
