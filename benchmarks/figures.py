@@ -103,7 +103,7 @@ def picture(result: Mapping[str, Any], path: Path = PICTURE) -> None:
     axis.set_xlabel("time of value + gradient, as a multiple of the memory limit (shorter is better)")
     used = [route for route in ROUTES if any(route in rows for rows in cases.values())]
     handles = [plt.Rectangle((0, 0), 1, 1, color=ROUTES[route]) for route in used]
-    axis.legend(handles, used, fontsize=8, loc="lower right")
+    axis.legend(handles, used, fontsize=8, loc="center right")
     where = result["conditions"]
     axis.set_title(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}", fontsize=9)
     for side in ("top", "right"):
