@@ -154,8 +154,7 @@ def bare(case: Comparison, tensors: Mapping[str, Tensor]) -> Call:
     prepared: list[tuple[str, dict[str, Tensor], dict[str, Any], dict[str, Tensor]]] = []
 
     def note(call: kernels.Call, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        inputs = {n: torch.as_tensor(v, dtype=None if isinstance(v, Tensor) else torch.float32).detach().contiguous() for n, v in {**call.tensors, **weights}.items()}  # fmt: skip
-        names = [v.output for v in call.values] + [n for n in call.kernel.outputs if n.startswith("grad_")]
+        inputs, names = call.inputs(weights), call.outputs(weights)
         student = call.tensors[call.kernel.differentiable[0]]
         outputs = {
             n: torch.empty(call.kernel.shape(n, call.tensors), dtype=student.dtype if n.startswith("grad_") else torch.float32)

@@ -66,8 +66,7 @@ def _of_loss(loss: Loss, numbers: Mapping[str, Any]) -> Function:
 def _scalar(
     function: Function, tensors: Mapping[str, Tensor], students: list[str], point: Point | None = None
 ) -> dict[str, Tensor]:
-    _refuse_traces(tensors)
-    wanted = [name for name in students if tensors[name].requires_grad] if torch.is_grad_enabled() else []
+    wanted = _wanted(tensors, students)
     leaves = _leaves(tensors, wanted)
     own = point or Point()
     values, gradients = kernels.value_and_gradient(
@@ -81,8 +80,7 @@ def _scalar(
 
 def _per_sample(function: Function, tensors: Mapping[str, Tensor], students: list[str]) -> Tensor:
     """Values per sample: what flows back is known in backward() alone, so the kernel runs again there."""
-    _refuse_traces(tensors)
-    wanted = [name for name in students if tensors[name].requires_grad] if torch.is_grad_enabled() else []
+    wanted = _wanted(tensors, students)
 
     def compute(upstream: Tensor | None) -> Any:
         leaves = _leaves(tensors, wanted if upstream is not None else [])
@@ -102,6 +100,12 @@ def _per_sample(function: Function, tensors: Mapping[str, Tensor], students: lis
     return _PerSample.apply(compute, *students_given)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _wanted(tensors: Mapping[str, Tensor], students: list[str]) -> list[str]:
+    """The students whose gradient this call is to have, after a check that it is a call and no trace of one."""
+    _refuse_traces(tensors)
+    return [name for name in students if tensors[name].requires_grad] if torch.is_grad_enabled() else []
+
+
 def _leaves(tensors: Mapping[str, Tensor], wanted: list[str]) -> dict[str, Tensor]:
     """The same memory under new leaves."""
     return {
@@ -112,19 +116,7 @@ def _leaves(tensors: Mapping[str, Tensor], wanted: list[str]) -> dict[str, Tenso
 
 def run(call: Call, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Runs one kernel call through the torch operator."""
-    kernel = call.kernel
-    inputs: dict[str, Tensor] = {}
-    for name, value in {**call.tensors, **weights}.items():
-        if kernel.inputs[name].role == "number":
-            inputs[name] = torch.as_tensor(value, dtype=torch.float32).cpu()
-        elif kernel.inputs[name].role == "float32":
-            inputs[name] = value.detach().float().contiguous()
-        else:
-            inputs[name] = value.detach().contiguous()
-    outputs = [value.output for value in call.values]
-    if weights:
-        outputs += [name for name in kernel.outputs if name.startswith("grad_")]
-    return fused_ops.fused_call(kernel.name, inputs, call.attributes, outputs)
+    return fused_ops.fused_call(call.kernel.name, call.inputs(weights), call.attributes, call.outputs(weights))
 
 
 def _refuse_traces(tensors: Mapping[str, Tensor]) -> None:

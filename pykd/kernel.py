@@ -106,6 +106,22 @@ class Call:
             and all(self.attributes.get(name, value) == value for name, value in attributes.items())
         )
 
+    def inputs(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Everything that the kernel reads, as it wants it: detached, contiguous, numbers on the CPU."""
+        given = {}
+        for name, value in {**self.tensors, **weights}.items():
+            role = self.kernel.inputs[name].role
+            if role == "number":
+                given[name] = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
+            else:
+                given[name] = (value.float() if role == "float32" else value).detach().contiguous()
+        return given
+
+    def outputs(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """The outputs to ask for: the values, and gradients where weights are given."""
+        values = [value.output for value in self.values]
+        return values + [name for name in self.kernel.outputs if weights and name.startswith("grad_")]
+
     def plain(self, tensors: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the kernel returns, by the plain formulas and autograd: the values, and gradients where weights are given."""
         tensors = dict(tensors)

@@ -52,15 +52,14 @@ def through(subject: Subject, tensors, run, scale=1.0):
 
 def in_library(threads=0):
     def run(call, weights):
-        inputs = {n: torch.as_tensor(v, dtype=None if torch.is_tensor(v) else torch.float32).detach() for n, v in {**call.tensors, **weights}.items()}  # fmt: skip
-        names = [value.output for value in call.values]
-        names += [n for n in call.kernel.outputs if n.startswith("grad_")] if weights else []
+        inputs = call.inputs(weights)
         kind = next(t.dtype for n, t in inputs.items() if call.kernel.inputs[n].role == "tensor")
+        kinds = {name: kind if a.role == "tensor" else torch.float32 for name, a in call.kernel.outputs.items()}
         outputs = {
-            n: torch.full(call.kernel.shape(n, call.tensors), torch.nan, dtype=kind if call.kernel.outputs[n].role == "tensor" else torch.float32)
-            for n in names
-        }  # fmt: skip
-        kernels.run(call.kernel.name, {n: t.contiguous() for n, t in inputs.items()}, call.attributes, outputs, threads)
+            name: torch.full(call.kernel.shape(name, call.tensors), torch.nan, dtype=kinds[name])
+            for name in call.outputs(weights)
+        }
+        kernels.run(call.kernel.name, inputs, call.attributes, outputs, threads)
         return outputs
 
     return run
