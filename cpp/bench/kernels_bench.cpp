@@ -44,8 +44,9 @@ double median_seconds(const std::function<void()>& work, int least = 9) {
     times.push_back(seconds_since(start));
     total += times.back();
   }
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  return times[times.size() / 2];
+  const auto middle = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
+  std::nth_element(times.begin(), middle, times.end());
+  return *middle;
 }
 
 using Bytes = hwy::AlignedFreeUniquePtr<unsigned char[]>;
@@ -104,7 +105,7 @@ double reference_row(const unsigned char* student, const unsigned char* teacher,
                      double temperature, double weight, std::int64_t label, double hard_weight,
                      std::vector<double>* gradient) {
   const auto softmax = [&](const unsigned char* logits, double t, double* log_sum) {
-    double top = -INFINITY, sum = 0;
+    double top = -HUGE_VAL, sum = 0;
     for (std::size_t j = 0; j < classes; ++j) top = std::max(top, read_entry(logits, dtype, j) / t);
     for (std::size_t j = 0; j < classes; ++j) sum += std::exp(read_entry(logits, dtype, j) / t - top);
     *log_sum = top + std::log(sum);

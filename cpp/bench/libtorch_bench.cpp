@@ -26,6 +26,7 @@ int main(int argc, char** argv) try {
   std::vector<at::Tensor> students;
   for (const pykd_tensor_info& info : loss.loss().inputs()) {
     std::vector<std::int64_t> shape;
+    shape.reserve(static_cast<std::size_t>(info.rank));
     for (int axis = 0; axis < info.rank; ++axis) shape.push_back(lengths.at(info.axes[axis]));
     at::Tensor& tensor = tensors[info.name];
     if ((info.dtypes & 1u << PYKD_INT64) != 0) {

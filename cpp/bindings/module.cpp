@@ -100,9 +100,9 @@ std::vector<pykd_parameter> parameters_of(const py::dict& parameters) {
 // A loaded loss. Immutable; the GIL is released while it loads and runs.
 class CoreLoss {
  public:
-  CoreLoss(const py::object& path_or_bytes, std::optional<std::string> engine, std::string device,
-           std::optional<std::string> onnxruntime_library, std::optional<std::string> torch_library, int threads,
-           bool check_integrity, std::uintptr_t cuda_stream, std::string kernels) {
+  CoreLoss(const py::object& path_or_bytes, const std::optional<std::string>& engine, const std::string& device,
+           const std::optional<std::string>& onnxruntime_library, const std::optional<std::string>& torch_library,
+           int threads, bool check_integrity, std::uintptr_t cuda_stream, const std::string& kernels) {
     const auto text = [](const std::optional<std::string>& value) {
       return value.has_value() ? value->c_str() : nullptr;
     };

@@ -44,7 +44,7 @@ struct Parameter {
         mean(Matrix<Scalar>::Zero(rows, columns)),
         square(Matrix<Scalar>::Zero(rows, columns)) {
     for (Eigen::Index i = 0; i < value.size(); ++i) {
-      value.data()[i] = static_cast<Scalar>(bound * (2.0 * random() / 4294967296.0 - 1.0));
+      value.data()[i] = static_cast<Scalar>(bound * (2.0 * static_cast<double>(random()) / 4294967296.0 - 1.0));
     }
   }
 

@@ -31,6 +31,7 @@ constexpr std::size_t kNotFound = static_cast<std::size_t>(-1);
 template <class Items>
 std::vector<std::string> names_of(const Items& items) {
   std::vector<std::string> names;
+  names.reserve(items.size());
   for (const auto& item : items) names.emplace_back(item.name);
   return names;
 }

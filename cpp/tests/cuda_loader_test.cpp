@@ -156,6 +156,7 @@ TEST(CudaLoader, OpensOnceForAllThreads) {
     use(FAKE_CUDA_GOOD);
     std::vector<const CudaKernel*> found(16);
     std::vector<std::thread> threads;
+    threads.reserve(found.size());
     for (const CudaKernel*& kernel : found) threads.emplace_back([&kernel] { kernel = find_cuda_kernel("row_sums"); });
     for (std::thread& thread : threads) thread.join();
     for (const CudaKernel* kernel : found) EXPECT_EQ(kernel, found[0]);

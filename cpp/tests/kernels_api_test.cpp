@@ -16,7 +16,6 @@
 namespace pykd::kernels {
 namespace {
 
-using internal::Failure;
 using nlohmann::json;
 
 // ---- The kernel: scale * sum(|student - teacher|^p) + offset of each row ------------------------------------------

@@ -5,16 +5,15 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "kernel_threads.h"
 #include "simd.h"
 
 namespace pykd::kernels {
@@ -162,23 +161,6 @@ Answer<T> reference(const Samples& s, const Settings& settings, bool with_gradie
 
 // ---- The kernel ----------------------------------------------------------------------------------------
 
-Parallel threads(int* count) {
-  Parallel parallel;
-  parallel.threads = *count;
-  parallel.pool = count;
-  parallel.run = [](void* pool, std::int64_t tasks, void (*task)(void*, std::int64_t), void* state) {
-    std::atomic<std::int64_t> left{tasks};  // the last task first
-    const auto work = [&] {
-      for (std::int64_t i = --left; i >= 0; i = --left) task(state, i);
-    };
-    std::vector<std::thread> helpers;
-    for (int i = 1; i < *static_cast<int*>(pool); ++i) helpers.emplace_back(work);
-    work();
-    for (std::thread& helper : helpers) helper.join();
-  };
-  return parallel;
-}
-
 struct Result {
   float values[3] = {kGuard, kGuard, kGuard};
   std::vector<float> gradient;
@@ -203,7 +185,7 @@ Result kernel(const Samples& s, const Settings& settings, int thread_count = 1, 
   }
   if (wanted >> kGradStudent & 1) outputs[kGradStudent] = {result.gradient.data(), PYKD_FLOAT32, 2, matrix};
   const double attributes[] = {settings.bins, settings.width, static_cast<double>(settings.mining)};
-  const Parallel parallel = threads(&thread_count);
+  const Parallel parallel = tests::threads(&thread_count);
   Call call;
   call.inputs = inputs;
   call.outputs = outputs;

@@ -4,16 +4,16 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "half_numbers.h"
+#include "kernel_threads.h"
 #include "simd.h"
 
 namespace pykd::kernels {
@@ -24,57 +24,13 @@ constexpr float kGuard = -12352.0f;  // every dtype has it
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// ---- Half formats, one number at a time ------------------------------------------------------------
-
-// The number with the same `bits` leading bits of the mantissa, rounded to nearest, ties to even; steps no finer than
-// 2^lowest.
-double round_mantissa(double x, int bits, int lowest) {
-  if (x == 0.0 || !std::isfinite(x)) return x;
-  const int exponent = std::max(std::ilogb(x) - bits, lowest);
-  return std::ldexp(std::nearbyint(std::ldexp(x, -exponent)), exponent);
-}
-
-float round_to(pykd_dtype dtype, double x) {
-  if (dtype == PYKD_FLOAT16) {
-    const double rounded = round_mantissa(x, 10, -24);
-    return static_cast<float>(std::abs(rounded) > 65504.0 ? std::copysign(HUGE_VAL, x) : rounded);
-  }
-  if (dtype == PYKD_BFLOAT16) return static_cast<float>(round_mantissa(x, 7, -133));
-  return static_cast<float>(x);
-}
-
-// `x` must be a number of the half format.
-std::uint16_t to_half(pykd_dtype dtype, float x) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (dtype == PYKD_BFLOAT16) return static_cast<std::uint16_t>(bits >> 16);
-  const auto sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000u);
-  if (std::isnan(x)) return sign | 0x7e00u;
-  if (std::isinf(x)) return sign | 0x7c00u;
-  const float magnitude = std::abs(x);
-  if (magnitude < 0x1p-14f) return static_cast<std::uint16_t>(sign | static_cast<std::uint32_t>(magnitude * 0x1p24f));
-  return static_cast<std::uint16_t>(sign | (((bits & 0x7fffffffu) >> 13) - (112u << 10)));
-}
-
-float from_half(pykd_dtype dtype, std::uint16_t half) {
-  if (dtype == PYKD_BFLOAT16) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-  }
-  const int exponent = half >> 10 & 31, mantissa = half & 1023;
-  const double sign = (half & 0x8000) != 0 ? -1.0 : 1.0;
-  if (exponent == 31) return mantissa == 0 ? static_cast<float>(sign) * kInfinity : kNaN;
-  if (exponent == 0) return static_cast<float>(sign * std::ldexp(mantissa, -24));
-  return static_cast<float>(sign * std::ldexp(1024 + mantissa, exponent - 25));
-}
+// ---- Numbers as the kernel wants them -------------------------------------------------------------
 
 std::vector<unsigned char> encode(pykd_dtype dtype, const std::vector<float>& numbers) {
   const std::size_t size = dtype == PYKD_FLOAT32 ? 4 : 2;
   std::vector<unsigned char> bytes(numbers.size() * size);
   for (std::size_t i = 0; i < numbers.size(); ++i) {
-    const std::uint16_t half = to_half(dtype, numbers[i]);
+    const std::uint16_t half = tests::to_half(dtype, numbers[i]);
     std::memcpy(&bytes[i * size], size == 4 ? static_cast<const void*>(&numbers[i]) : &half, size);
   }
   return bytes;
@@ -88,7 +44,7 @@ std::vector<float> decode(pykd_dtype dtype, const std::vector<unsigned char>& by
       std::memcpy(&numbers[i], &bytes[4 * i], 4);
     } else {
       std::memcpy(&half, &bytes[2 * i], 2);
-      numbers[i] = from_half(dtype, half);
+      numbers[i] = tests::from_half(dtype, half);
     }
   }
   return numbers;
@@ -155,28 +111,11 @@ Features draw(std::int64_t batch, std::int64_t tokens, std::int64_t channels, py
   std::normal_distribution<float> normal;
   Features f{batch, tokens, channels, dtype, {}, {}, {}};
   for (std::int64_t i = 0; i < batch * tokens * channels; ++i) {
-    f.x.push_back(round_to(dtype, normal(generator)));
-    f.y.push_back(round_to(dtype, 3.0f * normal(generator) + 0.5f));
+    f.x.push_back(tests::rounded(dtype, normal(generator)));
+    f.y.push_back(tests::rounded(dtype, 3.0f * normal(generator) + 0.5f));
   }
   for (std::int64_t b = 0; b < batch; ++b) f.weight.push_back(0.5f + 0.25f * static_cast<float>(b % 7));
   return f;
-}
-
-Parallel threads(int* count) {
-  Parallel parallel;
-  parallel.threads = *count;
-  parallel.pool = count;
-  parallel.run = [](void* pool, std::int64_t tasks, void (*task)(void*, std::int64_t), void* state) {
-    std::atomic<std::int64_t> next{0};
-    const auto work = [&] {
-      for (std::int64_t i = next++; i < tasks; i = next++) task(state, i);
-    };
-    std::vector<std::thread> helpers;
-    for (int i = 1; i < *static_cast<int*>(pool); ++i) helpers.emplace_back(work);
-    work();
-    for (std::thread& helper : helpers) helper.join();
-  };
-  return parallel;
 }
 
 struct Result {
@@ -203,7 +142,7 @@ Result run(const Features& f, Power power, int thread_count = 1, Wanted wanted =
   const Array outputs[] = {{wanted == kGradientAlone ? nullptr : result.value.data(), PYKD_FLOAT32, 1, shape},
                            {wanted == kValueAlone ? nullptr : guarded.data() + around * size, f.dtype, 3, shape}};
   const double attribute = power;
-  const Parallel parallel = threads(&thread_count);
+  const Parallel parallel = tests::threads(&thread_count);
   kernel->cpu({inputs, outputs, &attribute, f.dtype, &parallel});
   EXPECT_EQ(x, x_before);
   EXPECT_EQ(y, y_before);

@@ -4,16 +4,15 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "kernel_threads.h"
 #include "simd.h"
 
 namespace pykd::kernels {
@@ -114,23 +113,6 @@ Samples draw(std::int64_t n, std::int64_t d, bool normalise = true, unsigned see
   return s;
 }
 
-Parallel threads(int* count) {
-  Parallel parallel;
-  parallel.threads = *count;
-  parallel.pool = count;
-  parallel.run = [](void* pool, std::int64_t tasks, void (*task)(void*, std::int64_t), void* state) {
-    std::atomic<std::int64_t> next{0};
-    const auto work = [&] {
-      for (std::int64_t i = next++; i < tasks; i = next++) task(state, i);
-    };
-    std::vector<std::thread> helpers;
-    for (int i = 1; i < *static_cast<int*>(pool); ++i) helpers.emplace_back(work);
-    work();
-    for (std::thread& helper : helpers) helper.join();
-  };
-  return parallel;
-}
-
 struct Result {
   float value = kGuard;
   std::vector<float> gradient;
@@ -151,7 +133,7 @@ Result run(const Samples& s, Bandwidth bandwidth, float weight, int thread_count
   const Array outputs[] = {{wanted == kGradientAlone ? nullptr : &result.value, PYKD_FLOAT32, 0, nullptr},
                            {wanted == kValueAlone ? nullptr : &guarded[around], PYKD_FLOAT32, 2, shape}};
   const double attribute = bandwidth;
-  const Parallel parallel = threads(&thread_count);
+  const Parallel parallel = tests::threads(&thread_count);
   kernel->cpu({inputs, outputs, &attribute, PYKD_FLOAT32, &parallel});
   EXPECT_EQ(std::memcmp(x.data(), s.x.data(), count * sizeof(float)), 0) << "the student was written";
   EXPECT_EQ(std::memcmp(y.data(), s.y.data(), count * sizeof(float)), 0) << "the teacher was written";

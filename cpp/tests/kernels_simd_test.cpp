@@ -93,6 +93,7 @@ HWY_AFTER_NAMESPACE();
 #include <string>
 #include <vector>
 
+#include "half_numbers.h"
 #include "simd.h"
 
 namespace pykd::kernels {
@@ -193,9 +194,7 @@ TEST_P(Simd, EveryHalfWidensExactly) {
   for (const size_t count : {halves.size(), halves.size() - 1}) {
     HWY_DYNAMIC_DISPATCH(WidenFloat16)(halves.data(), count, wide.data());
     for (size_t i = 0; i < count; ++i) {
-      _Float16 half;
-      std::memcpy(&half, &halves[i], sizeof(half));
-      const float exact = static_cast<float>(half);
+      const float exact = tests::from_half(halves[i]);
       ASSERT_TRUE(std::isnan(exact) ? std::isnan(wide[i]) : bits_of(wide[i]) == bits_of(exact)) << "float16 " << i;
     }
     HWY_DYNAMIC_DISPATCH(WidenBFloat16)(halves.data(), count, wide.data());
@@ -226,10 +225,8 @@ TEST_P(Simd, NarrowsToTheNearestHalf) {
   std::vector<std::uint16_t> halves(values.size() + 1, 0xABCD);
   HWY_DYNAMIC_DISPATCH(NarrowFloat16)(values.data(), values.size(), halves.data());
   for (size_t i = 0; i < values.size(); ++i) {
-    const auto exact = static_cast<_Float16>(values[i]);
-    std::uint16_t bits;
-    std::memcpy(&bits, &exact, sizeof(bits));
-    ASSERT_TRUE(std::isnan(values[i]) ? (halves[i] & 0x7fff) > 0x7c00 : halves[i] == bits) << values[i];
+    const std::uint16_t exact = tests::to_half(values[i]);
+    ASSERT_TRUE(std::isnan(values[i]) ? (halves[i] & 0x7fff) > 0x7c00 : halves[i] == exact) << values[i];
   }
   HWY_DYNAMIC_DISPATCH(NarrowBFloat16)(values.data(), values.size(), halves.data());
   for (size_t i = 0; i < values.size(); ++i) {

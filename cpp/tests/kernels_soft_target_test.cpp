@@ -2,17 +2,17 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "half_numbers.h"
 #include "kernel.h"
+#include "kernel_threads.h"
 #include "simd.h"
 #include "soft_target/soft_target.h"
 
@@ -26,35 +26,6 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 enum class Hard { kNone, kLabels, kProbs };
 
-// ---- The formats, one entry at a time ------------------------------------------------------------
-
-std::uint16_t to_half(float value) {  // nearest, ties to even
-  const auto h = static_cast<_Float16>(value);
-  std::uint16_t bits;
-  std::memcpy(&bits, &h, sizeof(bits));
-  return bits;
-}
-
-double from_half(std::uint16_t bits) {
-  _Float16 h;
-  std::memcpy(&h, &bits, sizeof(h));
-  return static_cast<double>(h);
-}
-
-std::uint16_t to_bfloat16(float value) {
-  if (std::isnan(value)) return 0x7fc0;
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-double from_bfloat16(std::uint16_t bits) {
-  const std::uint32_t wide = std::uint32_t{bits} << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof(value));
-  return value;
-}
-
 // A tensor of one of the three dtypes, with entries beyond its end that nobody may touch.
 class Tensor {
  public:
@@ -67,7 +38,7 @@ class Tensor {
       if (dtype == PYKD_FLOAT32) {
         std::memcpy(&memory_[i * width()], &value, sizeof value);
       } else {
-        const std::uint16_t half = dtype == PYKD_FLOAT16 ? to_half(value) : to_bfloat16(value);
+        const std::uint16_t half = tests::to_half(dtype, value);
         std::memcpy(&memory_[i * width()], &half, sizeof half);
       }
     }
@@ -76,7 +47,7 @@ class Tensor {
     float value;
     std::uint16_t half;
     std::memcpy(dtype_ == PYKD_FLOAT32 ? static_cast<void*>(&value) : &half, &memory_[i * width()], width());
-    return dtype_ == PYKD_FLOAT32 ? value : dtype_ == PYKD_FLOAT16 ? from_half(half) : from_bfloat16(half);
+    return dtype_ == PYKD_FLOAT32 ? value : tests::from_half(dtype_, half);
   }
   std::vector<double> values() const {
     std::vector<double> result(count_);
@@ -121,24 +92,6 @@ struct Result {
 };
 
 Parallel one_thread() { return {}; }
-
-// As many threads as asked for, each of which takes the next task that is left.
-Parallel many_threads(int count) {
-  Parallel parallel;
-  parallel.threads = count;
-  parallel.pool = reinterpret_cast<void*>(static_cast<std::intptr_t>(count));
-  parallel.run = [](void* pool, std::int64_t tasks, void (*task)(void*, std::int64_t), void* state) {
-    std::atomic<std::int64_t> next{0};
-    std::vector<std::thread> threads;
-    for (std::intptr_t i = 0; i < reinterpret_cast<std::intptr_t>(pool); ++i) {
-      threads.emplace_back([&] {
-        for (std::int64_t index; (index = next++) < tasks;) task(state, index);
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-  };
-  return parallel;
-}
 
 enum Want { kValues = 1, kGradient = 2 };
 
@@ -667,8 +620,8 @@ TEST_P(SoftTarget, SameBitsForEveryNumberOfThreads) {
     if (settings.dtype == PYKD_FLOAT16) continue;
     const Data data = ordinary(settings, 45, 3001);
     const Result expected = run(settings, data);
-    for (const int threads : {2, 3, 8}) {
-      EXPECT_EQ(run(settings, data, kValues | kGradient, many_threads(threads)).bits, expected.bits)
+    for (int threads : {2, 3, 8}) {
+      EXPECT_EQ(run(settings, data, kValues | kGradient, tests::threads(&threads)).bits, expected.bits)
           << describe(settings, data) << ", threads " << threads;
     }
   }

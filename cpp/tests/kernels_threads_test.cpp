@@ -96,6 +96,7 @@ TEST(Threads, AreNeverMoreThanAskedFor) {
 TEST(Threads, ServeManyCallersAtOnce) {
   std::atomic<int> wrong{0};
   std::vector<std::thread> callers;
+  callers.reserve(8);
   for (int caller = 0; caller < 8; ++caller) {
     callers.emplace_back([&, caller] {
       const Parallel parallel = own_threads(caller % 4);

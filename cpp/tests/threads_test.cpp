@@ -1,6 +1,5 @@
 // One Loss, many threads: each gets the numbers that it would get alone, bit for bit.
 #include <atomic>
-#include <cstring>
 #include <random>
 #include <thread>
 
@@ -35,11 +34,7 @@ struct Work {
   }
 
   bool same_outputs(const Work& other) const {
-    auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
-      return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-    };
-    return std::memcmp(&value, &other.value, sizeof value) == 0 && same(gradient, other.gradient) &&
-           same(per_sample, other.per_sample);
+    return value == other.value && gradient == other.gradient && per_sample == other.per_sample;
   }
   void clear() {
     value = -1;
@@ -83,6 +78,7 @@ TEST(Threads, ShareOneLoss) {
     }
   };
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int i = 0; i < kThreads; ++i) threads.emplace_back(body, i);
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(failed, 0);
@@ -95,6 +91,7 @@ TEST(Threads, LoadAtTheSameTime) {
   write_tiny_folder(folder);
   std::atomic<int> failed{0};
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int i = 0; i < kThreads; ++i) {
     threads.emplace_back([&, i] {
       for (int round = 0; round < 5; ++round) {

@@ -248,6 +248,7 @@ TEST_F(TorchScript, ALossThatIgnoresItsInputIsAnErrorAndNotZeros) {
 TEST_P(TorchHpp, ManyThreadsShareOneLoss) {
   std::atomic<int> wrong{0};
   std::vector<std::thread> threads;
+  threads.reserve(6);
   for (int thread = 0; thread < 6; ++thread) {
     threads.emplace_back([&, thread] {
       for (int call = 0; call < 50; ++call) {

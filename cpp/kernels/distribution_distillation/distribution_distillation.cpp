@@ -233,8 +233,8 @@ HWY_NOINLINE void multiply(std::size_t depth, const std::uint32_t* HWY_RESTRICT 
     PYKD_DDL_EACH_ROW(PYKD_DDL_STEP)
   }
 #define PYKD_DDL_STORE(r)                  \
-  hn::Store(c##r##0, d, tile + r * 2 * n); \
-  hn::Store(c##r##1, d, tile + r * 2 * n + n);
+  hn::Store(c##r##0, d, tile + (r)*2 * n); \
+  hn::Store(c##r##1, d, tile + (r)*2 * n + n);
   PYKD_DDL_EACH_ROW(PYKD_DDL_STORE)
 #undef PYKD_DDL_BEGIN
 #undef PYKD_DDL_STEP

@@ -260,7 +260,8 @@ std::vector<Tensor> shape_kernel(const std::string& name, const std::vector<Tens
   for (const std::string& output : words_of(outputs)) {
     const pykd::KernelArgument* argument = request.description.output(output);
     if (argument == nullptr) {
-      fail("expected an output of the kernel " + name + ", got \"" + output + "\"; correct it");
+      fail(std::string("expected an output of the kernel ").append(name).append(", got \"").append(output) +
+           "\"; correct it");
     }
     const std::optional<ScalarType> dtype = argument->role == "tensor" && tensors ? *tensors : ScalarType::Float;
     const std::optional<torch::headeronly::Layout> layout;
@@ -473,7 +474,7 @@ Tensor loss(const std::string& name, const std::vector<Tensor>& inputs, const st
     flow = sum_of(flow, with_derivative(inputs[students[i]], results[i + 1]));
   }
   if (!flow) return results[0];
-  const Tensor value = torch::stable::clone(torch::stable::reshape(pass_on_once(*flow), {}));
+  Tensor value = torch::stable::clone(torch::stable::reshape(pass_on_once(*flow), {}));
   overwrite(value, results[0]);
   return value;
 }
