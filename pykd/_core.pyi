@@ -5,6 +5,12 @@ from typing import Any
 
 version: str
 
+class Memory:
+    """Memory for a result: a buffer of bytes."""
+
+    def __init__(self, bytes: int) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
 class Loss:
     def __init__(
         self,

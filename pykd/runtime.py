@@ -232,7 +232,10 @@ class Loss:
         names: tuple[str, ...],
     ) -> dict[str, Any]:
         def new_tensor(shape: tuple[int, ...], dtype: str) -> Any:
-            return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            kind = getattr(torch, dtype)
+            if device.type == "cpu" and (size := math.prod(shape) * kind.itemsize) >= _LARGE:
+                return torch.frombuffer(_core.Memory(size), dtype=kind).view(shape)
+            return torch.empty(shape, dtype=kind, device=device)
 
         if device.type != "cuda" or self.engine == "torchscript":  # which uses torch's current stream
             return self._core.run_into_new(inputs, parameters, names, new_tensor)
@@ -346,14 +349,24 @@ def _number(name: str, value: Any) -> float:
         ) from error
 
 
+# Bytes from which on a result lies in memory that pykd keeps from call to call (pykd_allocate() in pykd.h).
+_LARGE = 1 << 17
 _DTYPES = {name: np.dtype(name) for name in ("float16", "float32", "float64", "int64")}
+_UINT16 = np.dtype(np.uint16)
 _empty: Callable[..., Any] = np.empty
 
 
 def _new_array(shape: tuple[int, ...], dtype: str) -> Any:
     if dtype == "bfloat16":
-        return (_empty(shape, np.uint16),)  # so marked, _core takes it for bfloat16
-    return _empty(shape, _DTYPES[dtype])
+        return (_new(shape, _UINT16),)  # so marked, _core takes it for bfloat16
+    return _new(shape, _DTYPES[dtype])
+
+
+def _new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    size = math.prod(shape) * dtype.itemsize
+    if size < _LARGE:
+        return _empty(shape, dtype)
+    return np.frombuffer(memoryview(_core.Memory(size)), dtype).reshape(shape)
 
 
 def _bfloat16_as_uint16(array: Any) -> Any:

@@ -193,6 +193,28 @@ def test_any_dlpack_object(loss: runtime.Loss) -> None:
     np.testing.assert_allclose(result["grad_student"], truth(inputs)[1], rtol=1e-5, atol=1e-7)
 
 
+def test_torch_tensors_whose_memory_is_not_their_values(loss: runtime.Loss) -> None:
+    import torch
+
+    inputs = {name: torch.tensor(array) for name, array in tensors().items()}
+    expected = loss.value(**inputs)["loss"]
+
+    class Marked(torch.Tensor):
+        """A subclass goes through ``__dlpack__``."""
+
+    for form in (torch.nn.Parameter, lambda student: student.as_subclass(Marked)):
+        torch.testing.assert_close(loss.value(**{**inputs, "student": form(inputs["student"])})["loss"], expected)
+    for form in (torch._neg_view, lambda student: torch._neg_view(student).as_subclass(Marked)):
+        with pytest.raises(TypeError, match="student, got a lazily negated one; call .resolve_neg"):
+            loss.value(**{**inputs, "student": form(inputs["student"])})
+    for form, text in ((torch.Tensor.to_sparse, "sparse|strided"), (lambda student: student.to("meta"), "meta")):
+        with pytest.raises(TypeError, match=f"student whose memory can be shared, got Tensor .*({text})"):
+            loss.value(**{**inputs, "student": form(inputs["student"])})
+    leaf = inputs["student"].clone().requires_grad_()
+    with pytest.raises(TypeError, match="teacher .*require gradient"):  # below load(), where nothing detaches it
+        loss._core.run({**inputs, "teacher": leaf}, {}, {"loss": torch.zeros(())})
+
+
 def test_read_only_inputs_are_fine_and_outputs_are_not(loss: runtime.Loss) -> None:
     inputs = tensors()
     for array in inputs.values():
@@ -216,6 +238,37 @@ def test_memory_is_given_back(loss: runtime.Loss) -> None:
         with pytest.raises(TypeError):
             loss.value(**{**inputs, "labels": inputs["labels"].astype(np.int32)})
     assert [sys.getrefcount(array) for array in inputs.values()] == before
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_large_results_are_their_owners_until_nobody_has_them(loss: runtime.Loss, library: str) -> None:
+    def run(seed: float) -> Any:
+        inputs = tensors(300, 512)  # a gradient of 600 KiB: kept memory
+        inputs["student"] += np.float32(seed)
+        expected = truth(inputs)[1]
+        if library == "torch":
+            import torch
+
+            inputs = {name: torch.tensor(array) for name, array in inputs.items()}
+        gradient = loss.value_and_gradient(**inputs)["grad_student"]
+        np.testing.assert_allclose(np.asarray(gradient), expected, rtol=1e-5, atol=1e-8)
+        return gradient
+
+    def address(array: Any) -> int:
+        return array.data_ptr() if library == "torch" else array.ctypes.data
+
+    first, second = run(1.0), run(2.0)
+    assert address(first) != address(second)
+    assert address(first) % 64 == 0
+    kept, part = np.asarray(first).copy(), first[7:9, 3:]  # a part of it is a holder, too
+    first += 1  # it is the user's to write to
+    del first
+    third = run(3.0)
+    assert len({address(second), address(third), address(part) - (7 * 512 + 3) * 4}) == 3
+    np.testing.assert_array_equal(np.asarray(part), kept[7:9, 3:] + 1)
+    before = address(third)
+    del third
+    assert address(run(4.0)) == before
 
 
 GOOD = tensors()

@@ -97,6 +97,25 @@ std::vector<pykd_parameter> parameters_of(const py::dict& parameters) {
   return all;
 }
 
+// Memory for a result: a buffer of bytes. What is made of it (an array, a tensor) keeps it alive.
+class Memory {
+ public:
+  explicit Memory(std::size_t bytes) : start_(pykd_allocate(bytes)), bytes_(bytes) {
+    if (start_ == nullptr) throw std::bad_alloc();
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { pykd_deallocate(start_); }
+
+  py::buffer_info buffer() {
+    return py::buffer_info(static_cast<unsigned char*>(start_), static_cast<py::ssize_t>(bytes_));
+  }
+
+ private:
+  void* start_;
+  std::size_t bytes_;
+};
+
 // A loaded loss. Immutable; the GIL is released while it loads and runs.
 class CoreLoss {
  public:
@@ -280,6 +299,9 @@ PYBIND11_MODULE(_core, module) {
                            std::to_string(pykd_abi_version()) +
                            "; install pykd again, so that _core and libpykd are of one build");
   }
+  py::class_<pykd::bindings::Memory>(module, "Memory", py::buffer_protocol())
+      .def(py::init<std::size_t>(), py::arg("bytes"))
+      .def_buffer(&pykd::bindings::Memory::buffer);
   py::class_<CoreLoss>(module, "Loss")
       .def(py::init<const py::object&, std::optional<std::string>, std::string, std::optional<std::string>,
                     std::optional<std::string>, int, bool, std::uintptr_t, std::string>(),

@@ -23,6 +23,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -73,6 +74,11 @@ inline std::size_t size_of(pykd_dtype dtype) {
   }
   throw Error(PYKD_INVALID_TYPE,
               "expected one of the values of pykd_dtype, got " + std::to_string(static_cast<int>(dtype)));
+}
+inline std::shared_ptr<void> allocate(std::size_t bytes) {
+  void* memory = pykd_allocate(bytes);
+  if (memory == nullptr) throw std::bad_alloc();
+  return std::shared_ptr<void>(memory, &pykd_deallocate);
 }
 }  // namespace internal
 
@@ -176,8 +182,8 @@ class Result {
       throw Error(PYKD_INVALID_VALUE, "expected the name of a scalar, got \"" + name + "\", which has " +
                                           std::to_string(array.shape.size()) + " axes; use data()");
     }
-    return array.dtype == PYKD_FLOAT64 ? *reinterpret_cast<const double*>(array.bytes.data())
-                                       : *reinterpret_cast<const float*>(array.bytes.data());
+    return array.dtype == PYKD_FLOAT64 ? *static_cast<const double*>(array.memory.get())
+                                       : *static_cast<const float*>(array.memory.get());
   }
 
   // An array: "grad_student_logits", "loss_per_sample". It lives as long as this Result.
@@ -188,9 +194,9 @@ class Result {
       throw Error(PYKD_INVALID_TYPE, "the element type of data() is not the dtype of \"" + name +
                                          "\", which is that of the inputs; use that type or raw()");
     }
-    return reinterpret_cast<const T*>(array.bytes.data());
+    return static_cast<const T*>(array.memory.get());
   }
-  const void* raw(const std::string& name) const { return find(name).bytes.data(); }
+  const void* raw(const std::string& name) const { return find(name).memory.get(); }
   const std::vector<std::int64_t>& shape(const std::string& name) const { return find(name).shape; }
   pykd_dtype dtype(const std::string& name) const { return find(name).dtype; }
   bool has(const std::string& name) const { return arrays_.count(name) != 0; }
@@ -205,7 +211,7 @@ class Result {
   struct Array {
     pykd_dtype dtype;
     std::vector<std::int64_t> shape;
-    std::vector<unsigned char> bytes;
+    std::shared_ptr<void> memory;  // written once, before anybody sees it: copies of the Result share it
   };
   const Array& find(const std::string& name) const {
     auto found = arrays_.find(name);
@@ -343,8 +349,8 @@ class Loss {
       array.shape.assign(shape, shape + rank);
       std::size_t count = 1;
       for (std::int64_t length : array.shape) count *= static_cast<std::size_t>(length);
-      array.bytes.resize(count * internal::size_of(array.dtype));
-      out.push_back({info.name, array.bytes.data(), array.dtype, rank, array.shape.data(), nullptr, PYKD_CPU, 0});
+      array.memory = internal::allocate(count * internal::size_of(array.dtype));
+      out.push_back({info.name, array.memory.get(), array.dtype, rank, array.shape.data(), nullptr, PYKD_CPU, 0});
     }
     if (gradient && !any_gradient(out)) {
       throw Error(PYKD_INVALID_VALUE,

@@ -131,8 +131,7 @@ class TorchLoss {
         pykd_dtype dtype;
         internal::check(pykd_output_shape(loss.c(), in.data(), in.size(), name.c_str(), shape, &rank, &dtype));
         at::Tensor& result = results[name];
-        result = at::empty(at::IntArrayRef(shape, static_cast<std::size_t>(rank)),
-                           at::TensorOptions().dtype(internal::torch_scalar_type(dtype)).device(device));
+        result = internal::torch_new(at::IntArrayRef(shape, static_cast<std::size_t>(rank)), dtype, device);
         out.push_back(internal::torch_view_of(name, result));
       }
       if (wait_for_inputs && device.is_cuda()) {

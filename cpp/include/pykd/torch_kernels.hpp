@@ -79,9 +79,7 @@ inline TorchTensors fused_call(const std::string& kernel_name, const TorchTensor
   const at::NoGradGuard no_grad;
   TorchTensors results;
   for (const std::string& output : outputs) {
-    const at::Tensor result =
-        at::empty(call.shape_of(output),
-                  at::TensorOptions().dtype(internal::torch_scalar_type(call.dtype_of(output))).device(device));
+    const at::Tensor result = internal::torch_new(call.shape_of(output), call.dtype_of(output), device);
     call.output(output, internal::torch_view_of(output, result));
     results[output] = result;
   }

@@ -60,6 +60,13 @@
 #include "pykd/kernels.hpp"
 #include "pykd/torch_host.hpp"
 
+// A tensor over memory that is there, with what frees it. LibTorch has it from 2.11 on; in an older one the address is
+// null.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t rank, const int64_t* shape, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout, const uint8_t* metadata,
+    int64_t metadata_size, void (*deleter)(void* data, void* context), void* context);
+
 namespace {
 
 using pykd::internal::check_torch;
@@ -193,6 +200,31 @@ void set_attributes(pykd::KernelCall& run, const std::string& attributes) {
   }
 }
 
+// A new tensor for a result, not cleared. A large one on the CPU lies in memory that pykd keeps from step to step,
+// where torch has torch_from_blob().
+Tensor new_tensor(const std::vector<std::int64_t>& shape, pykd_dtype dtype,
+                  const std::optional<torch::stable::Device>& device) {
+  constexpr std::size_t kLarge = std::size_t{1} << 17;
+  std::vector<std::int64_t> strides(shape.size(), 1);
+  std::size_t bytes = pykd::internal::size_of(dtype);
+  for (std::size_t axis = shape.size(); axis-- > 0;) {
+    if (axis + 1 < shape.size()) strides[axis] = strides[axis + 1] * shape[axis + 1];
+    bytes *= static_cast<std::size_t>(shape[axis]);
+  }
+  const bool keeps = torch_from_blob != nullptr && device && device->is_cpu() && bytes >= kLarge;
+  void* memory = keeps ? pykd_allocate(bytes) : nullptr;
+  if (memory == nullptr) return torch::stable::empty(shape, scalar_type(dtype), std::nullopt, device);
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError error = torch_from_blob(
+      memory, static_cast<std::int64_t>(shape.size()), shape.data(), strides.data(), 0,
+      torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(scalar_type(dtype))),
+      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+      [](void* data, void*) { pykd_deallocate(data); }, nullptr);
+  if (error != AOTI_TORCH_SUCCESS) pykd_deallocate(memory);
+  pykd::internal::check_torch(error, "torch_from_blob");
+  return Tensor(handle);
+}
+
 std::vector<Tensor> run_kernel(const std::string& name, const std::vector<Tensor>& inputs,
                                const std::string& input_names, const std::string& attributes,
                                const std::string& outputs) {
@@ -209,8 +241,7 @@ std::vector<Tensor> run_kernel(const std::string& name, const std::vector<Tensor
 
   std::vector<Tensor> results;
   for (const std::string& output : words_of(outputs)) {
-    const std::vector<std::int64_t> shape = run.shape_of(output);
-    results.push_back(torch::stable::empty(shape, scalar_type(run.dtype_of(output)), std::nullopt, device));
+    results.push_back(new_tensor(run.shape_of(output), run.dtype_of(output), device));
     run.output(output, view_of(output, results.back()));
   }
   run.run(pykd::internal::torch_host(device && device->is_cuda() ? device->index() : -1));
