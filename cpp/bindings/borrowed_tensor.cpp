@@ -1,6 +1,7 @@
 #include "borrowed_tensor.h"
 
 #include <string>
+#include <unordered_map>
 #include <utility>
 
 namespace pykd::bindings {
@@ -44,6 +45,56 @@ pykd_dtype dtype_of(const dlpack::DataType& dtype, bool bfloat16_as_uint16, cons
                        text_of(dtype) + "; cast it first");
 }
 
+// What is asked of a type once, because asking takes longer than borrowing a tensor.
+struct Facts {
+  const dlpack::Exchange* exchange;  // what objects of this very type offer to C; null: nothing
+  bool is_torchs;                    // they may be negated lazily, or require a gradient
+};
+
+Facts facts_of(PyTypeObject* type) {
+  static auto* const known = new std::unordered_map<PyTypeObject*, Facts>;
+  const auto found = known->find(type);
+  if (found != known->end()) return found->second;
+  const auto object = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(type));
+  Facts facts = {nullptr, py::hasattr(object, "is_neg") && py::hasattr(object, "requires_grad")};
+  const py::object own = object.attr("__dict__");  // a subclass may do something else
+  if (own.contains(dlpack::kExchangeAttribute)) {
+    const py::object capsule = own[dlpack::kExchangeAttribute];
+    if (PyCapsule_IsValid(capsule.ptr(), dlpack::kExchangeCapsule)) {
+      facts.exchange =
+          static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kExchangeCapsule));
+    }
+  }
+  while (facts.exchange != nullptr && facts.exchange->major != dlpack::kMajor) facts.exchange = facts.exchange->older;
+  if (known->size() < 64) {  // programs that make types without end are left with the slower way
+    Py_INCREF(type);         // so that its address stays its own
+    known->emplace(type, facts);
+  }
+  return facts;
+}
+
+// Memory that does not hold the values is shared all the same by `__dlpack__`.
+void refuse_lazy_values(py::handle object, const char* name) {
+  if (!py::cast<bool>(object.attr("is_neg")())) return;
+  throw py::type_error("expected a dense tensor for " + std::string(name) +
+                       ", got a lazily negated one; call .resolve_neg() first");
+}
+
+// The tensor by way of C; null where `__dlpack__` must be asked, which also knows the reasons for a refusal.
+dlpack::VersionedTensor* exchanged(py::handle object, const Facts& facts) {
+  if (facts.exchange == nullptr) return nullptr;
+  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+  if (facts.is_torchs && py::cast<bool>(object.attr(py::handle(requires_grad)))) return nullptr;
+  dlpack::VersionedTensor* tensor = nullptr;
+  if (facts.exchange->from_object(object.ptr(), &tensor) != 0) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  if (tensor->major == dlpack::kMajor && tensor->tensor.device.type == dlpack::kCpu) return tensor;
+  if (tensor->deleter != nullptr) tensor->deleter(tensor);  // `__dlpack__` waits for work on a device
+  return nullptr;
+}
+
 // object.__dlpack__(max_version=(1, 0)), or object.__dlpack__() where it knows no versions.
 py::object ask(py::handle object, const char* name) {
   static PyObject* const method = PyUnicode_InternFromString("__dlpack__");
@@ -81,8 +132,10 @@ py::object ask(py::handle object, const char* name) {
 BorrowedTensor::BorrowedTensor(const char* name, py::handle object, bool writable) {
   const bool bfloat16 = PyTuple_CheckExact(object.ptr()) && PyTuple_GET_SIZE(object.ptr()) == 1;
   if (bfloat16) object = PyTuple_GET_ITEM(object.ptr(), 0);
-  const py::object capsule = ask(object, name);
-  take_over(capsule.ptr(), name, object);
+  const Facts facts = facts_of(Py_TYPE(object.ptr()));
+  if (facts.is_torchs) refuse_lazy_values(object, name);
+  versioned_ = exchanged(object, facts);
+  if (versioned_ == nullptr) take_over(ask(object, name).ptr(), name, object);
   try {
     if (versioned_ != nullptr && versioned_->major != dlpack::kMajor) {
       throw py::type_error("expected a tensor in version 1 of DLPack for " + std::string(name) + ", got version " +

@@ -54,6 +54,22 @@ struct VersionedTensor {
 constexpr std::uint32_t kMajor = 1;
 constexpr std::uint64_t kReadOnly = 1;
 
+// What a type of tensors offers to C, in a capsule of this name that is its attribute kExchangeAttribute (DLPack 1.3):
+// the same as
+// `__dlpack__`, without a call of Python. It waits for no stream.
+struct Exchange {
+  std::uint32_t major;  // where it is not 1, nothing but `older` may be used
+  std::uint32_t minor;
+  Exchange* older;
+  void* allocate;
+  int (*from_object)(void* object, VersionedTensor** tensor);  // 0; or -1 with a Python exception set
+  void* to_object;
+  void* view_of_object;
+  void* current_stream;
+};
+constexpr char kExchangeAttribute[] = "__dlpack_c_exchange_api__";
+constexpr char kExchangeCapsule[] = "dlpack_exchange_api";
+
 }  // namespace pykd::dlpack
 
 #endif  // PYKD_BINDINGS_DLPACK_ABI_H_
