@@ -18,9 +18,9 @@ from pykd import checks, registry
 
 
 def __getattr__(name: str) -> Any:
-    registry.load_all()
-    cls = registry.registered().get(name)
-    if cls is None:
+    if not registry.is_registered(name):
+        registry.load_all()
+    if not registry.is_registered(name):
         raise AttributeError(f"module 'pykd.functional' has no attribute {name!r}; it has {', '.join(__dir__())}")
     return _with_fused(name)
 
@@ -47,7 +47,10 @@ def _with_fused(name: str) -> Callable[..., Any]:
         tensors = {name: value for name, value in given.items() if name in cls.inputs and value is not None}
         numbers = {name: value for name, value in given.items() if name in cls.scalars}
         settings = {name: value for name, value in given.items() if name not in cls.inputs and name not in numbers}
-        loss = cls(**settings)
+        try:
+            loss = _with_settings(name, tuple(settings.items()))
+        except TypeError:  # a setting that cannot be hashed
+            loss = cls(**settings)
         checks.check_call(loss, {**tensors, **numbers})
         return fusion.evaluate(loss, tensors, numbers)
 
@@ -55,3 +58,9 @@ def _with_fused(name: str) -> Callable[..., Any]:
     call.__script_if_tracing_wrapper = True  # type: ignore[attr-defined]
     call.__original_fn = formula  # type: ignore[attr-defined]
     return call
+
+
+@functools.lru_cache(maxsize=256)
+def _with_settings(name: str, settings: tuple[tuple[str, Any], ...]) -> registry.Loss:
+    """The loss with these settings: making it takes longer than a small call."""
+    return registry.get(name)(**dict(settings))

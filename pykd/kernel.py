@@ -237,16 +237,21 @@ def value_and_gradient(
     """
     planner = Planner()
     point.now = planner
+    gradients: list[Tensor | None] = []
     try:
         with torch.enable_grad():
             loss = function()["loss"]
             weights: dict[int, dict[str, Tensor]] = {id(call): {} for call in planner.calls}
-            if students and planner.calls:
+            if students:
                 every = [(call, value) for call in planner.calls for value in call.values]
                 found = torch.autograd.grad(
-                    loss * scale, [value.placeholder for _, value in every], retain_graph=True, allow_unused=True
+                    loss * scale,
+                    [*(value.placeholder for _, value in every), *students],
+                    retain_graph=True,
+                    allow_unused=True,
                 )
-                for (call, value), weight in zip(every, found, strict=True):
+                gradients += found[len(every) :]  # the plain terms'
+                for (call, value), weight in zip(every, found, strict=False):
                     if weight is not None:  # None: a value that the loss does not depend on
                         weights[id(call)][value.weight] = weight
         results = {id(call): run(call, weights[id(call)]) for call in planner.calls}
@@ -257,11 +262,24 @@ def value_and_gradient(
         point.now = None
     if not students:
         return values, []
-    # The plain terms by autograd; what lies before a kernel by autograd too, from the gradient that the kernel gave.
-    outputs, upstream = [loss], [torch.ones_like(loss) * scale]
+    place = {id(student): i for i, student in enumerate(students)}
+    before: list[tuple[Tensor, Tensor]] = []  # tensors made of a student's, and the gradients that their kernels gave
     for call in planner.calls:
-        for name in call.kernel.differentiable:
-            if weights[id(call)]:
-                outputs.append(call.tensors[name])
-                upstream.append(results[id(call)][f"grad_{name}"])
-    return values, list(torch.autograd.grad(outputs, list(students), upstream))
+        for name in call.kernel.differentiable if weights[id(call)] else ():
+            tensor, gradient = call.tensors[name], results[id(call)][f"grad_{name}"]
+            if id(tensor) in place:
+                gradients[place[id(tensor)]] = _sum(gradients[place[id(tensor)]], gradient)
+            else:
+                before.append((tensor, gradient))
+    if before:
+        outputs, upstream = zip(*before, strict=True)
+        further = torch.autograd.grad(outputs, list(students), upstream, allow_unused=True)
+        gradients = [_sum(gradient, more) for gradient, more in zip(gradients, further, strict=True)]
+    return values, [
+        torch.zeros_like(student) if gradient is None else gradient
+        for gradient, student in zip(gradients, students, strict=True)
+    ]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b

@@ -225,6 +225,11 @@ def registered() -> dict[str, type[Loss]]:
     return dict(sorted(_LOSSES.items()))
 
 
+def is_registered(name: str) -> bool:
+    """Whether a loss of this name has been registered."""
+    return name in _LOSSES
+
+
 def get(name: str) -> type[Loss]:
     """The loss class called ``name``."""
     if name not in _LOSSES:

@@ -12,6 +12,7 @@ import pykd
 from pykd import kernel as kernel_points
 from pykd import kernels, registry
 from pykd.export.verification import truth
+from pykd.registry import Loss
 from tests.conftest import Subject, composed_subjects, loss_subjects
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -237,6 +238,30 @@ def test_composition_with_fused(fusable):
         results.append(values | {f"grad_{name}": t.grad for name, t in given.items() if t.requires_grad})
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=2e-5, atol=5e-6, msg=name)
+
+
+class WithoutKernel(pykd.SoftTarget):
+    """A loss that is its formula alone."""
+
+    fused = Loss.fused
+
+
+def test_a_student_of_several_calls_gets_the_sum_of_their_gradients():
+    """Two kernel calls, because the temperatures differ, and a plain term beside them, on one tensor."""
+    composition = pykd.compose(
+        {
+            "warm": (pykd.SoftTarget(temperature=2.0), 1.0),
+            "hot": (pykd.SoftTarget(temperature=5.0, form="kl"), 0.5),
+            "plain": (WithoutKernel(form="reverse_kl"), 0.25),
+        }
+    )
+    teacher, gradients = torch.randn(5, 7), []
+    student = torch.randn(5, 7)
+    for fused in (False, True):
+        leaf = student.clone().requires_grad_()
+        composition(student_logits=leaf, teacher_logits=teacher, fused=fused)["loss"].backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
 
 
 def test_what_fused_refuses():
