@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pykd
+from benchmarks import c_interface
 from benchmarks.losses import truth
 from benchmarks.measure import median_seconds
 from pykd import config
@@ -138,7 +139,10 @@ def fused(case: Comparison) -> Callable[[Mapping[str, Tensor]], Tensor]:
 
 
 def bare(case: Comparison, tensors: Mapping[str, Tensor]) -> Call:
-    """The kernel calls behind the loss by themselves, into memory that is there; what lies around them is done before."""
+    """The kernel calls behind the loss by themselves, through pykd_kernel_run(), into memory that is there.
+
+    What lies around them, in the loss and in Python, is done before.
+    """
     from pykd import kernels as library
 
     graph = case.composition.graph(case.layouts, check=False, fused=True)
@@ -167,9 +171,11 @@ def bare(case: Comparison, tensors: Mapping[str, Tensor]) -> Call:
     values, gradients = kernels.value_and_gradient(function, point, [leaves[n] for n in students], 1.0, note)
     answer = {"loss": values["loss"], **{f"grad_{n}": g for n, g in zip(students, gradients, strict=True)}}
 
+    calls = [c_interface.KernelCall(*kernel) for kernel in prepared]
+
     def call() -> dict[str, Tensor]:
-        for kernel in prepared:
-            library.run(*kernel)
+        for kernel in calls:
+            kernel.run()
         return answer
 
     return call
@@ -230,16 +236,15 @@ def run(bandwidth: float) -> list[dict[str, Any]]:
 def programs(case: Comparison, folder: Path) -> Iterator[tuple[str, float]]:
     """What the C++ programs measure: the same files, whose answers the tests compare with float64 in C++."""
     lengths = [f"{axis}={length}" for axis, length in case.sizes.items()]
+    if case.labels:
+        lengths.append(f"labels={case.labels}")
     environment = {**os.environ, "PYKD_ONNXRUNTIME_LIBRARY": str(config.onnxruntime_library())}
 
     def seconds(*arguments: str) -> float:
         ran = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=True)
         return float(ran.stdout)
 
-    if case.labels:
-        return  # the programs know no identities
-    if case.dtype == "float32":
-        yield "pykd_run (C)", seconds(str(PROGRAMS / "run_bench"), str(folder), "on", *lengths)
+    yield "pykd_run (C)", seconds(str(PROGRAMS / "run_bench"), str(folder), "on", case.dtype, *lengths)
     if (PROGRAMS / "libtorch_bench").exists():
         program = str(PROGRAMS / "libtorch_bench")
         yield "LibTorch, backward() (C++)", seconds(program, str(folder), case.dtype, *lengths)

@@ -4,7 +4,8 @@
 //
 //     libtorch_bench <artefact> <dtype> batch=256 classes=1000 …
 //
-// The student's and teacher's tensors are random, labels 0; prints one number. Threads: as LibTorch has them.
+// The student's and teacher's tensors are random; labels as timing.h says. Prints one number. Threads: as LibTorch has
+// them.
 #include <torch/types.h>
 
 #include <cstdio>
@@ -30,7 +31,9 @@ int main(int argc, char** argv) try {
     for (int axis = 0; axis < info.rank; ++axis) shape.push_back(lengths.at(info.axes[axis]));
     at::Tensor& tensor = tensors[info.name];
     if ((info.dtypes & 1u << PYKD_INT64) != 0) {
-      tensor = torch::zeros(shape, torch::kLong);
+      const auto group = lengths.find("labels");
+      tensor = group == lengths.end() ? torch::zeros(shape, torch::kLong)
+                                      : torch::arange(shape.at(0)).floor_divide(group->second);
     } else {
       tensor = (2 * torch::randn(shape)).to(dtype).requires_grad_(info.has_gradient != 0);
       if (info.has_gradient) students.push_back(tensor);

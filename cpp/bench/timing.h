@@ -33,7 +33,8 @@ double median_seconds(const Work& work, double budget = 1.0) {
   return rounds[4];
 }
 
-// "batch=8", "classes=10" → lengths by axis name.
+// "batch=8", "classes=10" → lengths by axis name. "labels=4": four samples in a row have the same label; else all have
+// 0.
 inline std::map<std::string, std::int64_t> lengths_from(int count, char** words) {
   std::map<std::string, std::int64_t> lengths;
   for (int i = 0; i < count; ++i) {
