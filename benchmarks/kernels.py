@@ -22,8 +22,7 @@ import pykd
 from benchmarks import c_interface
 from benchmarks.losses import truth
 from benchmarks.measure import median_seconds
-from pykd import config
-from pykd import kernel as kernels
+from pykd import config, kernel_point
 from pykd.composition import Composition, as_composition
 from pykd.export.verification import LIMITS, errors
 
@@ -150,14 +149,14 @@ def bare(case: Comparison, tensors: Mapping[str, Tensor]) -> Call:
     students = [name for name, spec in graph.signature.inputs.items() if spec.grad]
     leaves = {name: t.detach().clone().requires_grad_(name in students) for name, t in tensors.items()}
     if len(case.composition.terms_) == 1:  # a graph widens halves; the loss itself does not
-        point = kernels.Point()
+        point = kernel_point.Point()
         loss = case.composition.terms_[0].parts[0].loss
         function: Callable[[], dict[str, Tensor]] = lambda: {"loss": loss.fused(point, **leaves)}  # noqa: E731
     else:
         point, function = graph.kernel_point, lambda: graph(**leaves)
     prepared: list[tuple[str, dict[str, Tensor], dict[str, Any], dict[str, Tensor]]] = []
 
-    def note(call: kernels.Call, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def note(call: kernel_point.Call, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inputs, names = call.inputs(weights), call.outputs(weights)
         student = call.tensors[call.kernel.differentiable[0]]
         outputs = {
@@ -168,7 +167,7 @@ def bare(case: Comparison, tensors: Mapping[str, Tensor]) -> Call:
         library.run(*prepared[-1])
         return outputs
 
-    values, gradients = kernels.value_and_gradient(function, point, [leaves[n] for n in students], 1.0, note)
+    values, gradients = kernel_point.value_and_gradient(function, point, [leaves[n] for n in students], 1.0, note)
     answer = {"loss": values["loss"], **{f"grad_{n}": g for n, g in zip(students, gradients, strict=True)}}
 
     calls = [c_interface.KernelCall(*kernel) for kernel in prepared]

@@ -16,9 +16,9 @@ import torch
 from onnx import helper
 from torch import Tensor
 
-from pykd import kernel as kernels
+from pykd import kernel_point
 from pykd.composition import LossGraph
-from pykd.kernel import Call
+from pykd.kernel_point import Call
 
 DOMAIN = "pykd"
 VERSION = 1
@@ -117,12 +117,12 @@ def _run(
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, Any],
     scale: Any,
-    run: kernels.Run,
+    run: kernel_point.Run,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     assert graph.kernel_point is not None
     leaves = {name: t.detach().requires_grad_() if name in wanted else t for name, t in tensors.items()}
     students = [leaves[name] for name in wanted]
-    return kernels.value_and_gradient(lambda: graph(**leaves, **numbers), graph.kernel_point, students, scale, run)
+    return kernel_point.value_and_gradient(lambda: graph(**leaves, **numbers), graph.kernel_point, students, scale, run)
 
 
 # ---- In the model -------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def _function(site: Site, node: onnx.NodeProto, dtype: str) -> onnx.FunctionProt
 
 
 def _with_casts(
-    nodes: Sequence[onnx.NodeProto], kernel: kernels.Kernel, inputs: set[str], outputs: set[str], dtype: str
+    nodes: Sequence[onnx.NodeProto], kernel: kernel_point.Kernel, inputs: set[str], outputs: set[str], dtype: str
 ) -> list[onnx.NodeProto]:
     """A float32 body for tensors that are halves."""
     kind = getattr(onnx.TensorProto, dtype.upper())

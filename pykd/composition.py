@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pykd import checks, ops
-from pykd.kernel import Point
+from pykd.kernel_point import Point
 from pykd.registry import Loss, Scalar, Spec, example_sizes
 from pykd.registry import draw as draw_tensor
 
@@ -198,7 +198,7 @@ class Composition(nn.Module):
             per_sample: whether vectors per sample are among the outputs.
             check: whether the graph checks its inputs' axes.
             fused: whether losses that have a kernel go through the graph's ``kernel_point``; such a graph runs
-                inside :func:`pykd.kernel.value_and_gradient` alone.
+                inside :func:`pykd.kernel_point.value_and_gradient` alone.
         """
         specs = self.choose(layouts or {}, optional_inputs)
         key = (tuple(specs.items()), per_sample, check, fused)

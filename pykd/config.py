@@ -50,7 +50,7 @@ def libdir() -> Path:
 def torch_ops_path() -> Path:
     """The library that registers the fused kernels as ``torch.ops.pykd``.
 
-    Python programs need not load it themselves: :mod:`pykd.fused_ops` does. C++ programs ``dlopen()`` it before they
+    Python programs need not load it themselves: :mod:`pykd.torch_kernels` does. C++ programs ``dlopen()`` it before they
     load a TorchScript file that uses the operators.
 
     Raises:

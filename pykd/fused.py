@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykd import fused_ops
-from pykd import kernel as kernels
-from pykd.kernel import Call, Point
+from pykd import kernel_point, torch_kernels
+from pykd.kernel_point import Call, Point
 from pykd.registry import Loss
 
 
@@ -69,7 +68,7 @@ def _scalar(
     wanted = _wanted(tensors, students)
     leaves = _leaves(tensors, wanted)
     own = point or Point()
-    values, gradients = kernels.value_and_gradient(
+    values, gradients = kernel_point.value_and_gradient(
         lambda: function(own, leaves), own, [leaves[name] for name in wanted], 1.0, run
     )
     if wanted:
@@ -91,7 +90,7 @@ def _per_sample(function: Function, tensors: Mapping[str, Tensor], students: lis
             return {"loss": values if upstream is None else (values * upstream).sum()}
 
         inputs = [leaves[name] for name in wanted] if upstream is not None else []
-        values, gradients = kernels.value_and_gradient(weighted, point, inputs, 1.0, run)
+        values, gradients = kernel_point.value_and_gradient(weighted, point, inputs, 1.0, run)
         return values["loss"] if upstream is None else gradients
 
     if not wanted:
@@ -116,7 +115,7 @@ def _leaves(tensors: Mapping[str, Tensor], wanted: list[str]) -> dict[str, Tenso
 
 def run(call: Call, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Runs one kernel call through the torch operator."""
-    return fused_ops.fused_call(call.kernel.name, call.inputs(weights), call.attributes, call.outputs(weights))
+    return torch_kernels.fused_call(call.kernel.name, call.inputs(weights), call.attributes, call.outputs(weights))
 
 
 def _refuse_traces(tensors: Mapping[str, Tensor]) -> None:
@@ -144,8 +143,8 @@ class _Given(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        fused_ops.refuse_second_derivatives()
-        gradients = [fused_ops.scaled(gradient, upstream[0]) for gradient in ctx.saved_tensors]
+        torch_kernels.refuse_second_derivatives()
+        gradients = [torch_kernels.scaled(gradient, upstream[0]) for gradient in ctx.saved_tensors]
         return (None, None, *[None] * ctx.count, *gradients)
 
 
@@ -161,6 +160,6 @@ class _PerSample(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        fused_ops.refuse_second_derivatives()
+        torch_kernels.refuse_second_derivatives()
         _ = ctx.saved_tensors
         return (None, *ctx.compute(upstream[0]))

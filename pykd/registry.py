@@ -139,7 +139,7 @@ class Loss(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def fused(self, kernel: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The same as ``forward``, with a fused kernel in the middle; see :mod:`pykd.kernel`. Losses without one have none."""
+        """The same as ``forward``, with a fused kernel in the middle; see :mod:`pykd.kernel_point`. Losses without one have none."""
         raise NotImplementedError
 
     @classmethod

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import pykd
-from pykd import kernel as kernel_points
-from pykd import kernels, registry
+from pykd import kernel_point, kernels, registry
 from pykd.export.verification import truth
 from pykd.registry import Loss
 from tests.conftest import Subject, composed_subjects, loss_subjects
@@ -45,7 +44,7 @@ def through(subject: Subject, tensors, run, scale=1.0):
     graph = subject.composition.graph(subject.layouts, subject.optional, check=False, fused=True)
     students = [name for name, spec in graph.signature.inputs.items() if spec.grad]
     leaves = {name: t.clone().requires_grad_(name in students) for name, t in tensors.items()}
-    values, gradients = kernel_points.value_and_gradient(
+    values, gradients = kernel_point.value_and_gradient(
         lambda: graph(**leaves), graph.kernel_point, [leaves[name] for name in students], scale, run
     )
     return {**values, **{f"grad_{name}": g for name, g in zip(students, gradients, strict=True)}}

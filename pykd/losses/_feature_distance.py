@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from pykd import ops
-from pykd.kernel import Argument, Kernel, KernelPoint
+from pykd.kernel_point import Argument, Kernel, KernelPoint
 from pykd.registry import Case, Loss, Spec
 
 KERNEL = Kernel(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pykd import ops
-from pykd.kernel import Argument, Kernel, KernelPoint
+from pykd.kernel_point import Argument, Kernel, KernelPoint
 from pykd.reference import unit
 from pykd.registry import Case, Loss, Scalar, Spec, register
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pykd import ops
-from pykd.kernel import KernelPoint
+from pykd.kernel_point import KernelPoint
 from pykd.losses.soft_target import KERNEL
 from pykd.reference import log_softmax, reduce_samples
 from pykd.registry import Case, Loss, Spec, register

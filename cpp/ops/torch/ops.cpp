@@ -26,7 +26,7 @@
 //    _cdist_backward is not implemented; see pass_on_once()).
 //  - The upstream gradient is rounded to the student's dtype before it meets the kernel's gradient.
 //  - It makes one more pass over the student forward, and one over the gradient backward, than the
-//    kernel needs. pykd/torch_kernels.hpp (C++) and pykd.fused_ops (Python) do without, because
+//    kernel needs. pykd/torch_kernels.hpp (C++) and pykd.torch_kernels (Python) do without, because
 //    they may define nodes of autograd, for which the stable interface has no way.
 //  - float32 and float16 students have up to 2³¹ − 1 elements.
 //

@@ -82,7 +82,7 @@ def fused_loss(kernel: str, inputs: Mapping[str, Tensor], attributes: Settings |
 
     Example:
         >>> import torch
-        >>> from pykd.fused_ops import fused_loss
+        >>> from pykd.torch_kernels import fused_loss
         >>> student = torch.tensor([[0.0, 0.0], [0.0, 0.0]], requires_grad=True)
         >>> teacher = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
         >>> weight = torch.full((2,), 1 / 2)  # a mean over two rows
