@@ -1,26 +1,55 @@
-"""The GPU part of ``make gpu-check``: parity on CUDA through both engines, and a count of host copies.
+"""The GPU part of ``make gpu-check``: parity on CUDA, host copies, and the kernel at its sizes.
 
-For every exported folder: device tensors in, device tensors out, on the caller's stream; the errors are against float64 on
-the CPU. torch's profiler counts the copies between device and host during warmed-up calls: there must be none
-(ONNX Runtime's parameters are overridden by none of these calls). The result goes to benchmarks/results/.
+- Files: every exported folder with both engines, device tensors in, device tensors out, on the caller's stream. torch's
+  profiler counts the copies between device and host during warmed-up calls: there must be none (ONNX Runtime's parameters
+  are overridden by none of these calls).
+- Kernels: ``soft_target`` by itself at sizes that take each of its paths, against float64; then, at the large ones, its time beside
+  that of a copy of the same bytes, eager PyTorch, ``torch.compile`` and Liger-Kernel where it is installed. Every answer is checked
+  before it is timed.
+
+The result goes to benchmarks/results/. ``--device cpu --part kernels`` runs the second part on the CPU: the same code,
+for a machine without a GPU.
 """
 
+import argparse
+import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import pykd
-from benchmarks.measure import conditions
+from benchmarks.measure import conditions, copy_bandwidth, median_seconds
+from pykd import kernels
 from pykd.export.verification import LIMITS, definition, errors, truth
 
+# Batch, classes, dtype: small; odd lengths, where no access is aligned; many classes; a vocabulary; rows for several blocks each; one row.
+SIZES = (
+    (256, 10, "float32"),
+    (64, 1001, "float32"),
+    (64, 1001, "float16"),
+    (64, 32000, "float32"),
+    (1, 262144, "float32"),
+    (4096, 32000, "bfloat16"),
+    (4096, 128256, "bfloat16"),
+)
+TEMPERATURE = 2.0
+# Relative to max(1, |value|), and to the largest entry of the gradient.
+ALLOWED = {"float32": (2e-6, 4e-6), "float16": (2e-6, 2**-10), "bfloat16": (2e-6, 2**-7)}
+TIMED_FROM = 1 << 20  # elements
 
-def host_copies(call: Any) -> int:
+
+# ---- Files --------------------------------------------------------------------------------------
+
+
+def host_copies(call: Callable[[], Any]) -> int:
     """Copies between device and host during three calls, after a warm-up."""
     for _ in range(3):
         call()
@@ -32,7 +61,7 @@ def host_copies(call: Any) -> int:
     return sum("HtoD" in event.name or "DtoH" in event.name for event in profiled.events())
 
 
-def check(folder: Path, engine: str, stream: torch.cuda.Stream) -> dict[str, Any]:
+def check_file(folder: Path, engine: str, stream: torch.cuda.Stream) -> dict[str, Any]:
     """Parity and copies of one folder with one engine."""
     manifest = json.loads((folder / "manifest.json").read_text())
     composition, graph, dtype = definition(manifest)
@@ -56,36 +85,156 @@ def check(folder: Path, engine: str, stream: torch.cuda.Stream) -> dict[str, Any
     return {"case": folder.name, "engine": engine, "errors": worst, "host_copies": copies, "ok": ok}
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Checks every folder of PYKD_TEST_VECTORS with both engines; 0 where all is well.
-
-    Args:
-        arguments: the folder for the result; benchmarks/results where none is named.
-    """
-    if not torch.cuda.is_available():
-        print("gpu_check: expected a GPU, got none that torch sees; run this where there is one", file=sys.stderr)
-        return 2
+def check_files() -> tuple[list[dict[str, Any]], list[str]]:
+    """Every folder of PYKD_TEST_VECTORS with both engines; what could not be run, with the reason."""
     vectors = Path(os.environ["PYKD_TEST_VECTORS"])
     stream = torch.cuda.Stream()
-    rows: list[dict[str, Any]] = []
-    skipped = []
+    rows, skipped = [], []
     for engine in ("onnxruntime", "torchscript"):
         for folder in sorted(path.parent for path in vectors.glob("*/manifest.json")):
             try:
-                rows.append(check(folder, engine, stream))
+                rows.append(check_file(folder, engine, stream))
             except RuntimeError as error:
                 skipped.append(f"{engine}: {error}")
                 break
             print(rows[-1], flush=True)
-    result = {"conditions": conditions("cuda"), "rows": rows, "not_run": skipped}
-    where = Path(arguments[0]) if arguments else Path(__file__).parent / "results"
-    where.mkdir(parents=True, exist_ok=True)
-    (where / "gpu-check.json").write_text(json.dumps(result, indent=1) + "\n")
-    for line in skipped:
+    return rows, skipped
+
+
+# ---- Kernels ------------------------------------------------------------------------------------
+
+
+def exact(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row and its weighted gradient, in float64, some rows at a time."""
+    values, gradients = [], []
+    for s, t, w in zip(student.split(64), teacher.split(64), weight.split(64), strict=True):
+        log_q = F.log_softmax(s.double() / TEMPERATURE, -1)
+        p = F.softmax(t.double() / TEMPERATURE, -1)
+        values.append(-(p * log_q).sum(-1))
+        gradients.append((w.double()[:, None] * (log_q.exp() - p) / TEMPERATURE).float())
+    return torch.cat(values), torch.cat(gradients)
+
+
+def eager(student: Tensor, teacher: Tensor) -> Tensor:
+    """What a PyTorch user writes."""
+    return F.cross_entropy(student.float() / TEMPERATURE, (teacher.float() / TEMPERATURE).softmax(-1))
+
+
+def distance(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """(value error, gradient error), relative as ALLOWED says."""
+    value = ((got[0].double() - want[0]).abs() / want[0].abs().clamp(min=1)).max()
+    worst = max(
+        float((g.double() - w.double()).abs().max()) for g, w in zip(got[1].split(64), want[1].split(64), strict=True)
+    )
+    return float(value), worst / float(want[1].abs().max())
+
+
+def kernel_routes(
+    student: Tensor, teacher: Tensor, weight: Tensor
+) -> Iterator[tuple[str, Callable[[], tuple[Tensor, Tensor]]]]:
+    """Ours first; each returns the values of the rows, or their mean alone, and the gradient."""
+    values, gradient = torch.empty_like(weight), torch.empty_like(student)
+    stream = torch.cuda.current_stream().cuda_stream if student.is_cuda else None
+    inputs = {"student": student, "teacher": teacher, "temperature": TEMPERATURE, "soft_weight": weight}
+
+    def ours() -> tuple[Tensor, Tensor]:
+        outputs = {"soft": values, "grad_student": gradient}
+        kernels.run("soft_target", inputs, {"form": "cross_entropy"}, outputs, cuda_stream=stream)
+        return values, gradient
+
+    def by_autograd(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
+        leaf = student.clone().requires_grad_()
+
+        def call() -> tuple[Tensor, Tensor]:
+            leaf.grad = None
+            value = function(leaf, teacher)
+            value.backward()  # type: ignore[no-untyped-call]
+            assert leaf.grad is not None
+            return value.detach(), leaf.grad
+
+        return call
+
+    yield "kernel", ours
+    if student.numel() < TIMED_FROM:
+        return
+    fused = pykd.functional.soft_target
+    yield "fused=True, backward()", by_autograd(lambda s, t: fused(s, t, temperature=TEMPERATURE, fused=True))
+    yield "eager", by_autograd(eager)
+    torch._dynamo.reset()
+    yield "torch.compile", by_autograd(torch.compile(eager, dynamic=False))
+    if importlib.util.find_spec("liger_kernel") and student.is_cuda:
+        from liger_kernel.transformers import LigerKLDIVLoss
+
+        divergence = LigerKLDIVLoss(reduction="batchmean")
+
+        def liger(s: Tensor, t: Tensor) -> Tensor:  # KL: another value than the cross-entropy, the same gradient
+            log_q = F.log_softmax(s.float() / TEMPERATURE, -1)
+            return divergence(log_q, F.softmax(t.float() / TEMPERATURE, -1))  # type: ignore[no-any-return]
+
+        yield "Liger-Kernel KL", by_autograd(liger)
+
+
+def check_kernels(device: str, largest: int) -> list[dict[str, Any]]:
+    """Every size on every route: errors, and times of the large ones."""
+    bandwidth = copy_bandwidth(device, 1 << 30 if device != "cpu" else 1 << 28)
+    rows = []
+    for batch, classes, dtype in SIZES:
+        if batch * classes > largest:
+            continue
+        generator = torch.Generator(device).manual_seed(batch)
+        student, teacher = (
+            (3 * torch.randn(batch, classes, device=device, generator=generator)).to(getattr(torch, dtype))
+            for _ in range(2)
+        )
+        weight = torch.full((batch,), 1 / batch, device=device)
+        want = exact(student, teacher, weight)
+        for route, call in kernel_routes(student, teacher, weight):
+            got = call()
+            mean = got[0].dim() == 0
+            found = distance(got, (want[0].mean(), want[1]) if mean else want)
+            allowed = ALLOWED[dtype]
+            # The divergence leaves out the teacher's entropy: its gradient is what is compared.
+            right = found[1] <= allowed[1] and (found[0] <= allowed[0] or route.endswith("KL"))
+            row = {"case": f"{batch}x{classes} {dtype}", "route": route, "errors": found, "right": right}
+            if right and student.numel() >= TIMED_FROM:
+                row["seconds"] = median_seconds(call, budget=1.0, synchronize=device != "cpu")
+                row["of_copy_bandwidth"] = 3 * student.nbytes / row["seconds"] / bandwidth
+            row["ok"] = right or route not in ("kernel", "fused=True, backward()")
+            rows.append(row)
+            print(row, flush=True)
+    return [{"copy_bandwidth": bandwidth}, *rows]
+
+
+# ---- All of it ----------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the parts; 0 where all is well."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser.add_argument("--part", choices=("files", "kernels"), action="append", help="default: both")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of the kernels")
+    parser.add_argument("--largest", type=int, default=1 << 30, help="leave out kernel cases of more elements")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the result")
+    options = parser.parse_args(arguments)
+    parts = options.part or ["files", "kernels"]
+    if not torch.cuda.is_available() and (options.device == "cuda" or "files" in parts):
+        print("gpu_check: expected a GPU, got none that torch sees; run this where there is one", file=sys.stderr)
+        return 2
+    result: dict[str, Any] = {"conditions": conditions(options.device), "rows": [], "not_run": []}
+    if "files" in parts:
+        result["rows"], result["not_run"] = check_files()
+    if "kernels" in parts:
+        measured, *rows = check_kernels(options.device, options.largest)
+        result |= measured
+        result["rows"] += rows
+    options.out.mkdir(parents=True, exist_ok=True)
+    target = options.out / ("gpu-check.json" if options.device == "cuda" else "gpu-check-cpu.json")
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    for line in result["not_run"]:
         print(f"not run: {line}")
-    bad = [row for row in rows if not row["ok"]]
-    print(f"{len(rows)} checks, {len(bad)} failed; stored in {where / 'gpu-check.json'}")
-    return 1 if bad or not rows else 0
+    bad = [row for row in result["rows"] if not row["ok"]]
+    print(f"{len(result['rows'])} checks, {len(bad)} failed; stored in {target}")
+    return 1 if bad or not result["rows"] else 0
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def normalize(x: Tensor, dim: list[int], tiny: float = 1e-24) -> Tensor:
     squared = (x * x).sum(dim=dim, keepdim=True)
     zero = squared <= tiny  # false for NaN, which must not pass for zero
     safe = torch.where(zero, torch.ones_like(squared), squared)
-    return torch.where(zero, torch.zeros_like(x), x * torch.rsqrt(safe))
+    return x * torch.where(zero, torch.zeros_like(squared), torch.rsqrt(safe))  # choices on the small tensors
 
 
 def product_or_zero(weight: Tensor, x: Tensor) -> Tensor:

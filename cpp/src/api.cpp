@@ -79,9 +79,9 @@ pykd_status pykd_load_bytes(const void* bytes, size_t size, const pykd_load_opti
 
 void pykd_free(pykd_loss* loss) { delete loss; }
 
-void* pykd_allocate(size_t bytes) { return pykd::internal::KeptMemory::instance().allocate(bytes); }
+void* pykd_allocate(size_t bytes) { return pykd::kernels::KeptMemory::instance().allocate(bytes); }
 
-void pykd_deallocate(void* memory) { pykd::internal::KeptMemory::instance().deallocate(memory); }
+void pykd_deallocate(void* memory) { pykd::kernels::KeptMemory::instance().deallocate(memory); }
 
 const char* pykd_metadata(const pykd_loss* loss) {
   return loss == nullptr ? "" : loss->loss->signature().metadata.c_str();

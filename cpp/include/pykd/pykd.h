@@ -211,7 +211,7 @@ PYKD_API pykd_status pykd_run(const pykd_loss* loss, const pykd_tensor* inputs, 
                               const pykd_parameter* parameters, size_t num_parameters, const pykd_tensor* outputs,
                               size_t num_outputs);
 
-/* Memory for results on the CPU: at least `bytes` of it, aligned to 64, not cleared; NULL where there is
+/* Memory for results on the CPU: at least `bytes` of it, aligned to 256, not cleared; NULL where there is
  * none. It is for outputs that are new in every step, such as gradients: what pykd_deallocate() was given
  * is kept for the next request of about that size, because large memory that comes fresh from the system takes as long
  * to touch for the first time as a loss to compute. Kept and in use together are never more than twice what was in use

@@ -15,6 +15,7 @@
 #define HWY_TARGET_INCLUDE "distribution_distillation/distribution_distillation.cpp"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+#include "memory.h"
 #include "simd/math-inl.h"
 
 // ---- What does not depend on the instruction set -------------------------------------------------
@@ -47,21 +48,6 @@ constexpr double kSerial = 4e6;  // N^2 D below which threads cost more than the
 constexpr double kFactorial[kMoments + 1] = {1, 1, 2, 6, 24, 120, 720, 5040, 40320};
 
 inline std::size_t round_up(std::size_t n, std::size_t step) { return (n + step - 1) / step * step; }
-
-// Floats on their own cache lines, not initialised.
-class Floats {
- public:
-  explicit Floats(std::size_t count)
-      : data_(static_cast<float*>(::operator new (count * sizeof(float), std::align_val_t{kAlignment}))) {}
-  Floats(const Floats&) = delete;
-  Floats& operator=(const Floats&) = delete;
-  ~Floats() { ::operator delete (data_, std::align_val_t{kAlignment}); }
-  float* get() const { return data_; }
-
- private:
-  static constexpr std::size_t kAlignment = 256;
-  float* data_;
-};
 
 // For vectors that begin on a cache line.
 template <class T>

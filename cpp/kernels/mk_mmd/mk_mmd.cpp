@@ -15,6 +15,7 @@
 #define HWY_TARGET_INCLUDE "mk_mmd/mk_mmd.cpp"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+#include "memory.h"
 
 // ---- What does not depend on the instruction set -------------------------------------------------
 #ifndef PYKD_KERNELS_MK_MMD_ONCE_
@@ -36,21 +37,6 @@ enum Output { kValue, kGradStudent };
 enum Bandwidth { kJoint, kPerBlock };
 
 inline std::size_t round_up(std::size_t n, std::size_t step) { return (n + step - 1) / step * step; }
-
-// Floats on their own cache lines, not initialised.
-class Floats {
- public:
-  explicit Floats(std::size_t count)
-      : data_(static_cast<float*>(::operator new (count * sizeof(float), std::align_val_t{kAlignment}))) {}
-  Floats(const Floats&) = delete;
-  Floats& operator=(const Floats&) = delete;
-  ~Floats() { ::operator delete (data_, std::align_val_t{kAlignment}); }
-  float* get() const { return data_; }
-
- private:
-  static constexpr std::size_t kAlignment = 256;
-  float* data_;
-};
 
 // Scratch for as many tasks as run at once. Tasks do not know their thread; each takes a free place.
 class Places {

@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-namespace pykd::internal {
+namespace pykd::kernels {
 namespace {
 
 constexpr std::size_t kLarge = std::size_t{1} << 20;
@@ -147,4 +147,4 @@ TEST(KeptMemoryDeathTest, IsOutOfBoundsWhileNobodyHasIt) {
 #endif
 
 }  // namespace
-}  // namespace pykd::internal
+}  // namespace pykd::kernels

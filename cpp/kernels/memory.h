@@ -1,6 +1,6 @@
 // File: memory.h
 //
-// Memory for results that come in every step of a training loop, kept between two steps.
+// Memory for what comes in every step of a training loop, results and the kernels' scratch, kept between two steps.
 //
 // A large block that goes back to the system comes back with pages that are not there: the first touch of each is a
 // fault and a page to clear, which together take as long as a fused kernel. What was given back is therefore kept for
@@ -10,19 +10,20 @@
 //  and no
 //    more than kMostKept is kept;
 //  - what no request of the last kKeptFor has taken goes back to the system.
-#ifndef PYKD_MEMORY_H_
-#define PYKD_MEMORY_H_
+#ifndef PYKD_KERNELS_MEMORY_H_
+#define PYKD_KERNELS_MEMORY_H_
 
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <new>
 #include <vector>
 
-namespace pykd::internal {
+namespace pykd::kernels {
 
 class KeptMemory {
  public:
-  static constexpr std::size_t kAlignment = 64;
+  static constexpr std::size_t kAlignment = 256;
   static constexpr std::size_t kSmallest = std::size_t{1} << 17;  // below, malloc() keeps memory well by itself
   static constexpr std::uint64_t kKeptFor = 64;                   // requests
   static constexpr std::size_t kMostKept = std::size_t{1} << 30;
@@ -59,6 +60,22 @@ class KeptMemory {
   std::uint64_t requests_ = 0;
 };
 
-}  // namespace pykd::internal
+// Scratch: floats that start on a cache line and a vector of their own, not initialised.
+class Floats {
+ public:
+  explicit Floats(std::size_t count)
+      : data_(static_cast<float*>(KeptMemory::instance().allocate(count * sizeof(float)))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  Floats(const Floats&) = delete;
+  Floats& operator=(const Floats&) = delete;
+  ~Floats() { KeptMemory::instance().deallocate(data_); }
+  float* get() const { return data_; }
 
-#endif  // PYKD_MEMORY_H_
+ private:
+  float* data_;
+};
+
+}  // namespace pykd::kernels
+
+#endif  // PYKD_KERNELS_MEMORY_H_

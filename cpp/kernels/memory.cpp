@@ -13,7 +13,7 @@
 #define ASAN_UNPOISON_MEMORY_REGION(start, bytes) (static_cast<void>(start), static_cast<void>(bytes))
 #endif
 
-namespace pykd::internal {
+namespace pykd::kernels {
 namespace {
 
 // Before every block, as long as the alignment: how many bytes follow.
@@ -110,4 +110,4 @@ void KeptMemory::drop_what_is_too_much() {
   }
 }
 
-}  // namespace pykd::internal
+}  // namespace pykd::kernels
