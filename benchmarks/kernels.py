@@ -8,6 +8,7 @@ bandwidth. Peak memory is what a call adds to the process beyond its inputs and 
 import ctypes
 import dataclasses
 import os
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -240,8 +241,10 @@ def programs(case: Comparison, folder: Path) -> Iterator[tuple[str, float]]:
     environment = {**os.environ, "PYKD_ONNXRUNTIME_LIBRARY": str(config.onnxruntime_library())}
 
     def seconds(*arguments: str) -> float:
-        ran = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=True)
-        return float(ran.stdout)
+        def once() -> float:
+            return float(subprocess.run(arguments, capture_output=True, text=True, env=environment, check=True).stdout)
+
+        return statistics.median(once() for _ in range(3))  # a second each: the machine may be busy in one of them
 
     yield "pykd_run (C)", seconds(str(PROGRAMS / "run_bench"), str(folder), "on", case.dtype, *lengths)
     if (PROGRAMS / "libtorch_bench").exists():
