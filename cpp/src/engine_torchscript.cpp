@@ -286,8 +286,8 @@ void require_cuda(int id) {
     fail(PYKD_UNAVAILABLE, "a LibTorch with CUDA for the device " + device, running_torch() + " built without CUDA",
          "install a CUDA build of torch " + version_text(running_version(), 2) + ", or load with device \"cpu\"");
   }
-  const std::size_t count = torch::cuda::device_count();
-  if (static_cast<std::size_t>(id) >= count) {
+  const c10::DeviceIndex count = torch::cuda::device_count();
+  if (id >= count) {
     fail(PYKD_UNAVAILABLE, "the device " + device,
          running_torch() + ", which sees " + std::to_string(count) + " CUDA devices",
          "see nvidia-smi and CUDA_VISIBLE_DEVICES, or load with device \"cpu\"");

@@ -11,7 +11,6 @@
 namespace pykd::internal {
 namespace {
 
-using tests::attribute;
 using tests::attribute_with;
 using tests::call_of;
 using tests::fake_torchscript;
@@ -123,7 +122,7 @@ TEST(Scan, SurvivesRandomDamage) {
   std::mt19937 random(7);
   for (int round = 0; round < 20000; ++round) {
     std::string damaged = good;
-    for (int change = 1 + random() % 6; change > 0; --change) {
+    for (std::size_t change = 1 + random() % 6; change > 0; --change) {
       const std::size_t at = random() % damaged.size();
       switch (random() % 3) {
         case 0:

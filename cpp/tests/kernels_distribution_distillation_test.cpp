@@ -5,9 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
@@ -108,6 +108,7 @@ std::vector<T> log_histogram(const std::vector<Similarity<T>>& similarities, con
   std::vector<T> logs;
   for (std::size_t r = 0; r < static_cast<std::size_t>(settings.bins); ++r) {
     std::vector<T> exponents;
+    exponents.reserve(similarities.size());
     for (const Similarity<T>& s : similarities) exponents.push_back(bell(s.value, r, settings));
     logs.push_back(log_sum(exponents));
   }
@@ -162,7 +163,7 @@ Answer<T> reference(const Samples& s, const Settings& settings, bool with_gradie
 // ---- The kernel ----------------------------------------------------------------------------------------
 
 struct Result {
-  float values[3] = {kGuard, kGuard, kGuard};
+  std::array<float, 3> values = {kGuard, kGuard, kGuard};
   std::vector<float> gradient;
 };
 
@@ -408,7 +409,7 @@ TEST_P(DistributionDistillation, TakesTheWeightsThatAreGiven) {
       const Answer<double> want = reference<double>(s, some);
       EXPECT_LE(largest_error(got.gradient, want.gradient), 5e-6 * largest(want.gradient)) << "weights " << given;
       EXPECT_EQ(got.gradient, kernel(s, some).gradient) << "a weight of 0 is one that is left out, " << given;
-      EXPECT_EQ(std::memcmp(got.values, whole.values, sizeof(whole.values)), 0) << "weights " << given;
+      EXPECT_EQ(got.values, whole.values) << "weights " << given;
     }
   }
 }
@@ -451,7 +452,7 @@ TEST_P(DistributionDistillation, GivesTheSameBitsForAnyNumberOfThreads) {
       const Result one = kernel(s, {300, width, mining});
       for (const int count : {2, 3, 8}) {
         const Result got = kernel(s, {300, width, mining}, count);
-        EXPECT_EQ(std::memcmp(got.values, one.values, sizeof(one.values)), 0) << count;
+        EXPECT_EQ(got.values, one.values) << count;
         EXPECT_EQ(got.gradient, one.gradient) << count;
       }
     }

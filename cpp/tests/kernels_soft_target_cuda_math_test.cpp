@@ -513,8 +513,8 @@ TYPED_TEST(SoftTargetCuda, StaysAccurateForLargeLogits) {
     c.temperature = 3.0f;
     draw<TypeParam>(c, 37);
     for (std::size_t i = 0; i < c.student.size(); ++i) {
-      c.student[i] = rounded<TypeParam>(9900.0 + 8.0 * (i % 3) + (i % 7 == 0 ? -19000.0 : 0.0));
-      c.teacher[i] = rounded<TypeParam>(9900.0 + 8.0 * (i % 5) + (i % 11 == 0 ? -19000.0 : 0.0));
+      c.student[i] = rounded<TypeParam>(9900.0 + 8.0 * static_cast<double>(i % 3) + (i % 7 == 0 ? -19000.0 : 0.0));
+      c.teacher[i] = rounded<TypeParam>(9900.0 + 8.0 * static_cast<double>(i % 5) + (i % 11 == 0 ? -19000.0 : 0.0));
     }
     check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 2, 32, 99));
   }

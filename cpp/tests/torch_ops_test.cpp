@@ -341,7 +341,7 @@ TEST_P(TorchOps, ManyThreadsAtOnce) {
 
 // ---- The ops alone ------------------------------------------------------------------------------
 
-at::Tensor call_op(const char* name, std::vector<at::Tensor> inputs, const char* names, const char* outputs) {
+at::Tensor call_op(const char* name, const std::vector<at::Tensor>& inputs, const char* names, const char* outputs) {
   open_ops();
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
   torch::jit::Stack stack;
@@ -404,8 +404,8 @@ def forward(self, student: Tensor, teacher: Tensor, temperature: Tensor, weight:
 
 TEST(TorchOp, ErrorsAreTheLibrarysOwn) {
   const at::Tensor good = torch::randn({3, 4});
-  const auto of = [](std::vector<at::Tensor> inputs, const char* names, const char* outputs) {
-    return error_of([&] { call_op("pykd::kernel", std::move(inputs), names, outputs); });
+  const auto of = [](const std::vector<at::Tensor>& inputs, const char* names, const char* outputs) {
+    return error_of([&] { call_op("pykd::kernel", inputs, names, outputs); });
   };
   expect_words(of({torch::randn({4, 3}).t(), good, torch::ones({})}, "student teacher temperature", "soft"),
                {"student", "contiguous"});

@@ -43,10 +43,12 @@ namespace pykd {
 // A setting of a kernel: a number, or the word of a choice.
 class KernelSetting {
  public:
+  // NOLINTBEGIN(google-explicit-constructor): so that {{"form", "kl"}} is a KernelSettings.
   template <class Number, class = std::enable_if_t<std::is_arithmetic<Number>::value>>
   KernelSetting(Number number) : number_(static_cast<double>(number)) {}
   KernelSetting(std::string word) : is_word_(true), word_(std::move(word)) {}
   KernelSetting(const char* word) : KernelSetting(std::string(word)) {}
+  // NOLINTEND(google-explicit-constructor)
 
   void give(const std::string& name, KernelCall& call) const {
     if (is_word_) {

@@ -159,12 +159,12 @@ HWY_INLINE void multiply(std::size_t depth, const float* HWY_RESTRICT a, std::si
       const V32 b0 = hn::Load(d, b);
       const V32 b1 = used > 1 ? hn::Load(d, b + lanes) : b0;
       const V32 b2 = used > 2 ? hn::Load(d, b + 2 * lanes) : b0;
-#define PYKD_MMD_STEP(r)                                                           \
-  {                                                                                \
-    const V32 left = hn::Set(d, transposed ? a[r * width + k] : a[k * width + r]); \
-    c##r##0 = hn::MulAdd(left, b0, c##r##0);                                       \
-    if (used > 1) c##r##1 = hn::MulAdd(left, b1, c##r##1);                         \
-    if (used > 2) c##r##2 = hn::MulAdd(left, b2, c##r##2);                         \
+#define PYKD_MMD_STEP(r)                                                             \
+  {                                                                                  \
+    const V32 left = hn::Set(d, transposed ? a[(r)*width + k] : a[k * width + (r)]); \
+    c##r##0 = hn::MulAdd(left, b0, c##r##0);                                         \
+    if (used > 1) c##r##1 = hn::MulAdd(left, b1, c##r##1);                           \
+    if (used > 2) c##r##2 = hn::MulAdd(left, b2, c##r##2);                           \
   }
       PYKD_MMD_EACH_ROW(PYKD_MMD_STEP)
     }
@@ -173,7 +173,7 @@ HWY_INLINE void multiply(std::size_t depth, const float* HWY_RESTRICT a, std::si
   }
 #define PYKD_MMD_STORE(r)                                                                                \
   {                                                                                                      \
-    float* HWY_RESTRICT to = c + r * c_stride;                                                           \
+    float* HWY_RESTRICT to = c + (r)*c_stride;                                                           \
     hn::StoreU(add ? hn::Add(hn::LoadU(d, to), c##r##0) : c##r##0, d, to);                               \
     if (used > 1) hn::StoreU(add ? hn::Add(hn::LoadU(d, to + lanes), c##r##1) : c##r##1, d, to + lanes); \
     if (used > 2) {                                                                                      \
