@@ -1,6 +1,7 @@
 """A prepared call of ``pykd_kernel_run()``: what the C interface itself takes, without the way there from Python."""
 
 import ctypes
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,14 @@ class _Attribute(ctypes.Structure):
     _fields_ = (("name", ctypes.c_char_p), ("value", ctypes.c_double), ("choice", ctypes.c_char_p))
 
 
+@functools.cache
+def library() -> ctypes.CDLL:
+    """libpykd."""
+    found = ctypes.CDLL(str(config.libdir() / "libpykd.so"))
+    found.pykd_last_error.restype = ctypes.c_char_p
+    return found
+
+
 class KernelCall:
     """The arguments of one call, on the CPU; the tensors are kept alive."""
 
@@ -44,8 +53,7 @@ class KernelCall:
         attributes: Mapping[str, Any],
         outputs: Mapping[str, torch.Tensor],
     ) -> None:
-        self._library = ctypes.CDLL(str(config.libdir() / "libpykd.so"))
-        self._library.pykd_last_error.restype = ctypes.c_char_p
+        self._run = library().pykd_kernel_run
         self._tensors = (dict(inputs), dict(outputs))
         settings = (_Attribute * len(attributes))()
         for setting, (name, value) in zip(settings, attributes.items(), strict=True):
@@ -61,8 +69,8 @@ class KernelCall:
         )  # fmt: skip
 
     def run(self) -> None:
-        if self._library.pykd_kernel_run(*self._arguments) != 0:
-            raise RuntimeError(self._library.pykd_last_error().decode())
+        if self._run(*self._arguments) != 0:
+            raise RuntimeError(library().pykd_last_error().decode())
 
 
 def _views(tensors: Mapping[str, torch.Tensor]) -> Any:

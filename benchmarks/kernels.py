@@ -184,6 +184,7 @@ def bare(case: Comparison, tensors: Mapping[str, Tensor]) -> Call:
 def peak_memory(call: Call) -> int:
     """Bytes that a call adds to the process at its highest point."""
     call()
+    c_interface.library().pykd_trim_memory()  # else the call would find the memory of the last one
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # forgets the highest point

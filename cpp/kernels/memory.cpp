@@ -31,9 +31,7 @@ KeptMemory* const the_memory = [] {
 
 KeptMemory& KeptMemory::instance() { return *the_memory; }
 
-KeptMemory::~KeptMemory() {
-  while (!kept_.empty()) drop(kept_.begin());
-}
+KeptMemory::~KeptMemory() { trim(); }
 
 void* KeptMemory::allocate(std::size_t bytes) {
   // Rounded up to whole lines, as aligned_alloc() wants it.
@@ -89,6 +87,11 @@ void KeptMemory::deallocate(void* memory) {
   bytes_kept_ += bytes;
   ASAN_POISON_MEMORY_REGION(memory, bytes);
   drop_what_is_too_much();
+}
+
+void KeptMemory::trim() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  while (!kept_.empty()) drop(kept_.begin());
 }
 
 std::size_t KeptMemory::bytes_kept() {

@@ -38,6 +38,7 @@ class KeptMemory {
 
   void* allocate(std::size_t bytes);  // nullptr: there is no such memory
   void deallocate(void* memory);      // nullptr is allowed
+  void trim();                        // keeps nothing of what is kept now
   std::size_t bytes_kept();
 
   // Around fork(), which must not happen in the middle of a request.

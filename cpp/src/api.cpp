@@ -83,6 +83,8 @@ void* pykd_allocate(size_t bytes) { return pykd::kernels::KeptMemory::instance()
 
 void pykd_deallocate(void* memory) { pykd::kernels::KeptMemory::instance().deallocate(memory); }
 
+void pykd_trim_memory(void) { pykd::kernels::KeptMemory::instance().trim(); }
+
 const char* pykd_metadata(const pykd_loss* loss) {
   return loss == nullptr ? "" : loss->loss->signature().metadata.c_str();
 }

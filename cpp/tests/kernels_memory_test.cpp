@@ -80,6 +80,8 @@ TEST(KeptMemory, KeepsNoSmallBlocksAndNoMoreThanItsLimit) {
   memory.deallocate(first);
   memory.deallocate(second);
   EXPECT_EQ(memory.bytes_kept(), half);
+  memory.trim();
+  EXPECT_EQ(memory.bytes_kept(), 0u);
 }
 
 TEST(KeptMemory, LetsGoWhatNobodyAsksFor) {
