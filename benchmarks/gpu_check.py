@@ -16,7 +16,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import pykd
+from benchmarks.kernels import Call, Comparison, Formula, by_autograd, compiled, fused, soft
 from benchmarks.measure import conditions, copy_bandwidth, median_seconds
 from pykd import kernels
 from pykd.export.verification import LIMITS, definition, errors, truth
@@ -40,7 +41,7 @@ SIZES = (
     (4096, 32000, "bfloat16"),
     (4096, 128256, "bfloat16"),
 )
-TEMPERATURE = 2.0
+TEMPERATURE = 2.0  # that of `soft`
 # Relative to max(1, |value|), and to the largest entry of the gradient.
 ALLOWED = {"float32": (2e-6, 4e-6), "float16": (2e-6, 2**-10), "bfloat16": (2e-6, 2**-7)}
 TIMED_FROM = 1 << 20  # elements
@@ -115,11 +116,6 @@ def exact(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Ten
     return torch.cat(values), torch.cat(gradients)
 
 
-def eager(student: Tensor, teacher: Tensor) -> Tensor:
-    """What a PyTorch user writes."""
-    return F.cross_entropy(student.float() / TEMPERATURE, (teacher.float() / TEMPERATURE).softmax(-1))
-
-
 def distance(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> tuple[float, float]:
     """(value error, gradient error), relative as ALLOWED says."""
     value = ((got[0].double() - want[0]).abs() / want[0].abs().clamp(min=1)).max()
@@ -129,49 +125,38 @@ def distance(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> tuple[f
     return float(value), worst / float(want[1].abs().max())
 
 
-def kernel_routes(
-    student: Tensor, teacher: Tensor, weight: Tensor
-) -> Iterator[tuple[str, Callable[[], tuple[Tensor, Tensor]]]]:
-    """Ours first; each returns the values of the rows, or their mean alone, and the gradient."""
+def kernel_routes(student: Tensor, teacher: Tensor, weight: Tensor) -> Iterator[tuple[str, Call]]:
+    """Ours first. Each returns the values of the rows, or their mean alone, as ``loss``, and the gradient."""
     values, gradient = torch.empty_like(weight), torch.empty_like(student)
     stream = torch.cuda.current_stream().cuda_stream if student.is_cuda else None
     inputs = {"student": student, "teacher": teacher, "temperature": TEMPERATURE, "soft_weight": weight}
 
-    def ours() -> tuple[Tensor, Tensor]:
+    def ours() -> dict[str, Tensor]:
         outputs = {"soft": values, "grad_student": gradient}
         kernels.run("soft_target", inputs, {"form": "cross_entropy"}, outputs, cuda_stream=stream)
-        return values, gradient
-
-    def by_autograd(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
-        leaf = student.clone().requires_grad_()
-
-        def call() -> tuple[Tensor, Tensor]:
-            leaf.grad = None
-            value = function(leaf, teacher)
-            value.backward()  # type: ignore[no-untyped-call]
-            assert leaf.grad is not None
-            return value.detach(), leaf.grad
-
-        return call
+        return {"loss": values, "grad_student_logits": gradient}
 
     yield "kernel", ours
     if student.numel() < TIMED_FROM:
         return
-    fused = pykd.functional.soft_target
-    yield "fused=True, backward()", by_autograd(lambda s, t: fused(s, t, temperature=TEMPERATURE, fused=True))
-    yield "eager", by_autograd(eager)
-    torch._dynamo.reset()
-    yield "torch.compile", by_autograd(torch.compile(eager, dynamic=False))
+    tensors = {"student_logits": student, "teacher_logits": teacher}
+
+    def route(function: Formula) -> Call:
+        return by_autograd(function, tensors, ["student_logits"])
+
+    yield "fused=True, backward()", route(fused(Comparison("", pykd.SoftTarget(temperature=TEMPERATURE), {})))
+    yield "eager", route(soft)
+    yield "torch.compile", route(compiled(soft))
     if importlib.util.find_spec("liger_kernel") and student.is_cuda:
         from liger_kernel.transformers import LigerKLDIVLoss
 
         divergence = LigerKLDIVLoss(reduction="batchmean")
 
-        def liger(s: Tensor, t: Tensor) -> Tensor:  # KL: another value than the cross-entropy, the same gradient
-            log_q = F.log_softmax(s.float() / TEMPERATURE, -1)
-            return divergence(log_q, F.softmax(t.float() / TEMPERATURE, -1))  # type: ignore[no-any-return]
+        def liger(t: Mapping[str, Tensor]) -> Tensor:  # KL: another value than the cross-entropy, the same gradient
+            log_q = F.log_softmax(t["student_logits"].float() / TEMPERATURE, -1)
+            return divergence(log_q, F.softmax(t["teacher_logits"].float() / TEMPERATURE, -1))  # type: ignore[no-any-return]
 
-        yield "Liger-Kernel KL", by_autograd(liger)
+        yield "Liger-Kernel KL", route(liger)
 
 
 def check_kernels(device: str, largest: int) -> list[dict[str, Any]]:
@@ -189,7 +174,8 @@ def check_kernels(device: str, largest: int) -> list[dict[str, Any]]:
         weight = torch.full((batch,), 1 / batch, device=device)
         want = exact(student, teacher, weight)
         for route, call in kernel_routes(student, teacher, weight):
-            got = call()
+            answer = call()
+            got = answer["loss"].detach(), answer["grad_student_logits"]
             mean = got[0].dim() == 0
             found = distance(got, (want[0].mean(), want[1]) if mean else want)
             allowed = ALLOWED[dtype]

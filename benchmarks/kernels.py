@@ -11,7 +11,7 @@ import os
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from pykd.composition import Composition, as_composition
 from pykd.export.verification import LIMITS, errors
 
 Call = Callable[[], dict[str, Tensor]]
+Formula = Callable[[Mapping[str, Tensor]], Tensor]
 PROGRAMS = Path(__file__).parents[1] / "build" / "python" / "cpp" / "bench"  # `make bench` builds them
 
 
@@ -52,7 +53,7 @@ class Comparison:
     sizes: Mapping[str, int]
     dtype: str = "float32"
     layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    idiom: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    idiom: Formula | None = None
     labels: int = 0
     memory: bool = False
     calls: bool = False
@@ -62,25 +63,26 @@ class Comparison:
         return as_composition(self.loss)
 
 
-def _soft(t: Mapping[str, Tensor]) -> Tensor:
+def soft(t: Mapping[str, Tensor]) -> Tensor:
+    """The soft-target cross-entropy at temperature 2, as a PyTorch user writes it."""
     return F.cross_entropy(t["student_logits"].float() / 2, (t["teacher_logits"].float() / 2).softmax(-1))
 
 
 def _hard_and_soft(t: Mapping[str, Tensor]) -> Tensor:
-    return F.cross_entropy(t["student_logits"], t["labels"]) + 0.5 * _soft(t)
+    return F.cross_entropy(t["student_logits"], t["labels"]) + 0.5 * soft(t)
 
 
 def comparisons() -> list[Comparison]:
     """The cases, made when they are needed: the losses register on import of pykd."""
-    soft = pykd.SoftTarget(temperature=2.0)
-    both = pykd.compose({"hard": (pykd.HardTarget(), 1.0), "soft": (soft, 0.5)})
+    loss = pykd.SoftTarget(temperature=2.0)
+    both = pykd.compose({"hard": (pykd.HardTarget(), 1.0), "soft": (loss, 0.5)})
     logits = [(256, 1000), (256, 32000), (64, 128000)]
-    cases = [Comparison("soft target, 8 × 10", soft, {"batch": 8, "classes": 10}, idiom=_soft, calls=True)]
-    cases += [Comparison(f"soft target, {b} × {c:,}", soft, {"batch": b, "classes": c}, idiom=_soft) for b, c in logits]
+    cases = [Comparison("soft target, 8 × 10", loss, {"batch": 8, "classes": 10}, idiom=soft, calls=True)]
+    cases += [Comparison(f"soft target, {b} × {c:,}", loss, {"batch": b, "classes": c}, idiom=soft) for b, c in logits]
     large = {"batch": 256, "classes": 32000}
     cases += [
         Comparison("hard + soft, 256 × 32,000", both, large, layouts={"labels": "batch"}, idiom=_hard_and_soft),
-        Comparison("soft target, bfloat16, 256 × 32,000", soft, large, dtype="bfloat16", idiom=_soft),
+        Comparison("soft target, bfloat16, 256 × 32,000", loss, large, dtype="bfloat16", idiom=soft),
         Comparison("MK-MMD, 4,096 × 512", pykd.MKMMD(), {"batch": 4096, "tokens": 1, "channels": 512}, memory=True),
         Comparison("DDL, 512 × 512, hardest negatives", pykd.DistributionDistillation(), {"batch": 512, "channels": 512}, labels=4, memory=True),
         Comparison("feature L2, 64 × 196 × 512", pykd.FeatureL2(), {"batch": 64, "tokens": 196, "channels": 512}),
@@ -94,33 +96,36 @@ def routes(case: Comparison, folder: str, tensors: dict[str, Tensor]) -> Iterato
     graph = composition.graph(case.layouts, check=False)
     wanted = [name for name, spec in graph.signature.inputs.items() if spec.grad]
 
-    def by_autograd(function: Callable[[Mapping[str, Tensor]], Tensor]) -> Call:
-        leaves = {name: t.clone().requires_grad_(name in wanted) for name, t in tensors.items()}
-
-        def call() -> dict[str, Tensor]:
-            for name in wanted:
-                leaves[name].grad = None
-            loss = function(leaves)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return {"loss": loss, **{f"grad_{name}": leaves[name].grad for name in wanted}}  # type: ignore[dict-item]
-
-        return call
-
     yield "kernel alone", bare(case, tensors)
     loss = pykd.load(folder, engine="onnxruntime", kernels="on")
     yield "pykd.load", lambda: loss.value_and_gradient(**tensors)
-    yield "fused=True, backward()", by_autograd(fused(case))
+    yield "fused=True, backward()", by_autograd(fused(case), tensors, wanted)
     portable = pykd.load(folder, engine="onnxruntime", kernels="off")
     yield "ONNX Runtime, portable", lambda: portable.value_and_gradient(**tensors)
-    yield "eager definition", by_autograd(lambda t: graph(**t)["loss"])
+    yield "eager definition", by_autograd(lambda t: graph(**t)["loss"], tensors, wanted)
     if case.idiom is None:
-        yield "torch.compile, definition", by_autograd(_compiled(lambda t: graph(**t)["loss"]))
+        yield "torch.compile, definition", by_autograd(compiled(lambda t: graph(**t)["loss"]), tensors, wanted)
     else:
-        yield "eager", by_autograd(case.idiom)
-        yield "torch.compile", by_autograd(_compiled(case.idiom))
+        yield "eager", by_autograd(case.idiom, tensors, wanted)
+        yield "torch.compile", by_autograd(compiled(case.idiom), tensors, wanted)
 
 
-def _compiled(function: Callable[[Mapping[str, Tensor]], Tensor]) -> Callable[[Mapping[str, Tensor]], Tensor]:
+def by_autograd(function: Formula, tensors: Mapping[str, Tensor], wanted: Sequence[str]) -> Call:
+    """Value and gradients of a formula with ``backward()``."""
+    leaves = {name: t.clone().requires_grad_(name in wanted) for name, t in tensors.items()}
+
+    def call() -> dict[str, Tensor]:
+        for name in wanted:
+            leaves[name].grad = None
+        loss = function(leaves)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {"loss": loss, **{f"grad_{name}": leaves[name].grad for name in wanted}}  # type: ignore[dict-item]
+
+    return call
+
+
+def compiled(function: Formula) -> Formula:
+    """The formula through ``torch.compile``, for these sizes alone."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
 
@@ -130,7 +135,7 @@ def settings_of(loss: pykd.Loss) -> dict[str, Any]:
     return {name: value for name, value in loss.settings().items() if not (loss.couples_batch and name == "reduction")}
 
 
-def fused(case: Comparison) -> Callable[[Mapping[str, Tensor]], Tensor]:
+def fused(case: Comparison) -> Formula:
     """The loss in Python with ``fused=True``."""
     if isinstance(case.loss, Composition):
         return lambda t: case.loss(**t, fused=True)["loss"]

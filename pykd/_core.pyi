@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 version: str
+kept_from: int  # bytes from which on Memory is kept from call to call
 
 class Memory:
     """Memory for a result: a buffer of bytes."""

@@ -233,7 +233,7 @@ class Loss:
     ) -> dict[str, Any]:
         def new_tensor(shape: tuple[int, ...], dtype: str) -> Any:
             kind = getattr(torch, dtype)
-            if device.type == "cpu" and (size := math.prod(shape) * kind.itemsize) >= _LARGE:
+            if device.type == "cpu" and (size := math.prod(shape) * kind.itemsize) >= _core.kept_from:
                 return torch.frombuffer(_core.Memory(size), dtype=kind).view(shape)
             return torch.empty(shape, dtype=kind, device=device)
 
@@ -349,8 +349,6 @@ def _number(name: str, value: Any) -> float:
         ) from error
 
 
-# Bytes from which on a result lies in memory that pykd keeps from call to call (pykd_allocate() in pykd.h).
-_LARGE = 1 << 17
 _DTYPES = {name: np.dtype(name) for name in ("float16", "float32", "float64", "int64")}
 _UINT16 = np.dtype(np.uint16)
 _empty: Callable[..., Any] = np.empty
@@ -364,7 +362,7 @@ def _new_array(shape: tuple[int, ...], dtype: str) -> Any:
 
 def _new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     size = math.prod(shape) * dtype.itemsize
-    if size < _LARGE:
+    if size < _core.kept_from:
         return _empty(shape, dtype)
     return np.frombuffer(memoryview(_core.Memory(size)), dtype).reshape(shape)
 

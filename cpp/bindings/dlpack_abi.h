@@ -55,8 +55,7 @@ constexpr std::uint32_t kMajor = 1;
 constexpr std::uint64_t kReadOnly = 1;
 
 // What a type of tensors offers to C, in a capsule of this name that is its attribute kExchangeAttribute (DLPack 1.3):
-// the same as
-// `__dlpack__`, without a call of Python. It waits for no stream.
+// the same as `__dlpack__`, without a call of Python. It waits for no stream.
 struct Exchange {
   std::uint32_t major;  // where it is not 1, nothing but `older` may be used
   std::uint32_t minor;

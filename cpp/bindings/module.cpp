@@ -4,13 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "borrowed_tensor.h"
 #include "pykd/kernels.h"
-#include "pykd/pykd.h"
+#include "pykd/pykd.hpp"
 
 namespace pykd::bindings {
 namespace {
@@ -100,19 +101,14 @@ std::vector<pykd_parameter> parameters_of(const py::dict& parameters) {
 // Memory for a result: a buffer of bytes. What is made of it (an array, a tensor) keeps it alive.
 class Memory {
  public:
-  explicit Memory(std::size_t bytes) : start_(pykd_allocate(bytes)), bytes_(bytes) {
-    if (start_ == nullptr) throw std::bad_alloc();
-  }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  ~Memory() { pykd_deallocate(start_); }
+  explicit Memory(std::size_t bytes) : start_(internal::allocate(bytes)), bytes_(bytes) {}
 
   py::buffer_info buffer() {
-    return py::buffer_info(static_cast<unsigned char*>(start_), static_cast<py::ssize_t>(bytes_));
+    return py::buffer_info(static_cast<unsigned char*>(start_.get()), static_cast<py::ssize_t>(bytes_));
   }
 
  private:
-  void* start_;
+  std::shared_ptr<void> start_;
   std::size_t bytes_;
 };
 
@@ -294,6 +290,7 @@ PYBIND11_MODULE(_core, module) {
   using pykd::bindings::CoreLoss;
   module.doc() = "libpykd for Python; pykd.runtime is the face of it.";
   module.attr("version") = pykd_version();
+  module.attr("kept_from") = PYKD_KEPT_FROM;
   if (pykd_abi_version() != PYKD_ABI_VERSION) {
     throw py::import_error("expected libpykd with interface " + std::to_string(PYKD_ABI_VERSION) + ", got " +
                            std::to_string(pykd_abi_version()) +

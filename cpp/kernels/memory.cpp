@@ -21,6 +21,13 @@ constexpr std::size_t kHeader = KeptMemory::kAlignment;
 
 void* contents_of(void* start) { return static_cast<char*>(start) + kHeader; }
 
+// The start of a new block; nullptr: there is no such memory.
+void* new_block(std::size_t bytes) {
+  void* start = std::aligned_alloc(KeptMemory::kAlignment, kHeader + bytes);
+  if (start != nullptr) *static_cast<std::size_t*>(start) = bytes;
+  return start;
+}
+
 // Made when the library is loaded, and not by the first request, which a fork() might interrupt.
 KeptMemory* const the_memory = [] {
   pthread_atfork([] { the_memory->lock(); }, [] { the_memory->unlock(); }, [] { the_memory->unlock(); });
@@ -38,10 +45,8 @@ void* KeptMemory::allocate(std::size_t bytes) {
   if (bytes > SIZE_MAX - 2 * kAlignment) return nullptr;
   bytes = (std::max<std::size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
   if (bytes < kSmallest) {
-    void* start = std::aligned_alloc(kAlignment, kHeader + bytes);
-    if (start == nullptr) return nullptr;
-    *static_cast<std::size_t*>(start) = bytes;
-    return contents_of(start);
+    void* start = new_block(bytes);
+    return start == nullptr ? nullptr : contents_of(start);
   }
   const std::lock_guard<std::mutex> lock(mutex_);
   ++requests_;
@@ -58,9 +63,8 @@ void* KeptMemory::allocate(std::size_t bytes) {
     kept_.erase(best);
     ASAN_UNPOISON_MEMORY_REGION(contents_of(start), bytes);
   } else {
-    start = std::aligned_alloc(kAlignment, kHeader + bytes);
+    start = new_block(bytes);
     if (start == nullptr) return nullptr;
-    *static_cast<std::size_t*>(start) = bytes;
   }
   bytes_in_use_ += bytes;
   peak_ = std::max(peak_, bytes_in_use_);

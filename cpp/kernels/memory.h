@@ -6,9 +6,8 @@
 // fault and a page to clear, which together take as long as a fused kernel. What was given back is therefore kept for
 // the next request of about that size:
 //
-//  - in use and kept together are never more than twice what was in use at some time (batches of two sizes take turns),
-//  and no
-//    more than kMostKept is kept;
+//  - in use and kept together are never more than twice what was in use at some time, so that batches of two sizes may
+//    take turns; and no more than kMostKept is kept;
 //  - what no request of the last kKeptFor has taken goes back to the system.
 #ifndef PYKD_KERNELS_MEMORY_H_
 #define PYKD_KERNELS_MEMORY_H_
@@ -19,13 +18,15 @@
 #include <new>
 #include <vector>
 
+#include "pykd/pykd.h"
+
 namespace pykd::kernels {
 
 class KeptMemory {
  public:
   static constexpr std::size_t kAlignment = 256;
-  static constexpr std::size_t kSmallest = std::size_t{1} << 17;  // below, malloc() keeps memory well by itself
-  static constexpr std::uint64_t kKeptFor = 64;                   // requests
+  static constexpr std::size_t kSmallest = PYKD_KEPT_FROM;  // below, malloc() keeps memory well by itself
+  static constexpr std::uint64_t kKeptFor = 64;             // requests
   static constexpr std::size_t kMostKept = std::size_t{1} << 30;
 
   KeptMemory() = default;

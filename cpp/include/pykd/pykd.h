@@ -217,6 +217,7 @@ PYKD_API pykd_status pykd_run(const pykd_loss* loss, const pykd_tensor* inputs, 
  * to touch for the first time as a loss to compute. Kept and in use together are never more than twice what was in use
  * at some time; at most 1 GiB is kept, and nothing that 64 large requests have passed by. Any thread may call them.
  * pykd_deallocate(NULL) does nothing. pykd_trim_memory() gives everything that is kept back to the system now. */
+#define PYKD_KEPT_FROM ((size_t)1 << 17) /* bytes; of smaller requests nothing is kept */
 PYKD_API void* pykd_allocate(size_t bytes);
 PYKD_API void pykd_deallocate(void* memory);
 PYKD_API void pykd_trim_memory(void);

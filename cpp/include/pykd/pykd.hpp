@@ -75,6 +75,14 @@ inline std::size_t size_of(pykd_dtype dtype) {
   throw Error(PYKD_INVALID_TYPE,
               "expected one of the values of pykd_dtype, got " + std::to_string(static_cast<int>(dtype)));
 }
+inline std::size_t bytes_of(pykd_dtype dtype, const std::int64_t* shape, std::size_t rank) {
+  std::size_t bytes = size_of(dtype);
+  for (std::size_t axis = 0; axis < rank; ++axis) bytes *= static_cast<std::size_t>(shape[axis]);
+  return bytes;
+}
+// Memory that is worth keeping from step to step, for a tensor that frees it with pykd_deallocate(); nullptr: another
+// allocator will do.
+inline void* kept_memory(std::size_t bytes) { return bytes >= PYKD_KEPT_FROM ? pykd_allocate(bytes) : nullptr; }
 inline std::shared_ptr<void> allocate(std::size_t bytes) {
   void* memory = pykd_allocate(bytes);
   if (memory == nullptr) throw std::bad_alloc();
@@ -347,9 +355,7 @@ class Loss {
       std::int32_t rank = 0;
       internal::check(pykd_output_shape(loss_.get(), in.data(), in.size(), info.name, shape, &rank, &array.dtype));
       array.shape.assign(shape, shape + rank);
-      std::size_t count = 1;
-      for (std::int64_t length : array.shape) count *= static_cast<std::size_t>(length);
-      array.memory = internal::allocate(count * internal::size_of(array.dtype));
+      array.memory = internal::allocate(internal::bytes_of(array.dtype, shape, array.shape.size()));
       out.push_back({info.name, array.memory.get(), array.dtype, rank, array.shape.data(), nullptr, PYKD_CPU, 0});
     }
     if (gradient && !any_gradient(out)) {

@@ -91,11 +91,8 @@ inline pykd_tensor torch_view_of(const std::string& name, const at::Tensor& tens
 // A new tensor for a result, not cleared. A large one on the CPU lies in memory that pykd keeps from step to step
 // (pykd_allocate()), as torch does on a GPU.
 inline at::Tensor torch_new(at::IntArrayRef shape, pykd_dtype dtype, at::Device device) {
-  constexpr std::size_t kLarge = std::size_t{1} << 17;
   const at::TensorOptions options = at::TensorOptions().dtype(torch_scalar_type(dtype)).device(device);
-  std::size_t bytes = size_of(dtype);
-  for (const std::int64_t length : shape) bytes *= static_cast<std::size_t>(length);
-  void* memory = device.is_cpu() && bytes >= kLarge ? pykd_allocate(bytes) : nullptr;
+  void* memory = device.is_cpu() ? kept_memory(bytes_of(dtype, shape.data(), shape.size())) : nullptr;
   if (memory == nullptr) return at::empty(shape, options);
   return at::from_blob(
       memory, shape, [](void* given) { pykd_deallocate(given); }, options);

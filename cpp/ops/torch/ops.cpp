@@ -204,16 +204,13 @@ void set_attributes(pykd::KernelCall& run, const std::string& attributes) {
 // where torch has torch_from_blob().
 Tensor new_tensor(const std::vector<std::int64_t>& shape, pykd_dtype dtype,
                   const std::optional<torch::stable::Device>& device) {
-  constexpr std::size_t kLarge = std::size_t{1} << 17;
-  std::vector<std::int64_t> strides(shape.size(), 1);
-  std::size_t bytes = pykd::internal::size_of(dtype);
-  for (std::size_t axis = shape.size(); axis-- > 0;) {
-    if (axis + 1 < shape.size()) strides[axis] = strides[axis + 1] * shape[axis + 1];
-    bytes *= static_cast<std::size_t>(shape[axis]);
+  void* memory = nullptr;
+  if (torch_from_blob != nullptr && device && device->is_cpu()) {
+    memory = pykd::internal::kept_memory(pykd::internal::bytes_of(dtype, shape.data(), shape.size()));
   }
-  const bool keeps = torch_from_blob != nullptr && device && device->is_cpu() && bytes >= kLarge;
-  void* memory = keeps ? pykd_allocate(bytes) : nullptr;
   if (memory == nullptr) return torch::stable::empty(shape, scalar_type(dtype), std::nullopt, device);
+  std::vector<std::int64_t> strides(shape.size(), 1);
+  for (std::size_t axis = shape.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * shape[axis];
   AtenTensorHandle handle = nullptr;
   const AOTITorchError error = torch_from_blob(
       memory, static_cast<std::int64_t>(shape.size()), shape.data(), strides.data(), 0,
