@@ -9,6 +9,7 @@ input has one layout, every optional input is there or not, and its ``forward`` 
 numbers by name. It is a ``torch.fx.GraphModule``, so its code can be read (``print(graph.code)``), scripted and traced.
 """
 
+import copy
 import dataclasses
 import keyword
 import operator
@@ -79,12 +80,22 @@ class LossGraph(fx.GraphModule):
     given before their weights, and ``loss`` is the sum of weight · term. With ``per_sample`` also
     ``"<term>_per_sample"`` and ``"loss_per_sample"``, which sums the terms that split over samples.
 
-    Its ``signature`` tells the inputs, parameters and outputs.
+    Its ``signature`` tells the inputs, parameters and outputs. A copy of it, or a pickled one, is built again.
     """
 
     if TYPE_CHECKING:  # an annotation that TorchScript sees would be compiled
         signature: "GraphSignature"
         kernel_point: Point | None  # of a graph built with fused=True that has something to fuse
+        built_from: tuple[Any, ...]  # the arguments of _build
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _build, self.built_from
+
+    def __copy__(self) -> "LossGraph":
+        return _build(*self.built_from)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LossGraph":
+        return _build(*copy.deepcopy(self.built_from, memo))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +165,10 @@ class Composition(nn.Module):
             return evaluate_graph(graph, tensors, numbers)
         values: dict[str, Tensor] = graph(**tensors, **numbers)
         return values
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the graphs, which are built again when they are wanted."""
+        return {**super().__getstate__(), "_graphs": {}}
 
     def terms(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """``{"loss", one value per term}``; terms are given before their weights."""
@@ -563,6 +578,7 @@ def _build(composition: Composition, specs: dict[str, Spec], per_sample: bool, c
     graph.output(outputs, type_expr=dict[str, Tensor])
     made = LossGraph(modules, graph, class_name="LossGraph")
     made.kernel_point = point if any(isinstance(module, _Fused) for module in modules.values()) else None
+    made.built_from = (composition, specs, per_sample, check, fused)
     made.signature = GraphSignature(
         inputs=specs,
         parameters=dict(composition.parameters_),
