@@ -37,9 +37,11 @@ def of_graph(composition: Composition, graph: LossGraph, kind: str, dtype: str, 
         entry: dict[str, Any] = {
             "name": name,
             "axes": list(spec.names),
-            "dtype": dtype if spec.dtype == "float" else spec.dtype,
+            "dtype": {"float": dtype, "weight": "float32"}.get(spec.dtype, spec.dtype),
             "gradient": spec.grad,
         }
+        if spec.dtype == "weight":
+            entry["role"] = "weight"
         if spec.index_of:
             entry["index_of"] = spec.index_of
             if name in graph.signature.ignore_indices:

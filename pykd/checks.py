@@ -128,4 +128,4 @@ def check_ranges(specs: Mapping[str, "Spec"], tensors: Mapping[str, Tensor], ign
 
 
 def _dtypes(spec: "Spec") -> tuple[torch.dtype, ...]:
-    return _FLOATS if spec.dtype == "float" else (torch.int64,)
+    return {"float": _FLOATS, "weight": (*_FLOATS, torch.bool), "int64": (torch.int64,)}[spec.dtype]

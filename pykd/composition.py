@@ -168,7 +168,7 @@ class Composition(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the graphs, which are built again when they are wanted."""
-        return {**super().__getstate__(), "_graphs": {}}
+        return {**self.__dict__, "_graphs": {}}
 
     def terms(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """``{"loss", one value per term}``; terms are given before their weights."""

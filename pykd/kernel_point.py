@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pykd import ops
+
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
@@ -131,19 +133,21 @@ class Call:
                     tensors[name] = tensors[name].detach().requires_grad_()
             arguments = tensors | self.attributes
             results = {v.output: v.formula(**{name: arguments[name] for name in v.names}) for v in self.values}
-            if weights:
-                weighted = [
-                    (results[value.output] * weights[value.weight]).sum()
-                    for value in self.values
-                    if value.weight in weights
-                ]
-                total = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
-                students = [tensors[name] for name in self.kernel.differentiable]
-                gradients = torch.autograd.grad(total, students)
+            students = [tensors[name] for name in self.kernel.differentiable]
+            gradients: list[Tensor | None] = [None] * len(students)
+            for value in self.values:
+                if value.weight in weights:
+                    weight = weights[value.weight]
+                    for i, own in enumerate(torch.autograd.grad(results[value.output], students, weight)):
+                        # As the kernels have it: a row of weight 0 gets 0, whatever it holds.
+                        kept = ops.without_left_out(own, weight) if weight.dim() > 0 else own
+                        gradients[i] = _sum(gradients[i], kept)
         results = {name: value.detach() for name, value in results.items()}
         if weights:
             results |= {
-                f"grad_{name}": gradient for name, gradient in zip(self.kernel.differentiable, gradients, strict=True)
+                f"grad_{name}": gradient
+                for name, gradient in zip(self.kernel.differentiable, gradients, strict=True)
+                if gradient is not None
             }
         return results
 

@@ -41,7 +41,8 @@ def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
 
     Args:
         values: ``[batch]``.
-        weight: ``[batch]``, 0 leaves a sample out; ``None`` weighs every sample 1.
+        weight: ``[batch]``, of any type; 0 leaves a sample out; ``None`` weighs every sample 1. Whatever a sample that
+            is left out holds has no part in the value; :func:`without_left_out` keeps it out of the gradient.
         reduction: ``"none"``: ``weight · values``. ``"sum"``: their sum. ``"mean"``: that sum divided by
             the sum of the weights (by the number of samples where there are none); 0 where nothing is kept.
     """
@@ -51,6 +52,7 @@ def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
         if reduction == "sum":
             return values.sum()
         return values
+    weight = weight.to(values.dtype)
     weighted = product_or_zero(weight, values)
     if reduction == "none":
         return weighted
@@ -61,17 +63,37 @@ def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return torch.where(kept, weighted.sum() / torch.where(kept, total, torch.ones_like(total)), torch.zeros_like(total))
 
 
+def without_left_out(x: Tensor, weight: Tensor | None) -> Tensor:
+    """``x`` with zeros for the samples whose weight is 0, so that nothing comes of what they hold.
+
+    The first step of every loss that takes weights: an infinite or NaN logit in a sample that is left out would reach
+    the gradient otherwise, as 0 · NaN.
+
+    Args:
+        x: ``[batch, …]``.
+        weight: ``[batch]``, or with as many leading axes of ``x`` as count samples; ``None``: ``x`` as it is.
+    """
+    if weight is None:
+        return x
+    left_out = weight == 0
+    for _ in range(x.dim() - weight.dim()):
+        left_out = left_out.unsqueeze(-1)
+    return x.masked_fill(left_out, 0.0)
+
+
 def weigh(kept: Tensor, sample_weight: Tensor | None) -> Tensor:
-    """Per-sample weight from a mask of kept samples and the user's weights."""
+    """Per-sample weight from a mask of kept samples and the user's weights; float32 at least."""
     if sample_weight is None:
-        return kept
-    return kept * sample_weight
+        return kept.float()
+    return torch.where(kept, sample_weight, torch.zeros_like(sample_weight))
 
 
 def optional_weight(sample_weight: Tensor | None) -> Tensor | None:
-    """The user's weights as constants in the compute type, or None."""
+    """The user's weights (any floating type, or a mask of True and False) as constants of float32 at least, or None."""
     if sample_weight is None:
         return None
+    if sample_weight.dtype == torch.bool:
+        return sample_weight.float()
     return upcast(sample_weight.detach())
 
 

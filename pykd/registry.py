@@ -26,11 +26,13 @@ class Spec:
         axes: names separated by spaces, such as ``"batch classes"``. Equal names mean equal lengths.
             The names become the dynamic axes of the ONNX file and the words of error messages.
         grad: whether the student is behind this tensor, so that it receives the gradient.
-        dtype: ``"float"`` (any floating type, the same for all inputs of a call) or ``"int64"``.
+        dtype: ``"float"`` (any floating type, the same for all inputs of a call), ``"int64"``, or ``"weight"``: numbers of
+            at least 0 of any floating type, or a mask of True and False, whatever the type of the other inputs;
+            exported files take float32.
         index_of: for integers: the axis whose entries they count, such as ``"classes"``.
         optional: whether the input may be left out.
         draw: how examples and tests draw it: ``"normal"``, ``"probabilities"`` (sum to 1 along the last
-            axis), ``"indices"`` or ``"weights"`` (non-negative, some of them 0).
+            axis), ``"indices"`` or ``"weights"`` (non-negative, some of them 0; always float32).
     """
 
     axes: str
@@ -273,6 +275,7 @@ def draw(spec: Spec, sizes: Mapping[str, int], generator: torch.Generator, dtype
     elif spec.draw == "weights":
         values = torch.clamp(values + 0.5, min=0.0)
         values.reshape(-1)[0] = 0.75  # at least one sample is kept
+        return values.float()
     elif spec.draw == "normal":
         values = 2 * values
     else:

@@ -86,7 +86,7 @@ class Loss:
     :func:`load` makes it. ``print(loss.signature)`` shows what it takes and returns.
     """
 
-    __slots__ = ("_core", "_everything", "_metadata", "_parameters", "_signature", "_stream", "_values")
+    __slots__ = ("_core", "_everything", "_metadata", "_parameters", "_signature", "_stream", "_values", "_weights")
 
     def __init__(self, core: _core.Loss, cuda_stream: int | None) -> None:
         self._core = core
@@ -101,6 +101,7 @@ class Loss:
             tuple(TensorInfo(*info) for info in core.outputs),
         )
         self._parameters = frozenset(info.name for info in self._signature.parameters)
+        self._weights = frozenset(e["name"] for e in self._metadata.get("inputs", ()) if e.get("role") == "weight")
         self._values = tuple(info.name for info in self._signature.outputs if not info.gradient)
         self._everything = tuple(info.name for info in self._signature.outputs)
 
@@ -144,7 +145,8 @@ class Loss:
         Args:
             tensors_and_parameters: every input of the signature by name, and any of its parameters as a
                 float, in place of its default. Tensors are NumPy arrays, torch tensors or other objects with
-                ``__dlpack__``; they are read where they lie, without a copy, and must be contiguous.
+                ``__dlpack__``; they are read where they lie, without a copy, and must be contiguous. Weights of samples
+                alone may be masks of True and False or any floating type, and are converted to float32.
                 Axes with equal names in the signature have equal lengths, at least 1.
 
         Returns:
@@ -192,6 +194,8 @@ class Loss:
         inputs: dict[str, Any] = {}
         parameters: dict[str, float] = {}
         for name, argument in arguments.items():
+            if name in self._weights:
+                argument = _as_float32(argument)
             if name in self._parameters:
                 parameters[name] = _number(name, argument)
             elif type(argument) is np.ndarray:
@@ -308,6 +312,16 @@ def load(
         _import_torch()
     core = _core.Loss(source, engine, device, onnxruntime, None, threads, check_integrity, cuda_stream or 0, kernels)
     return Loss(core, cuda_stream)
+
+
+def _as_float32(weights: Any) -> Any:
+    """Weights or a mask, of NumPy or torch, in the type that the file takes; anything else as it is, to be refused."""
+    if isinstance(weights, np.ndarray):
+        return weights.astype(np.float32) if weights.dtype.kind in "bf" or weights.dtype.name == "bfloat16" else weights
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(weights, torch.Tensor):
+        return weights.to(torch.float32) if weights.is_floating_point() or weights.dtype == torch.bool else weights
+    return weights
 
 
 def _onnxruntime_library() -> str | None:

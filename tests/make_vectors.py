@@ -44,9 +44,7 @@ def call(subject: Subject, number: int, lengths: dict[str, int], dtype: str, per
     moved = {name: p.default * (1 + 0.2 * number) for name, p in graph.signature.parameters.items()}
     want = truth(subject.composition, graph, tensors, moved, per_sample)
     return {
-        "inputs": {
-            name: array(tensor, dtype if tensor.is_floating_point() else "int64") for name, tensor in tensors.items()
-        },
+        "inputs": {name: array(tensor, str(tensor.dtype).removeprefix("torch.")) for name, tensor in tensors.items()},
         "parameters": moved if number else {},
         "outputs": {
             name: array(

@@ -38,10 +38,11 @@ def feature_distance(
     reduction: str,
 ) -> Tensor:
     """The whole loss, from the inputs of :class:`FeatureDistance`."""
-    student = ops.pool_tokens(student_features, spatial_avg)
-    teacher = ops.pool_tokens(teacher_features, spatial_avg)
+    weight = ops.optional_weight(sample_weight)
+    student = ops.pool_tokens(ops.without_left_out(student_features, weight), spatial_avg)
+    teacher = ops.pool_tokens(ops.without_left_out(teacher_features, weight), spatial_avg)
     values = feature_distance_rows(student, teacher, power)
-    return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
+    return ops.reduce(values, weight, reduction)
 
 
 class FeatureDistance(Loss):
@@ -50,7 +51,7 @@ class FeatureDistance(Loss):
     inputs = {
         "student_features": Spec("batch tokens channels", grad=True),
         "teacher_features": Spec("batch tokens channels"),
-        "sample_weight": Spec("batch", optional=True, draw="weights"),
+        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
     }
     cases = (
         Case(),

@@ -16,6 +16,7 @@ from pykd.registry import Case, Loss, Scalar, Spec, register
 # 1. The formula: a function that torch.jit.script accepts, named like the loss.
 #    - the teacher is a constant: detach it;  halves compute in float32: ops.upcast;
 #    - one value per sample as long as possible, ops.reduce in the last line;
+#    - what a sample of weight 0 holds must not reach the gradient: ops.without_left_out, first of all;
 #    - log space; torch.where instead of boolean indexing; shapes only as integers (never float(x.shape[0])).
 def template(
     student_logits: Tensor,
@@ -25,10 +26,13 @@ def template(
     reduction: str = "mean",
 ) -> Tensor:
     """Squared difference of softened probabilities; see :class:`Template`."""
-    q = torch.softmax(ops.upcast(student_logits) / temperature, dim=-1)
-    p = torch.softmax(ops.upcast(teacher_logits.detach()) / temperature, dim=-1)
+    weight = ops.optional_weight(sample_weight)
+    student = ops.without_left_out(student_logits, weight)
+    teacher = ops.without_left_out(teacher_logits.detach(), weight)
+    q = torch.softmax(ops.upcast(student) / temperature, dim=-1)
+    p = torch.softmax(ops.upcast(teacher) / temperature, dim=-1)
     values = ((q - p) * (q - p)).sum(dim=-1)
-    return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
+    return ops.reduce(values, weight, reduction)
 
 
 # 2. The module: settings, and a docstring from which a reader could implement the loss.
@@ -45,7 +49,8 @@ class Template(Loss):
     Inputs:
         student_logits: ``(batch, classes)``, any floating type; receives the gradient.
         teacher_logits: ``(batch, classes)``, same type; constant.
-        sample_weight: optional ``(batch,)``, at least 0; constant.
+        sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask of True and False; constant. A
+            sample of weight 0 has no part in value and gradient, whatever it holds.
 
     Returns:
         Between 0 and 2, no unit; 0 when the logits are equal; a scalar unless ``reduction="none"``.
@@ -69,7 +74,7 @@ class Template(Loss):
     inputs = {
         "student_logits": Spec("batch classes", grad=True),
         "teacher_logits": Spec("batch classes"),
-        "sample_weight": Spec("batch", optional=True, draw="weights"),
+        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
     }
     scalars = {"temperature": Scalar(minimum=0.0, exclusive=True)}
     cases = (

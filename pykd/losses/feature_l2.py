@@ -35,7 +35,8 @@ class FeatureL2(FeatureDistance):
         student_features: ``(batch, tokens, channels)``, any floating type; receives the gradient. A
             convolutional map ``(batch, channels, height, width)`` is ``x.flatten(2).transpose(1, 2)``.
         teacher_features: ``(batch, tokens, channels)``, same type; constant.
-        sample_weight: optional ``(batch,)``, at least 0; constant.
+        sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask of True and False; constant. A
+            sample of weight 0 has no part in value and gradient, whatever it holds.
 
     Returns:
         Between 0 and 4 (it is 2 − 2·cosine), no unit; a scalar unless ``reduction="none"``; 0 when the directions

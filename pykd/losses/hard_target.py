@@ -28,10 +28,9 @@ def hard_target_rows_of_probabilities(student: Tensor, label_probs: Tensor) -> T
     return -ops.product_or_zero(ops.upcast(label_probs.detach()), log_q).sum(dim=-1)
 
 
-def _kept_weight(labels: Tensor, sample_weight: Tensor | None, ignore_index: int, like: Tensor) -> Tensor:
+def _kept_weight(labels: Tensor, sample_weight: Tensor | None, ignore_index: int) -> Tensor:
     """1 or the sample's weight; 0 where the label is ``ignore_index``."""
-    kept = torch.ones_like(like).masked_fill(labels == ignore_index, 0.0)
-    return ops.weigh(kept, ops.optional_weight(sample_weight))
+    return ops.weigh(labels != ignore_index, ops.optional_weight(sample_weight))
 
 
 def hard_target(
@@ -43,10 +42,13 @@ def hard_target(
 ) -> Tensor:
     """Cross-entropy against class indices or class probabilities; see :class:`HardTarget`."""
     if labels.dim() == student_logits.dim():
-        values = hard_target_rows_of_probabilities(student_logits, labels)
-        return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
-    values = hard_target_rows(student_logits, labels)
-    return ops.reduce(values, _kept_weight(labels, sample_weight, ignore_index, values), reduction)
+        weight = ops.optional_weight(sample_weight)
+        student = ops.without_left_out(student_logits, weight)
+        values = hard_target_rows_of_probabilities(student, ops.without_left_out(labels, weight))
+        return ops.reduce(values, weight, reduction)
+    kept = _kept_weight(labels, sample_weight, ignore_index)
+    values = hard_target_rows(ops.without_left_out(student_logits, kept), labels)
+    return ops.reduce(values, kept, reduction)
 
 
 @register("hard_target")
@@ -68,7 +70,8 @@ class HardTarget(Loss):
         student_logits: ``(batch, classes)``, any floating type; receives the gradient. −inf masks a class.
         labels: class probabilities ``(batch, classes)`` of the same type, or class indices ``(batch,)``
             int64; constant.
-        sample_weight: optional ``(batch,)``, at least 0; constant.
+        sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask of True and False; constant. A
+            sample of weight 0 has no part in value and gradient, whatever it holds.
 
     Returns:
         Nats, at least 0; a scalar unless ``reduction="none"``. float32 for half-precision inputs, which
@@ -98,7 +101,7 @@ class HardTarget(Loss):
             Spec("batch classes", draw="probabilities"),
             Spec("batch", dtype="int64", index_of="classes", draw="indices"),
         ),
-        "sample_weight": Spec("batch", optional=True, draw="weights"),
+        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
     }
     cases = (
         Case(),
@@ -123,8 +126,7 @@ class HardTarget(Loss):
             return ops.reduce(values, ops.optional_weight(sample_weight), self.reduction)
         tensors = {"student": student_logits, "labels": labels}
         values = kernel(KERNEL, "hard", hard_target_rows, tensors, {}, weight="hard_weight")
-        weight = _kept_weight(labels, sample_weight, self.ignore_index, values)
-        return ops.reduce(values, weight, self.reduction)
+        return ops.reduce(values, _kept_weight(labels, sample_weight, self.ignore_index), self.reduction)
 
     @staticmethod
     def reference(student_logits, labels, sample_weight=None, ignore_index=-100, reduction="mean"):

@@ -81,8 +81,11 @@ def soft_target(
     reduction: str = "mean",
 ) -> Tensor:
     """Cross-entropy or a divergence to the teacher's softened targets; see :class:`SoftTarget`."""
-    values = soft_target_rows(student_logits, teacher_logits, temperature, form, soften_student, beta)
-    return _reduce(values, sample_weight, temperature, tau_squared, reduction)
+    weight = ops.optional_weight(sample_weight)
+    student = ops.without_left_out(student_logits, weight)
+    teacher = ops.without_left_out(teacher_logits, weight)
+    values = soft_target_rows(student, teacher, temperature, form, soften_student, beta)
+    return _reduce(values, weight, temperature, tau_squared, reduction)
 
 
 @register("soft_target")
@@ -114,7 +117,8 @@ class SoftTarget(Loss):
     Inputs:
         student_logits: ``(batch, classes)``, any floating type; receives the gradient. −inf masks a class.
         teacher_logits: ``(batch, classes)``, same type; constant.
-        sample_weight: optional ``(batch,)``, at least 0; constant.
+        sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask of True and False; constant. A
+            sample of weight 0 has no part in value and gradient, whatever it holds.
 
     Returns:
         Nats, at least 0; a scalar unless ``reduction="none"``. float32 for half-precision inputs, which
@@ -146,7 +150,7 @@ class SoftTarget(Loss):
     inputs = {
         "student_logits": Spec("batch classes", grad=True),
         "teacher_logits": Spec("batch classes"),
-        "sample_weight": Spec("batch", optional=True, draw="weights"),
+        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
     }
     scalars = {"temperature": Scalar(minimum=0.0, exclusive=True)}
     cases = (

@@ -1,0 +1,203 @@
+"""A sample that is left out has no part in anything: the loss is as if it were not there, whatever it holds.
+
+Every registered loss that weighs samples, in every form. The judge is the same loss on the samples that are kept.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import pykd
+from pykd import registry
+from pykd.composition import as_composition
+from tests.conftest import subjects
+
+KEPT = [0, 2, 3, 5]
+LEFT_OUT = [1, 4]
+WEIGHTS = torch.tensor([0.5, 0.0, 1.0, 2.0, 0.0, 1.5])
+POISON = (float("nan"), float("inf"), float("-inf"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A loss, and how it leaves samples out."""
+
+    loss: registry.Loss
+    layouts: tuple[tuple[str, str], ...]
+    by: str  # "weight", "mask" or "label"
+
+    def specs(self):
+        optional = [] if self.by == "label" else ["sample_weight"]
+        return self.composition().choose(dict(self.layouts), optional)
+
+    def composition(self):
+        """The loss with a reduction to a scalar."""
+        return as_composition(self.loss.with_settings(reduction="mean") if self.loss.reduction == "none" else self.loss)
+
+    def draw(self, dtype=torch.float64):
+        tensors = self.composition().draw(self.specs(), {"batch": 6}, seed=3, dtype=dtype)
+        if self.by == "label":
+            tensors["labels"][LEFT_OUT] = self.loss.ignore_index
+            tensors["labels"][KEPT] = torch.where(
+                tensors["labels"][KEPT] == self.loss.ignore_index, 0, tensors["labels"][KEPT]
+            )
+        else:
+            tensors["sample_weight"] = WEIGHTS if self.by == "weight" else WEIGHTS > 0
+        return tensors
+
+    def __str__(self):
+        words = [self.loss.name, *(f"{k}={v}" for k, v in self.loss.settings().items()), self.by]
+        return ",".join([*words, *(axes.replace(" ", "×") for _, axes in self.layouts)])
+
+
+def ways():
+    registry.load_all()
+    for cls in registry.registered().values():
+        made = set()
+        for case in cls.cases:
+            for reduction in registry.REDUCTIONS if "sample_weight" in cls.inputs else ("mean",):
+                loss = cls(**{**case.settings, "reduction": reduction})
+                layouts = tuple(case.layouts.items())
+                if (repr(loss), layouts) in made:
+                    continue
+                made.add((repr(loss), layouts))
+                if "sample_weight" in cls.inputs:
+                    yield Way(loss, layouts, "weight")
+                    yield Way(loss, layouts, "mask")
+                if hasattr(loss, "ignore_index") and any(
+                    spec.dtype == "int64" for spec in Way(loss, layouts, "label").specs().values()
+                ):
+                    yield Way(loss, layouts, "label")
+
+
+@pytest.fixture(params=list(ways()), ids=str)
+def way(request):
+    return request.param
+
+
+def poisoned(way, tensors, value):
+    """Every floating tensor's left-out rows hold ``value``, all over or in one entry."""
+    changed = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name, spec in way.specs().items():
+        if spec.dtype == "float" and name != "sample_weight":
+            changed[name][LEFT_OUT[0]] = value
+            changed[name].flatten(1)[LEFT_OUT[1], 0] = value
+    return changed
+
+
+def evaluate(specs, function, tensors):
+    """The value, and the gradients by name, of a function of named tensors; values per sample are weighed first."""
+    given = {n: t.detach().clone().requires_grad_(specs[n].grad) for n, t in tensors.items()}
+    value = function(**given)
+    upstream = torch.linspace(0.5, 1.5, 6, dtype=value.dtype)[: value.numel()]
+    (value if value.dim() == 0 else (value * upstream).sum()).backward()
+    return value.detach(), {n: t.grad for n, t in given.items() if specs[n].grad}
+
+
+def check(way, function, dtype=torch.float64, kept_function=None, **tolerance):
+    tensors = way.draw(dtype)
+    fewer = {name: tensor[KEPT] for name, tensor in tensors.items()}
+    if way.loss.reduction == "none":  # the upstream gradient goes by position: keep the positions
+        fewer = {name: torch.where(_rows(tensor), tensor, tensor[[0] * 6]) for name, tensor in tensors.items()}
+    plain, plain_gradients = evaluate(way.specs(), kept_function or function, fewer)
+    for value in POISON:
+        got, gradients = evaluate(way.specs(), function, poisoned(way, tensors, value))
+        if way.loss.reduction == "none":
+            assert (got[LEFT_OUT] == 0).all()
+            torch.testing.assert_close(got[KEPT], plain[KEPT], **tolerance)
+        else:
+            torch.testing.assert_close(got, plain, **tolerance)
+        for name, gradient in gradients.items():
+            assert (gradient[LEFT_OUT] == 0).all(), f"{name}: {gradient[LEFT_OUT]}"
+            want = plain_gradients[name][KEPT] if way.loss.reduction == "none" else plain_gradients[name]
+            torch.testing.assert_close(gradient[KEPT], want, **tolerance)
+
+
+def _rows(tensor):
+    return torch.tensor([row in KEPT for row in range(6)]).reshape(-1, *[1] * (tensor.dim() - 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_in_the_class(way, dtype):
+    check(way, way.loss, dtype)
+
+
+def test_in_the_function(way):
+    check(way, lambda **tensors: getattr(pykd.functional, way.loss.name)(**tensors, **way.loss.settings()))
+
+
+def test_in_torchscript(way):
+    check(way, torch.jit.script(way.loss), kept_function=way.loss)
+
+
+def test_in_the_graph(way):
+    optional = [] if way.by == "label" else ["sample_weight"]
+    output = "loss_per_sample" if way.loss.reduction == "none" else "loss"
+    graph = way.composition().graph(dict(way.layouts), optional, per_sample=True)
+    check(way, lambda **tensors: graph(**tensors)[output])
+
+
+def test_in_the_kernel_and_in_the_formula_behind_it(way):
+    """The formula behind a kernel is what runs in ONNX files where the kernel does not."""
+    from pykd import fused
+
+    if not way.loss.has_kernel():
+        pytest.skip("no kernel")
+    check(way, lambda **given: fused.evaluate(way.loss, given, {}), torch.float32, way.loss, rtol=1e-5, atol=1e-6)
+    run, fused.run = fused.run, lambda call, weights: call.plain(call.tensors, weights)
+    try:
+        check(way, lambda **given: fused.evaluate(way.loss, given, {}), torch.float32, way.loss, rtol=1e-5, atol=1e-6)
+    finally:
+        fused.run = run
+
+
+@pytest.mark.parametrize("by", [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_masks_and_weights_of_any_type_go_with_logits_of_any_type(loss_class, dtype, by):
+    if "sample_weight" not in loss_class.inputs:
+        pytest.skip("no weights")
+    for layouts in {tuple(case.layouts.items()) for case in loss_class.cases}:
+        for reduction in registry.REDUCTIONS:
+            way = Way(loss_class(reduction=reduction), layouts, "weight")
+            tensors = way.draw(dtype)
+            tensors["sample_weight"] = WEIGHTS.to(by)
+            value, gradients = evaluate(way.specs(), way.loss, tensors)
+            assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            exact = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+            exact["sample_weight"] = WEIGHTS.to(by).double()
+            want = loss_class.reference(**{n: t.numpy() for n, t in exact.items()}, **way.loss.settings())
+            np.testing.assert_allclose(value.numpy(), want, rtol=1e-5, atol=1e-6)
+            assert all(gradient.dtype == dtype for gradient in gradients.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+@pytest.mark.parametrize("engine", ["onnxruntime", "torchscript"])
+def test_in_every_exported_form(subject, engine, kernels, dtype, exported):
+    if "sample_weight" not in subject.optional or subject.composition.students:
+        pytest.skip("no weight per row")
+    loss = pykd.load(str(exported(subject, dtype)), engine=engine, kernels=kernels)
+    specs = subject.graph().signature.inputs
+    tensors = subject.draw({"batch": 6}, dtype=getattr(torch, dtype))
+    tensors["sample_weight"] = WEIGHTS.to(tensors["sample_weight"].dtype)
+    want = loss.value_and_gradient(**{name: tensor[KEPT].contiguous() for name, tensor in tensors.items()})
+    for value in POISON:
+        for name, spec in specs.items():
+            if spec.dtype == "float" and name != "sample_weight":
+                tensors[name][LEFT_OUT] = value
+        got = loss.value_and_gradient(**tensors)
+        for name in want:
+            if "batch" not in next(output.axes for output in loss.signature.outputs if output.name == name):
+                torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6)
+            else:
+                assert (got[name][LEFT_OUT] == 0).all(), name
+                torch.testing.assert_close(got[name][KEPT], want[name], rtol=1e-5, atol=1e-6)
+
+
+def test_every_loss_with_weights_is_here(loss_class):
+    here = {way.loss.name for way in ways()}
+    assert ("sample_weight" in loss_class.inputs) == (loss_class.name in here)
+    assert any(str(subject).startswith(loss_class.name) for subject in subjects())
