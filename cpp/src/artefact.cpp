@@ -9,7 +9,6 @@
 #include <protozero/pbf_reader.hpp>
 #include <system_error>
 #include <unordered_map>
-#include <unordered_set>
 
 #include "error.h"
 
@@ -205,11 +204,17 @@ struct ValueInfo {
   std::size_t rank = 0;
 };
 
+// A tensor as far as it may be a number: one element of float32 or float64.
+struct Number {
+  std::string_view name;
+  std::optional<double> value;
+};
+
 // What the scan collects. All views point into the file.
 struct Scan {
   std::optional<std::string_view> metadata;
   std::vector<ValueInfo> inputs, outputs;
-  std::unordered_set<std::string_view> initializers;
+  std::unordered_map<std::string_view, Number> initializers;  // by name; those that are no number, too
 
   // The functions of domain "pykd" and which of them each calls, for check_functions().
   struct Call {
@@ -234,12 +239,30 @@ std::string function_key(std::string_view name, std::string_view overload) {
   return std::string(name) + ":" + std::string(overload);
 }
 
-std::string_view scan_tensor(pbf_reader tensor) {
-  std::string_view name;
+template <class T>
+double number_at(std::string_view bytes) {
+  T value;
+  std::memcpy(&value, bytes.data(), sizeof value);
+  return static_cast<double>(value);
+}
+
+Number scan_tensor(pbf_reader tensor) {
+  Number result;
+  std::int64_t dtype = 0;
+  // The elements lie in one of two fields: as raw bytes, or as packed numbers, which are the same bytes.
+  std::string_view elements;
   while (tensor.next()) {
     switch (tensor.tag_and_type()) {
+      case number(2):
+        dtype = tensor.get_int64();
+        break;
       case message(8):
-        name = view_of(tensor);
+        result.name = view_of(tensor);
+        break;
+      case message(4):
+      case message(9):
+      case message(10):
+        elements = view_of(tensor);
         break;
       case message(13):
         refuse("no external data", "a tensor with external_data");
@@ -250,7 +273,9 @@ std::string_view scan_tensor(pbf_reader tensor) {
         tensor.skip();
     }
   }
-  return name;
+  if (dtype == kOnnxFloat && elements.size() == sizeof(float)) result.value = number_at<float>(elements);
+  if (dtype == kOnnxDouble && elements.size() == sizeof(double)) result.value = number_at<double>(elements);
+  return result;
 }
 
 void scan_attribute(pbf_reader attribute) {
@@ -450,6 +475,12 @@ ValueInfo scan_value_info(pbf_reader value) {
   return info;
 }
 
+void add_initializer(Scan& scan, const Number& number) {
+  if (!scan.initializers.emplace(number.name, number).second) {
+    refuse("every initializer once", in_quotes(number.name) + " twice");
+  }
+}
+
 void scan_graph(pbf_reader graph, Scan& scan) {
   while (graph.next()) {
     switch (graph.tag_and_type()) {
@@ -457,7 +488,7 @@ void scan_graph(pbf_reader graph, Scan& scan) {
         scan_node(graph.get_message(), scan.calls);
         break;
       case message(5):
-        scan.initializers.insert(scan_tensor(graph.get_message()));
+        add_initializer(scan, scan_tensor(graph.get_message()));
         break;
       case message(11):
         scan.inputs.push_back(scan_value_info(graph.get_message()));
@@ -546,12 +577,21 @@ void check_value(const std::vector<ValueInfo>& values, const std::string& name, 
   }
 }
 
-void check_initializer(const Scan& scan, const std::string& name, bool expected) {
-  const bool found = scan.initializers.count(name) != 0;
-  if (found != expected) {
-    refuse(expected ? "a default for the parameter " + name : "no default for the input " + name,
-           found ? "one" : "none");
-  }
+void check_no_default(const Scan& scan, const std::string& name) {
+  if (scan.initializers.count(name) != 0) refuse("no default for the input " + name, "one");
+}
+
+// Engines are given the parameters that differ from their default alone: so the default that the metadata says is the
+// one that the graph has, to the last bit.
+void check_default(const Scan& scan, const ParameterSpec& parameter, pykd_dtype dtype) {
+  const auto found = scan.initializers.find(parameter.name);
+  if (found == scan.initializers.end()) refuse("a default for the parameter " + parameter.name, "none");
+  const double value = parameter.default_value;
+  const double expected = dtype == PYKD_FLOAT32 ? static_cast<double>(static_cast<float>(value)) : value;
+  const std::optional<double>& got = found->second.value;
+  if (got && std::memcmp(&*got, &expected, sizeof expected) == 0) return;
+  refuse("the default " + number_text(expected) + " for the parameter " + parameter.name + ", as the metadata says,",
+         got ? number_text(*got) : "a tensor that is no number of " + std::string(dtype_name(dtype)));
 }
 
 // "float" is for TorchScript files, so that every dtype here is a single one.
@@ -580,11 +620,11 @@ void check_graph(const Scan& scan, const Signature& signature) {
     const pykd_dtype dtype = single_dtype(input.dtypes);
     if (dtype == PYKD_FLOAT64) parameter_dtype = PYKD_FLOAT64;
     check_value(scan.inputs, input.name, "an input", dtype, input.rank());
-    check_initializer(scan, input.name, false);
+    check_no_default(scan, input.name);
   }
   for (const ParameterSpec& parameter : signature.parameters) {
     check_value(scan.inputs, parameter.name, "an input", parameter_dtype, 0);
-    check_initializer(scan, parameter.name, true);
+    check_default(scan, parameter, parameter_dtype);
   }
   for (const OutputSpec& output : signature.outputs) {
     check_value(scan.outputs, output.name, "an output", single_dtype(output.dtypes), output.rank());

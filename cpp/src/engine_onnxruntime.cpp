@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "artefact.h"
+#include "cuda_context.h"
 #include "custom_ops.h"
 #include "engines.h"
 #include "error.h"
@@ -157,20 +158,33 @@ class OnnxRuntimeSession : public Session {
       double_parameters_ |= input.dtypes == dtype_bit(PYKD_FLOAT64);
     }
     for (const ParameterSpec& parameter : signature.parameters) {
-      input_names_.push_back(parameter.name.c_str());
+      parameters_.push_back({parameter.name.c_str(), in_dtype_of_file(parameter.default_value)});
     }
     for (const OutputSpec& output : signature.outputs) output_names_.push_back(output.name.c_str());
+    const KeptCudaContext kept(options_.device);
     make_memory_infos();
     make_run_options();
     make_session(runtime, bytes, size);
   }
 
+  ~OnnxRuntimeSession() override {
+    const KeptCudaContext kept(options_.device);  // ONNX Runtime makes its device the thread's own
+    session_.reset();
+  }
+
   void run(const Request& request) const override {
-    const std::size_t num_inputs = request.inputs.size();
-    const std::size_t num_arguments = num_inputs + request.parameters.size();
-    Values values(api_, num_arguments + request.outputs.size());
+    // The file has its own copy of every default, on the device. What is given here is copied there in each run, and
+    // may come from anywhere but a CUDA graph: so it is those parameters that differ.
+    std::vector<const char*> input_names = input_names_;
+    std::vector<double> scalars;
+    for (std::size_t i = 0; i < parameters_.size(); ++i) {
+      const double value = in_dtype_of_file(request.parameters[i]);
+      if (std::memcmp(&value, &parameters_[i].default_value, sizeof value) == 0) continue;
+      input_names.push_back(parameters_[i].name);
+      scalars.push_back(value);
+    }
+    Values values(api_, input_names.size() + request.outputs.size());
     for (const pykd_tensor& tensor : request.inputs) values.push(wrap(tensor));
-    std::vector<double> scalars = request.parameters;
     for (double& scalar : scalars) values.push(wrap_parameter(scalar));
     bool cpu_output = false;
     std::vector<const char*> names;
@@ -182,8 +196,9 @@ class OnnxRuntimeSession : public Session {
     }
     // Work on the caller's stream is left running, unless the caller is about to read from the CPU.
     const OrtRunOptions* run_options = options_.cuda_stream != nullptr && !cpu_output ? no_wait_.get() : nullptr;
-    check_run(api_.Run(session_.get(), run_options, input_names_.data(), values.data(), num_arguments, names.data(),
-                       names.size(), values.data() + num_arguments));
+    const KeptCudaContext kept(options_.device);
+    check_run(api_.Run(session_.get(), run_options, input_names.data(), values.data(), input_names.size(), names.data(),
+                       names.size(), values.data() + input_names.size()));
   }
 
  private:
@@ -220,6 +235,11 @@ class OnnxRuntimeSession : public Session {
                                                   static_cast<std::size_t>(tensor.rank), element_type(tensor.dtype),
                                                   &value));
     return value;
+  }
+
+  // A parameter, rounded as the file has it.
+  double in_dtype_of_file(double parameter) const {
+    return double_parameters_ ? parameter : static_cast<double>(static_cast<float>(parameter));
   }
 
   // The number lives in `scalar`, in the dtype that the file declares.
@@ -311,7 +331,12 @@ class OnnxRuntimeSession : public Session {
 
   const OrtApi& api_;
   const EngineOptions options_;
-  std::vector<const char*> input_names_;  // the inputs, then the parameters
+  struct Parameter {
+    const char* name;
+    double default_value;
+  };
+  std::vector<const char*> input_names_;
+  std::vector<Parameter> parameters_;
   std::vector<const char*> output_names_;
   bool double_parameters_ = false;
   Owner<OrtMemoryInfo> cpu_, cuda_;

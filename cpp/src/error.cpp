@@ -1,6 +1,7 @@
 #include "error.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <new>
 
@@ -60,6 +61,12 @@ std::string in_quotes(std::string_view text) {
     }
   }
   return result + (text.size() > kMaxQuoted ? "...\"" : "\"");
+}
+
+std::string number_text(double number) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.9g", number);
+  return text;
 }
 
 std::string nearest(std::string_view wrong, const std::vector<std::string>& names) {

@@ -40,6 +40,9 @@ class PYKD_API Failure : public std::runtime_error {
 // anything longer than 100 bytes is cut, because the text may come from a hostile file.
 PYKD_API std::string in_quotes(std::string_view text);
 
+// The number with as many digits as a float32 has.
+std::string number_text(double number);
+
 // The name in `names` that a person who wrote `wrong` may have meant; empty where none is near.
 PYKD_API std::string nearest(std::string_view wrong, const std::vector<std::string>& names);
 

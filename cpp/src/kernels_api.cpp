@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_context.h"
 #include "cuda_loader.h"
 #include "error.h"
 #include "kernel.h"
@@ -218,6 +219,7 @@ void run_on_cpu(const Kernel& kernel, Call& call, const pykd_kernel_host& host) 
 
 void run_on_cuda(const Kernel& kernel, const Device& device, const Call& call, const pykd_kernel_host& host) {
   const kernels::CudaKernel* cuda = kernels::find_cuda_kernel(kernel.name);
+  const KeptCudaContext kept(device);
   const char* error = cuda->launch(call, device.id, host.cuda_stream);
   if (error != nullptr) {
     throw Failure(PYKD_ENGINE_FAILURE,

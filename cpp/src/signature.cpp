@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <utility>
@@ -304,12 +303,6 @@ std::vector<std::string> names_of(const Specs& specs) {
   names.reserve(specs.size());
   for (const auto& spec : specs) names.push_back(spec.name);
   return names;
-}
-
-std::string number_text(double value) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.9g", value);
-  return text;
 }
 
 std::string axes_text(const TensorSpec& spec) {

@@ -387,6 +387,30 @@ TEST(Scan, ComparesTheGraphWithItsMetadata) {
   EXPECT_BAD(scan(model), "output");
 }
 
+// Engines are given the parameters that differ from the metadata's default alone, so the graph's is the same.
+TEST(Scan, TheDefaultsOfTheGraphAreThoseOfTheMetadata) {
+  TinyModel model = tiny_model(false);
+  model.metadata["parameters"][0]["default"] = 2.0;
+  EXPECT_BAD(scan(model), "the default 2 for the parameter weight, as the metadata says", "got 1.5");
+  model = tiny_model(false);
+  model.initializers[0] = scalar("weight", 2.0f);
+  EXPECT_BAD(scan(model), "the default 1.5 for the parameter weight", "got 2");
+  // Rounded to the file's dtype they are equal: 0.3 is no float32.
+  model.metadata["parameters"][0]["default"] = 0.3;
+  model.initializers[0] = scalar("weight", 0.3f);
+  EXPECT_NO_THROW(scan(model));
+  model.initializers[0] = scalar("weight", std::nextafter(0.3f, 1.0f));
+  EXPECT_BAD(scan(model), "the default 0.300000012 for the parameter weight");
+  // No number, and two of one name.
+  std::string twice = scalar("weight", 0.3f);
+  protozero::pbf_writer(twice).add_bytes(9, std::string(8, '\0'));
+  model.initializers[0] = twice;
+  EXPECT_BAD(scan(model), "for the parameter weight", "a tensor that is no number of float32");
+  model.initializers[0] = scalar("weight", 0.3f);
+  model.initializers.push_back(scalar("weight", 0.4f));
+  EXPECT_BAD(scan(model), "every initializer once", "\"weight\" twice");
+}
+
 // ---- Folders
 // ---------------------------------------------------------------------------------------
 
