@@ -32,6 +32,8 @@ from pykd import _core
 
 __all__ = ["Loss", "ParameterInfo", "Signature", "TensorInfo", "load"]
 
+_DEFAULT_STREAM = 1  # cudaStreamLegacy: the default stream's other name, where 0 says that none was named
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -249,7 +251,10 @@ class Loss:
             return self._core.run_into_new(inputs, parameters, names, new_tensor)
         if self._stream == current.cuda_stream:
             return self._core.run_into_new(inputs, parameters, names, new_tensor)
-        other = torch.cuda.ExternalStream(self._stream, device=device)
+        if self._stream == 0:  # ExternalStream(0) is a new stream, not this one
+            other = torch.cuda.default_stream(device)
+        else:
+            other = torch.cuda.ExternalStream(self._stream, device=device)
         other.wait_stream(current)
         results = self._core.run_into_new(inputs, parameters, names, new_tensor)
         current.wait_stream(other)
@@ -286,8 +291,9 @@ def load(
             TorchScript use ``torch.set_num_threads``.
         check_integrity: False accepts a file that a tool has rewritten after its export.
         cuda_stream: the ``cudaStream_t``, as an integer, on which ONNX Runtime works, such as
-            ``torch.cuda.current_stream().cuda_stream``. None: a stream of its own. TorchScript uses
-            torch's current stream.
+            ``torch.cuda.current_stream().cuda_stream``; 0 is CUDA's default stream, on which torch works
+            unless told otherwise. None: a stream of ONNX Runtime's own. Calls with torch tensors are put in
+            order with torch's current stream, whichever that is. TorchScript uses torch's current stream.
         kernels: whether ONNX files run with pykd's fused kernels, which need not read the tensors as often
             as the portable operators. ``"auto"``: wherever the file has a node that a kernel computes on
             that device. ``"on"``: the same, and a RuntimeError where it has none, or one that no kernel
@@ -310,7 +316,10 @@ def load(
     onnxruntime = _onnxruntime_library() if onnxruntime_library is None else os.fspath(onnxruntime_library)
     if engine == "torchscript" or (engine is None and _wants_torch(source, onnxruntime)):
         _import_torch()
-    core = _core.Loss(source, engine, device, onnxruntime, None, threads, check_integrity, cuda_stream or 0, kernels)
+    if cuda_stream == _DEFAULT_STREAM:
+        cuda_stream = 0
+    handle = 0 if cuda_stream is None else cuda_stream or _DEFAULT_STREAM
+    core = _core.Loss(source, engine, device, onnxruntime, None, threads, check_integrity, handle, kernels)
     return Loss(core, cuda_stream)
 
 

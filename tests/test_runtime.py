@@ -9,6 +9,7 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -373,3 +374,73 @@ def test_onnx_runs_without_torch(folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "1.5", done.stderr
+
+
+# ---- Streams, with stand-ins for torch.cuda and the extension ------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "handle"), [(None, 0), (0, 1), (1, 1), (4096, 4096)])
+def test_the_default_stream_is_named_to_the_engine(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, given: int | None, handle: int
+) -> None:
+    seen = []
+
+    def open_loss(*arguments: Any) -> Any:
+        seen.append(arguments[7])
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(runtime._core, "Loss", open_loss)
+    with pytest.raises(RuntimeError, match="enough"):
+        runtime.load(folder, "onnxruntime", "cuda", cuda_stream=given)
+    assert seen == [handle]
+
+
+class StandInStream:
+    def __init__(self, handle: int, log: list[str]) -> None:
+        self.cuda_stream, self.log = handle, log
+
+    def wait_stream(self, other: StandInStream) -> None:
+        self.log.append(f"{self.cuda_stream} waits for {other.cuda_stream}")
+
+    def synchronize(self) -> None:
+        self.log.append(f"the host waits for {self.cuda_stream}")
+
+
+@pytest.mark.parametrize(
+    ("given", "current", "order"),
+    [
+        (None, 0, ["the host waits for 0", "work"]),
+        (None, 32, ["the host waits for 32", "work"]),
+        (0, 0, ["work"]),
+        (1, 0, ["work"]),
+        (0, 32, ["0 waits for 32", "work", "32 waits for 0"]),
+        (64, 32, ["64 waits for 32", "work", "32 waits for 64"]),
+        (64, 0, ["64 waits for 0", "work", "0 waits for 64"]),
+        (32, 32, ["work"]),
+    ],
+)
+def test_calls_are_put_in_order_with_torch(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, given: int | None, current: int, order: list[str]
+) -> None:
+    log: list[str] = []
+
+    def external(handle: int, device: Any) -> StandInStream:
+        assert handle != 0, "torch.cuda.ExternalStream(0) is a new stream"
+        return StandInStream(handle, log)
+
+    class Core:
+        metadata, inputs, parameters, outputs, engine = "{}", (), (), (), "onnxruntime"
+
+        def run_into_new(self, *_: Any) -> dict[str, Any]:
+            log.append("work")
+            return {}
+
+    cuda = SimpleNamespace(
+        current_stream=lambda device: StandInStream(current, log),
+        default_stream=lambda device: StandInStream(0, log),
+        ExternalStream=external,
+    )
+    monkeypatch.setattr(runtime._core, "Loss", lambda *_: Core())
+    loss = runtime.load(folder, "onnxruntime", "cuda", cuda_stream=given)
+    loss._run_torch(SimpleNamespace(cuda=cuda), SimpleNamespace(type="cuda"), {}, {}, ())
+    assert log == order

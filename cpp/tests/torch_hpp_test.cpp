@@ -2,6 +2,7 @@
 // formulas written out by hand, on one loaded loss, with shapes that change from call to call.
 #include "pykd/torch.hpp"
 
+#include <dlfcn.h>
 #include <gtest/gtest.h>
 #include <torch/script.h>
 #include <torch/torch.h>
@@ -262,6 +263,55 @@ TEST_P(TorchHpp, ManyThreadsShareOneLoss) {
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(wrong, 0);
+}
+
+// ---- Streams, with a stand-in for libtorch_cuda -----------------------------------------------------
+
+template <class Function>
+Function fake(const char* name) {
+  return reinterpret_cast<Function>(dlsym(dlopen(FAKE_LIBTORCH_CUDA, RTLD_NOW), name));
+}
+
+void* stream_number(std::uintptr_t number) { return reinterpret_cast<void*>(number); }
+
+// What happens when work is put on the stream `given` of cuda:1 while torch's current stream is another.
+std::string calls_of(std::uintptr_t given, std::uintptr_t current, int current_device = 0) {
+  fake<void (*)(void*, int, int)>("fake_reset")(stream_number(current), current_device, 0);
+  pykd::internal::on_stream(1, stream_number(given), [] { fake<void (*)(const char*)>("fake_note")("work"); });
+  EXPECT_EQ(fake<int (*)()>("fake_leaked_events")(), 0);
+  EXPECT_EQ(fake<int (*)()>("fake_current_device")(), current_device);
+  return fake<const char* (*)()>("fake_calls")();
+}
+
+TEST(TorchHppStreams, PutTheLossInOrderWithTorch) {
+  if (torch::cuda::is_available()) GTEST_SKIP() << "the real libtorch_cuda is there";
+  EXPECT_EQ(calls_of(64, 32),
+            "record 32 on cuda:1, wait 64, work, "
+            "record 64 on cuda:1, wait 32");
+  EXPECT_EQ(calls_of(64, 32, 1), calls_of(64, 32, 0));
+  EXPECT_EQ(calls_of(32, 32), "work");
+  // CUDA's default stream has two names.
+  EXPECT_EQ(calls_of(1, 0), "work");
+  EXPECT_EQ(calls_of(1, 32), "record 32 on cuda:1, wait 1, work, record 1 on cuda:1, wait 32");
+  EXPECT_EQ(calls_of(32, 0), "record 0 on cuda:1, wait 32, work, record 32 on cuda:1, wait 0");
+}
+
+TEST(TorchHppStreams, HaveNoNameThatSaysThatThereIsNone) {
+  if (torch::cuda::is_available()) GTEST_SKIP() << "the real libtorch_cuda is there";
+  fake<void (*)(void*, int, int)>("fake_reset")(nullptr, 0, 0);
+  EXPECT_EQ(pykd::torch_stream(), stream_number(1));
+  fake<void (*)(void*, int, int)>("fake_reset")(stream_number(32), 0, 0);
+  EXPECT_EQ(pykd::torch_stream(), stream_number(32));
+}
+
+TEST(TorchHppStreams, SayWhatCudaSays) {
+  if (torch::cuda::is_available()) GTEST_SKIP() << "the real libtorch_cuda is there";
+  fake<void (*)(void*, int, int)>("fake_reset")(stream_number(32), 0, 1);
+  expect_words(
+      error_of([] { pykd::internal::put_in_order(1, stream_number(32), stream_number(64)); }, PYKD_ENGINE_FAILURE),
+      {"error 700", "cuda:1"});
+  EXPECT_EQ(fake<int (*)()>("fake_leaked_events")(), 0);
+  EXPECT_EQ(fake<int (*)()>("fake_current_device")(), 0);
 }
 
 TEST_F(TorchScript, Cuda) {

@@ -109,9 +109,10 @@ typedef struct pykd_load_options {
   int32_t threads;                 /* threads of one ONNX Runtime session; 0: one per core. LibTorch's
                                       threads belong to the process: at::set_num_threads() */
   int32_t skip_integrity_check;    /* not 0: accept a file that was changed after its export */
-  void* cuda_stream;               /* the cudaStream_t that ONNX Runtime's work is queued on. NULL:
-                                      a stream of its own, synchronised before pykd_run() returns.
-                                      TorchScript uses LibTorch's current stream */
+  void* cuda_stream;               /* the cudaStream_t that ONNX Runtime's work is queued on; CUDA's
+                                      default stream by its name cudaStreamLegacy. NULL: a stream of
+                                      its own, synchronised before pykd_run() returns. TorchScript
+                                      uses LibTorch's current stream */
   const char* kernels;             /* whether ONNX files run with pykd's fused kernels. "auto" (default when
                                       NULL): wherever the file has a node that a kernel of this library
                                       computes on that device. "on": the same, and an error where there is

@@ -241,7 +241,7 @@ struct LoadOptions {
   std::string torch_library;        // path of libpykd_torch.so; empty: beside libpykd
   int threads = 0;                  // of one ONNX Runtime session; 0: one per core
   bool skip_integrity_check = false;
-  void* cuda_stream = nullptr;   // a cudaStream_t for ONNX Runtime
+  void* cuda_stream = nullptr;   // a cudaStream_t for ONNX Runtime; the default stream: cudaStreamLegacy
   std::string kernels = "auto";  // fused kernels: "auto" where there are some, "on" or an error, "off"
 };
 

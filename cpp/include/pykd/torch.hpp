@@ -27,10 +27,12 @@
 // Streams (CUDA). With engine "torchscript" all work is queued on LibTorch's current stream. With
 // engine "onnxruntime" give the stream on which you train as LoadOptions::cuda_stream,
 //
-//     options.cuda_stream = at::cuda::getCurrentCUDAStream().stream();
+//     options.cuda_stream = pykd::torch_stream();
 //
-// and the work is queued there. Without it ONNX Runtime has a stream of its own: each call then first
-// waits until LibTorch's current stream is done, and returns when the result is.
+// and the work is queued there. Where LibTorch's current stream is another one when the loss is
+// called, the two wait for each other, and the host for neither. Without a stream ONNX Runtime has one
+// of its own: each call then first waits until LibTorch's current stream is done, and returns when the
+// result is.
 //
 // float16. The gradient of the loss is rounded to float16 before it meets the upstream gradient. To
 // scale the loss against underflow, pass the parameter {"grad_scale", s}: the gradients that flow from
@@ -50,16 +52,25 @@
 #include <vector>
 
 #include "pykd/pykd.hpp"
+#include "pykd/torch_host.hpp"
 #include "pykd/torch_tensors.hpp"
 
 namespace pykd {
+
+// LibTorch's current stream on a CUDA device, for LoadOptions::cuda_stream. For the default stream that
+// is cudaStreamLegacy, because 0 says there that no stream is given. Throws Error where LibTorch has
+// no CUDA.
+inline void* torch_stream(int device = 0) {
+  void* stream = internal::current_cuda_stream(device);
+  return stream == nullptr ? internal::default_cuda_stream() : stream;
+}
 
 // A loaded loss. Immutable; copies share the loss; many threads may call it at once.
 class TorchLoss {
  public:
   // `path`: the folder that pykd.export() wrote, or one of its files. Throws Error.
   static TorchLoss load(const std::string& path, const LoadOptions& options = {}) {
-    return TorchLoss(Loss::load(path, options), options.cuda_stream != nullptr);
+    return TorchLoss(Loss::load(path, options), options.cuda_stream);
   }
 
   // The loss, a scalar of float32 (float64 for float64 inputs), with autograd. `tensors` holds every
@@ -92,8 +103,8 @@ class TorchLoss {
  private:
   // What all copies of a TorchLoss share.
   struct State {
-    State(Loss loaded, bool on_users_stream) : loss(std::move(loaded)) {
-      wait_for_inputs = loss.engine() == "onnxruntime" && !on_users_stream;
+    State(Loss loaded, void* cuda_stream)
+        : loss(std::move(loaded)), on_current_stream(loss.engine() == "torchscript"), stream(cuda_stream) {
       for (const pykd_tensor_info& output : loss.outputs()) {
         (output.has_gradient ? gradients : values).push_back(output.name);
       }
@@ -134,16 +145,24 @@ class TorchLoss {
         result = internal::torch_new(at::IntArrayRef(shape, static_cast<std::size_t>(rank)), dtype, device);
         out.push_back(internal::torch_view_of(name, result));
       }
-      if (wait_for_inputs && device.is_cuda()) {
+      const auto call = [&] {
+        internal::check(
+            pykd_run(loss.c(), in.data(), in.size(), settings.data(), settings.size(), out.data(), out.size()));
+      };
+      if (!device.is_cuda() || on_current_stream) {
+        call();
+      } else if (stream != nullptr) {
+        internal::on_stream(device.index(), stream, call);
+      } else {
         c10::impl::VirtualGuardImpl(device.type()).getStream(device).synchronize();
+        call();
       }
-      internal::check(
-          pykd_run(loss.c(), in.data(), in.size(), settings.data(), settings.size(), out.data(), out.size()));
       return results;
     }
 
     Loss loss;
-    bool wait_for_inputs = false;
+    bool on_current_stream;              // of LibTorch: the engine sees to that
+    void* stream;                        // the one that was given; nullptr: the engine's own, for which it waits
     std::vector<std::string> values;     // outputs that are no gradients, "loss" first
     std::vector<std::string> gradients;  // "grad_<input>", in the order of `students`
     std::vector<std::string> students;   // the inputs that receive a gradient
@@ -186,8 +205,7 @@ class TorchLoss {
     }
   };
 
-  TorchLoss(Loss loss, bool on_users_stream)
-      : state_(std::make_shared<const State>(std::move(loss), on_users_stream)) {}
+  TorchLoss(Loss loss, void* cuda_stream) : state_(std::make_shared<const State>(std::move(loss), cuda_stream)) {}
 
   TorchTensors run_with_autograd(const TorchTensors& tensors, const Parameters& parameters,
                                  const std::vector<std::string>& values) const {
