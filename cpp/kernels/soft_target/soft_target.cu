@@ -2,6 +2,7 @@
 // soft_target_plan.h.
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <mutex>
 
 #include "cuda.h"
@@ -9,6 +10,8 @@
 
 namespace pykd::kernels::soft_target {
 namespace {
+
+constexpr std::uint64_t kKeptScratchBytes = 1 << 25;  // of a device, from call to call; one call takes some KB
 
 // The first thing that goes wrong ends a launch: CHECK(cudaSomething(…));
 // It is taken back, lest a later look at "the last error" finds it.
@@ -21,28 +24,31 @@ namespace {
     }                                    \
   } while (false)
 
-// Makes `device` the thread's current one as long as this lives.
-class OnDevice {
+// While this lives, the thread may do what could disturb a capture under way, such as loading a kernel's code: none of
+// it is work on a stream.
+class OutsideCaptures {
  public:
-  explicit OnDevice(int device) {
-    error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && before_ != device) {
-      error_ = cudaSetDevice(device);
-      moved_ = error_ == cudaSuccess;
-    }
-  }
-  ~OnDevice() {
-    if (moved_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-  cudaError_t error() const { return error_; }
+  OutsideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~OutsideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  OutsideCaptures(const OutsideCaptures&) = delete;
+  OutsideCaptures& operator=(const OutsideCaptures&) = delete;
 
  private:
-  int before_ = 0;
-  bool moved_ = false;
-  cudaError_t error_ = cudaSuccess;
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
+
+// Where scratch memory comes from. The default pool gives its memory back at every synchronisation, and shares its
+// settings with everyone in the process.
+const char* make_pool(int device, cudaMemPool_t* pool) {
+  cudaMemPoolProps properties = {};
+  properties.allocType = cudaMemAllocationTypePinned;
+  properties.location.type = cudaMemLocationTypeDevice;
+  properties.location.id = device;
+  CHECK(cudaMemPoolCreate(pool, &properties));
+  std::uint64_t kept = kKeptScratchBytes;
+  CHECK(cudaMemPoolSetAttribute(*pool, cudaMemPoolAttrReleaseThreshold, &kept));
+  return nullptr;
+}
 
 cudaLaunchConfig_t row_launch(unsigned blocks, const Plan& plan, cudaLaunchAttribute* attribute, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
@@ -80,14 +86,16 @@ const char* prepare_kernel(Device* device) {
 }
 
 // What is to be known of the current device, `index`; looked up once.
-const char* look_up(int index, Device* result) {
+const char* look_up(int index, Device* result, cudaMemPool_t* pool) {
   constexpr int kDevices = 64;
   static std::mutex mutex;
   static Device known[kDevices];
+  static cudaMemPool_t pools[kDevices];
   static bool looked_up[kDevices];
   if (index < 0 || index >= kDevices) return "expected a CUDA device below 64";
   const std::lock_guard<std::mutex> lock(mutex);
   if (!looked_up[index]) {
+    const OutsideCaptures outside;
     Device device;
     int capability = 0;
     CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index));
@@ -98,10 +106,14 @@ const char* look_up(int index, Device* result) {
     if (const char* error = prepare_kernel<gpu::Float32>(&device)) return error;
     if (const char* error = prepare_kernel<gpu::Float16>(&device)) return error;
     if (const char* error = prepare_kernel<gpu::Bfloat16>(&device)) return error;
+    if (pools[index] == nullptr) {
+      if (const char* error = make_pool(index, &pools[index])) return error;
+    }
     known[index] = device;
     looked_up[index] = true;
   }
   *result = known[index];
+  *pool = pools[index];
   return nullptr;
 }
 
@@ -115,12 +127,12 @@ const char* launch_rows(const Problem& problem, const Plan& plan, cudaStream_t s
 }
 
 template <class T>
-const char* launch_parts(const Problem& problem, const Plan& plan, cudaStream_t stream) {
+const char* launch_parts(const Problem& problem, const Plan& plan, cudaMemPool_t pool, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(problem.batch * plan.parts);
   const auto threads = static_cast<unsigned>(plan.threads);
   const bool sums_first = problem.gradient != nullptr && slope_needs_sums(problem.setting);
   unsigned char* memory = nullptr;
-  CHECK(cudaMallocAsync(&memory, blocks * (sizeof(Statistics) + sizeof(Sums)), stream));
+  CHECK(cudaMallocFromPoolAsync(&memory, blocks * (sizeof(Statistics) + sizeof(Sums)), pool, stream));
   const Scratch scratch{reinterpret_cast<Statistics*>(memory),
                         reinterpret_cast<Sums*>(memory + blocks * sizeof(Statistics))};
   parts_statistics_kernel<T><<<blocks, threads, kExchangeBytes, stream>>>(problem, plan, scratch);
@@ -138,10 +150,11 @@ const char* launch_parts(const Problem& problem, const Plan& plan, cudaStream_t 
 template <class T>
 const char* launch_on(const Problem& problem, int device, cudaStream_t stream) {
   Device facts;
-  if (const char* error = look_up(device, &facts)) return error;
+  cudaMemPool_t pool = nullptr;
+  if (const char* error = look_up(device, &facts, &pool)) return error;
   const Plan plan = make_plan(facts, problem.batch, problem.classes, T::kLanes, problem.teacher == nullptr ? 1 : 2);
   if (problem.batch > 0x7fffffff / plan.parts) return "expected fewer rows: the grid of a CUDA launch is full";
-  return plan.apart ? launch_parts<T>(problem, plan, stream) : launch_rows<T>(problem, plan, stream);
+  return plan.apart ? launch_parts<T>(problem, plan, pool, stream) : launch_rows<T>(problem, plan, stream);
 }
 
 const char* launch(const Call& call, int device, void* stream) {
@@ -167,8 +180,7 @@ const char* launch(const Call& call, int device, void* stream) {
   problem.batch = student.length(0);
   problem.classes = static_cast<std::int32_t>(student.length(1));
 
-  const OnDevice current(device);
-  CHECK(current.error());
+  CHECK(cudaSetDevice(device));
   switch (call.dtype) {
     case PYKD_FLOAT32:
       return launch_on<gpu::Float32>(problem, device, static_cast<cudaStream_t>(stream));
