@@ -3,10 +3,11 @@
 Values are judged by the NumPy references of the losses, gradients by autograd of the definition in float64.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
-import json
+import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from pykd import files
+from pykd.export import integrity
 
 Values = Mapping[str, Tensor]
 Run = Callable[[Values, Mapping[str, float]], dict[str, Tensor]]
@@ -28,6 +32,10 @@ LIMITS = {
     "float16": (3e-5, 1e-3),
     "bfloat16": (3e-5, 8e-3),
 }
+
+# What a folder may hold, and how many bytes of it. Names that stand in a manifest are no paths.
+SIZES = {"loss.pt": 64 << 20, "loss.onnx": 16 << 20, "loss.grad.onnx": 16 << 20}
+_MANIFEST_SIZE = 1 << 20
 
 # Lengths by axis name: the smallest, odd ones, and some that differ from every example. An axis without a
 # name here takes the last entry.
@@ -118,9 +126,17 @@ class Report:
 
 
 def verify(
-    directory: str | Path, *, engines: Sequence[str] = ("python", "runtime"), quick: bool = False, seed: int = 0
+    directory: str | Path,
+    *,
+    engines: Sequence[str] = ("python", "runtime"),
+    quick: bool = False,
+    seed: int = 0,
+    trust: bool = False,
 ) -> Report:
     """Runs the files in ``directory`` on every engine of this machine and compares with float64.
+
+    The folder is data, whoever wrote it: its recipe is built and its ONNX files are run, which runs no code of theirs.
+    ``loss.pt`` is a program, and is run only for those who trust its author.
 
     Args:
         directory: what :func:`pykd.export` wrote.
@@ -129,6 +145,8 @@ def verify(
             the CPU and on CUDA where torch sees a GPU.
         quick: the first three sizes instead of five.
         seed: for the random inputs.
+        trust: whether to run ``loss.pt``, too. Say so for what you exported yourself. Otherwise its checksums are
+            compared, and the report says that it was not run.
 
     Returns:
         The errors; ``report.ok`` tells whether all are within :data:`LIMITS`.
@@ -137,19 +155,16 @@ def verify(
         FileNotFoundError: where there is no such export.
         ValueError: where a file is damaged or not the one of the manifest.
     """
-    from pykd.export import integrity
-
     directory = Path(directory)
     manifest = _manifest(directory)
-    for name, described in manifest["files"].items():
-        data = (directory / name).read_bytes()
-        if hashlib.sha256(data).hexdigest() != described["sha256"]:
-            raise ValueError(f"expected {name} to be the file of the manifest, got other contents; export it again")
-        integrity.check(data, name)
+    contents = _contents(directory, manifest)
     composition, graph, dtype = definition(manifest)
     per_sample = "loss_per_sample" in graph.signature.outputs
     missing: list[str] = []
-    runs = list(_runs(directory, engines, missing))
+    if "loss.pt" in contents and not trust:
+        del contents["loss.pt"]
+        missing.append("loss.pt is a program: pass --trust, or trust=True, if you trust its author")
+    runs = list(_runs(directory, contents, [n for n, s in graph.signature.inputs.items() if s.grad], engines, missing))
     rows = []
     for number, lengths in enumerate(_SIZES[:3] if quick else _SIZES):
         axes = dict.fromkeys(axis for spec in graph.signature.inputs.values() for axis in spec.names)
@@ -160,7 +175,8 @@ def verify(
         want = truth(composition, graph, inputs, numbers, per_sample)
         for engine, device, run in runs:
             moved = {name: tensor.to(device) for name, tensor in inputs.items()}
-            got = {name: tensor.cpu() for name, tensor in run(moved, numbers if number else {}).items()}
+            with _running(engine):
+                got = {name: tensor.cpu() for name, tensor in run(moved, numbers if number else {}).items()}
             value_error, gradient_error = errors(got, want)
             size = " ".join(f"{axis} {length}" for axis, length in sizes.items())
             rows.append(Row(engine, device, dtype, size, value_error, gradient_error))
@@ -171,12 +187,21 @@ def definition(manifest: Mapping[str, Any]) -> tuple[Any, Any, str]:
     """What the files of a manifest were made of: the composition, its graph, and the floating type."""
     from pykd import recipe
 
-    composition = recipe.build(manifest["recipe"])
-    layouts = {entry["name"]: " ".join(entry["axes"]) for entry in manifest["inputs"]}
+    composition = recipe.build(manifest.get("recipe", {}))
+    layouts, given = {}, {}
+    for entry in _entries(manifest, "inputs"):
+        axes = entry.get("axes")
+        if not isinstance(axes, list) or not all(isinstance(axis, str) for axis in axes):
+            raise _mismatch("the names of its axes", entry["name"])
+        layouts[entry["name"]] = " ".join(axes)
+        given[entry["name"]] = str(entry.get("dtype"))
     optional = [name for name in composition.optional_inputs if name in layouts]
-    per_sample = any(entry["name"] == "loss_per_sample" for entry in manifest["outputs"])
+    per_sample = any(entry["name"] == "loss_per_sample" for entry in _entries(manifest, "outputs"))
     graph = composition.graph(layouts, optional, per_sample, check=False)
-    return composition, graph, next(entry["dtype"] for entry in manifest["inputs"] if entry["dtype"] != "int64")
+    dtypes = {given.get(name, "") for name, spec in graph.signature.inputs.items() if spec.dtype == "float"}
+    if len(dtypes) != 1 or not dtypes <= LIMITS.keys():
+        raise _mismatch(f"one floating dtype ({', '.join(LIMITS)})", sorted(dtypes))
+    return composition, graph, dtypes.pop()
 
 
 def truth(
@@ -213,42 +238,90 @@ def errors(got: Mapping[str, Tensor], want: Mapping[str, Any]) -> tuple[float, f
 
 def _manifest(directory: Path) -> dict[str, Any]:
     path = directory / "manifest.json"
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"expected {path}, got no such file; pass the folder that pykd.export wrote")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or manifest.get("format") != "pykd" or "files" not in manifest:
+    manifest = files.parse_json(files.read(path, _MANIFEST_SIZE), path)
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != "pykd"
+        or not isinstance(manifest.get("files"), dict)
+    ):
         raise ValueError(f"expected {path} to be a manifest of pykd, got something else; export again")
     return manifest
 
 
-def _runs(directory: Path, engines: Sequence[str], missing: list[str]) -> Iterator[tuple[str, str, Run]]:
+def _contents(directory: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files of a manifest by name, compared with its hashes and their own checksums."""
+    contents = {}
+    for name, described in manifest["files"].items():
+        if name not in SIZES:
+            raise ValueError(f"expected the manifest to list {', '.join(SIZES)}, got {name!r}; export it again")
+        data = files.read(directory / name, SIZES[name])
+        hash_of = described.get("sha256") if isinstance(described, dict) else None
+        if hashlib.sha256(data).hexdigest() != hash_of:
+            raise ValueError(f"expected {name} to be the file of the manifest, got other contents; export it again")
+        integrity.check(data, name)
+        contents[name] = data
+    return contents
+
+
+def _entries(manifest: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    entries = manifest.get(key)
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and isinstance(e.get("name"), str) for e in entries
+    ):
+        raise _mismatch(f"a list of named {key}", "something else")
+    return entries
+
+
+def _mismatch(expected: str, got: object) -> ValueError:
+    return ValueError(f"expected the manifest to hold {expected}, got {got}; export it again")
+
+
+def _runs(
+    directory: Path, contents: Mapping[str, bytes], wanted: Sequence[str], engines: Sequence[str], missing: list[str]
+) -> Iterator[tuple[str, str, Run]]:
     unknown = [engine for engine in engines if engine not in ("python", "runtime")]
     if unknown:
         raise ValueError(f"expected engines out of 'python' and 'runtime', got {unknown}; pass one of these")
-    if "python" in engines:
-        yield "torch.jit", "cpu", _torch_jit(directory)
-        if importlib.util.find_spec("onnxruntime") is not None:
-            yield "onnxruntime", "cpu", _onnxruntime(directory)
-        else:
+    onnx, torchscript = "loss.grad.onnx" in contents, "loss.pt" in contents
+    if "python" in engines and torchscript:
+        with _running("torch.jit"):
+            opened = _torch_jit(contents["loss.pt"], wanted)
+        yield "torch.jit", "cpu", opened
+    if "python" in engines and onnx:
+        name, open_file = "onnxruntime", _onnxruntime
+        if importlib.util.find_spec("onnxruntime") is None:
             missing.append("onnxruntime is not installed; the onnx package's reference evaluator ran instead")
-            yield "onnx reference", "cpu", _onnx_reference(directory)
+            name, open_file = "onnx reference", _onnx_reference
+        with _running(name):
+            opened = _both_files(contents, open_file)
+        yield name, "cpu", opened
     if "runtime" in engines:
         devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
         if len(devices) == 1:
             missing.append("CUDA: torch sees no GPU")
         for device in devices:
-            for engine in ("onnxruntime", "torchscript"):
+            for engine in ["onnxruntime"] * onnx + ["torchscript"] * torchscript:
                 try:
                     yield f"{engine} (C++)", device, _runtime(directory, engine, device)
                 except (RuntimeError, ImportError) as error:
                     missing.append(f"{engine} (C++) on {device}: {error}")
 
 
-def _torch_jit(directory: Path) -> Run:
+@contextlib.contextmanager
+def _running(engine: str) -> Iterator[None]:
+    """What an engine says about a file that it cannot open or run, as our error."""
+    try:
+        yield
+    except Exception as error:  # whatever an engine raises: none of them says what
+        raise ValueError(f"expected files that {engine} runs, got its error: {error}; export the loss again") from error
+
+
+def _torch_jit(data: bytes, wanted: Sequence[str]) -> Run:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=r".*torch\.jit")
-        module = torch.jit.load(str(directory / "loss.pt"))  # type: ignore[no-untyped-call]
-    wanted = [entry["name"] for entry in _manifest(directory)["inputs"] if entry["gradient"]]
+        module = torch.jit.load(io.BytesIO(data))  # type: ignore[no-untyped-call]
 
     def run(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
         leaves = {name: t.detach().clone().requires_grad_(name in wanted) for name, t in inputs.items()}
@@ -259,65 +332,60 @@ def _torch_jit(directory: Path) -> Run:
     return run
 
 
-def _both_files(
-    directory: Path, open_file: Callable[[Path], Callable[[Values, Mapping[str, float]], dict[str, Tensor]]]
-) -> Run:
-    value, gradient = (open_file(directory / name) for name in ("loss.onnx", "loss.grad.onnx"))
+def _both_files(contents: Mapping[str, bytes], open_file: Callable[[bytes], Run]) -> Run:
+    gradient = open_file(contents["loss.grad.onnx"])
+    if "loss.onnx" not in contents:
+        return gradient
+    value = open_file(contents["loss.onnx"])
 
     def run(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
         outputs = gradient(inputs, numbers)
         for name, alone in value(inputs, numbers).items():
-            if not torch.equal(alone, outputs[name]):
+            if name not in outputs or not torch.equal(alone, outputs[name]):
                 return {}  # the two files disagree, which counts as an infinite error
         return outputs
 
     return run
 
 
-def _onnxruntime(directory: Path) -> Run:
+def _onnxruntime(data: bytes) -> Run:
     import onnxruntime
 
-    def open_file(path: Path) -> Run:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # it warns that parameters can be overridden, which is what they are for
-        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()]
-        compute = {item.name: item.type for item in session.get_overridable_initializers()}
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns that parameters can be overridden, which is what they are for
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    compute = {item.name: item.type for item in session.get_overridable_initializers()}
 
-        def run(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
-            feeds = {n: onnxruntime.OrtValue.from_dlpack(t.contiguous().__dlpack__()) for n, t in inputs.items()}
-            for name, value in numbers.items():
-                array = np.array(value, dtype=np.float64 if "double" in compute[name] else np.float32)
-                feeds[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-            results = session.run_with_ort_values(names, feeds)
-            return {n: torch.utils.dlpack.from_dlpack(v).clone() for n, v in zip(names, results, strict=True)}
+    def run(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
+        feeds = {n: onnxruntime.OrtValue.from_dlpack(t.contiguous().__dlpack__()) for n, t in inputs.items()}
+        for name, value in numbers.items():
+            array = np.array(value, dtype=np.float64 if "double" in compute[name] else np.float32)
+            feeds[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        results = session.run_with_ort_values(names, feeds)
+        return {n: torch.utils.dlpack.from_dlpack(v).clone() for n, v in zip(names, results, strict=True)}
 
-        return run
-
-    return _both_files(directory, open_file)
+    return run
 
 
-def _onnx_reference(directory: Path) -> Run:
+def _onnx_reference(data: bytes) -> Run:
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    def open_file(path: Path) -> Run:
-        model = onnx.load(path)
-        evaluator = ReferenceEvaluator(model)
-        defaults = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
+    model = onnx.load_from_string(data)
+    evaluator = ReferenceEvaluator(model)
+    defaults = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
 
-        def run(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
-            feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
-            for item in model.graph.input:
-                if item.name in defaults:
-                    default = defaults[item.name]
-                    feeds[item.name] = np.array(numbers.get(item.name, default), dtype=default.dtype)
-            results = evaluator.run(None, feeds)
-            return {n: torch.from_numpy(np.array(v)) for n, v in zip(evaluator.output_names, results, strict=True)}
+    def run(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
+        feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
+        for item in model.graph.input:
+            if item.name in defaults:
+                default = defaults[item.name]
+                feeds[item.name] = np.array(numbers.get(item.name, default), dtype=default.dtype)
+        results = evaluator.run(None, feeds)
+        return {n: torch.from_numpy(np.array(v)) for n, v in zip(evaluator.output_names, results, strict=True)}
 
-        return run
-
-    return _both_files(directory, open_file)
+    return run
 
 
 def _runtime(directory: Path, engine: str, device: str) -> Run:

@@ -114,7 +114,7 @@ def check_call(loss: "Loss", arguments: Mapping[str, object]) -> None:
     for name, scalar in loss.scalars.items():
         value = arguments.get(name)
         if value is not None:
-            scalar.check(name, value)  # type: ignore[arg-type]
+            scalar.check(name, value)
 
 
 def check_ranges(specs: Mapping[str, "Spec"], tensors: Mapping[str, Tensor], ignore_indices: Mapping[str, int]) -> None:

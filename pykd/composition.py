@@ -11,7 +11,7 @@ numbers by name. It is a ``torch.fx.GraphModule``, so its code can be read (``pr
 
 import copy
 import dataclasses
-import keyword
+import inspect
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from pykd import checks, ops
+from pykd import checks, names, ops
 from pykd.kernel_point import Point
 from pykd.registry import Loss, Scalar, Spec, example_sizes
 from pykd.registry import draw as draw_tensor
 
 STUDENTS = "students"  # the axis of several students behind one teacher
+MAX_PARTS = 100  # losses in a composition; a file of as many of the largest is what the loader still takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +139,7 @@ class Composition(nn.Module):
         self._check()
         self.layouts_, self.optional_inputs = self._collect_inputs()
         self.parameters_ = self._collect_parameters()
+        self._check_together()
         # Losses have no trainable state; registering them makes repr() and .to() complete.
         self.losses_ = nn.ModuleList(part.loss for term in self.terms_ for part in term.parts)
         self._graphs: dict[Any, LossGraph] = {}
@@ -314,22 +316,58 @@ class Composition(nn.Module):
     def _check(self) -> None:
         if not self.terms_:
             raise ValueError("expected at least one term, got none; pass {name: (loss, weight)}")
-        names = [term.name for term in self.terms_]
-        for name in names:
+        count = sum(len(term.parts) for term in self.terms_)
+        if count > MAX_PARTS:
+            raise ValueError(f"expected at most {MAX_PARTS} losses in a composition, got {count}; split it")
+        for term in self.terms_:
+            name = names.check(term.name, "the name of a term")
             reserved = name in ("loss", "sample", "grad") or name.endswith("_per_sample") or name.startswith("grad_")
-            if not name.isidentifier() or keyword.iskeyword(name) or reserved or names.count(name) > 1:
+            if reserved or [other.name for other in self.terms_].count(name) > 1:
                 raise ValueError(
-                    f"expected the name of a term to be a new identifier other than 'loss', 'sample', 'grad', 'grad_…' and "
+                    f"expected the name of a term to be a new one other than 'loss', 'sample', 'grad', 'grad_…' and "
                     f"'…_per_sample', got {name!r}; choose another"
                 )
-        for term in self.terms_:
+            if not term.parts:
+                raise ValueError(f"expected a loss in the term {name!r}, got none; leave the term out")
             Scalar().check(f"{term.name}_weight", term.weight)
             for part in term.parts:
-                if part.loss.reduction == "none":
+                self._check_part(term, part)
+
+    def _check_part(self, term: Term, part: Part) -> None:
+        if part.loss.reduction == "none":
+            raise ValueError(
+                f"expected the loss of term {term.name!r} to reduce to a scalar, got reduction='none'; "
+                "pass reduction='mean' or 'sum', and per_sample=True to the export for values per sample"
+            )
+        what = f"a part of the term {term.name!r}"
+        Scalar().check(f"the weight of {what}", part.weight)
+        if part.weight_name is not None:
+            names.check_variable(part.weight_name, f"the weight_name of {what}", _CALLED)
+        axes = {axis for name in part.loss.inputs for spec in part.loss.layouts(name) for axis in spec.names}
+        for kind, known, renames in (("inputs", part.loss.inputs, part.inputs), ("axes", axes - {"batch"}, part.axes)):
+            for name, new in renames.items():
+                if name not in known:
                     raise ValueError(
-                        f"expected the loss of term {term.name!r} to reduce to a scalar, got reduction='none'; "
-                        "pass reduction='mean' or 'sum', and per_sample=True to the export for values per sample"
+                        f"expected {kind} of {what} to rename {', '.join(sorted(known))}, got {name!r}; mend the name"
                     )
+                if kind == "inputs":
+                    names.check_variable(new, f"the name for {name} in {what}", _CALLED)
+                else:
+                    names.check(new, f"the name of the axis {name} in {what}")
+
+    def _check_together(self) -> None:
+        """Inputs, parameters and outputs lie side by side in a file: no two of them share a name."""
+        outputs = ["loss", "loss_per_sample", "grad_scale"]
+        if not self.single:
+            outputs += [name for term in self.terms_ for name in (term.name, f"{term.name}_per_sample")]
+        outputs += [f"grad_{name}" for name, layouts in self.layouts_.items() if layouts[0].grad]
+        every = [*self.layouts_, *self.parameters_, *outputs]
+        for name in every:
+            names.check(name, "what the loss takes or returns")
+            if every.count(name) > 1:
+                raise ValueError(
+                    f"expected inputs, parameters and outputs to differ in name, got {name!r} twice; rename one of them"
+                )
 
     def _collect_inputs(self) -> tuple[dict[str, tuple[Spec, ...]], list[str]]:
         layouts: dict[str, tuple[Spec, ...]] = {}
@@ -354,6 +392,12 @@ class Composition(nn.Module):
                         raise ValueError(
                             f"expected every use of the input {graph_name!r} to agree on its axes, got {here[0].axes!r} and "
                             f"{own[0].axes!r}; rename one with Part(inputs=…) or Part(axes=…)"
+                        )
+                    twice = [spec.axes for spec in common if len(set(spec.names)) < len(spec.names)]
+                    if twice:
+                        raise ValueError(
+                            f"expected the axes of the input {graph_name!r} to differ in name, got {twice[0]!r}; "
+                            "rename one of them otherwise"
                         )
                     layouts[graph_name] = common
                     optional[graph_name] = optional.get(graph_name, True) and common[0].optional
@@ -380,9 +424,9 @@ class Composition(nn.Module):
                     f"expected one default for the parameter {name!r}, got {known.default:g} and {default:g}; "
                     "give the parts of a term the same setting"
                 )
-            if name in self.layouts_:
+            if known.scalar != scalar:
                 raise ValueError(
-                    f"expected parameters and inputs to differ in name, got {name!r} twice; rename the term"
+                    f"expected one meaning of the parameter {name!r}, got two with different ranges; rename one of them"
                 )
 
         for term in self.terms_:
@@ -424,6 +468,15 @@ class Composition(nn.Module):
                 array = np.repeat(array, students, axis=0)
             rows[name] = array
         return rows
+
+
+# Tensors and numbers are passed to these by name, beside arguments that have a name already.
+_CALLED = frozenset(
+    name
+    for function in (Composition.forward, Composition.reference)
+    for name, parameter in inspect.signature(function).parameters.items()
+    if parameter.kind is not parameter.VAR_KEYWORD
+)
 
 
 def compose(terms: Mapping[str, Any]) -> Composition:
@@ -504,13 +557,19 @@ class _Fused(nn.Module):
         return self.loss.fused(self.point, **arguments)
 
 
+def _variable(graph: fx.Graph, name: str, kind: Any, *default: float) -> fx.Node:
+    """An argument of the graph's code. It stands there as it is, so nothing but a checked name gets in."""
+    checked = names.check_variable(name, "an input or parameter of the loss")
+    return graph.placeholder(checked, type_expr=kind, **({"default_value": default[0]} if default else {}))
+
+
 def _build(composition: Composition, specs: dict[str, Spec], per_sample: bool, check: bool, fused: bool) -> LossGraph:
     graph = fx.Graph()
     modules: dict[str, nn.Module] = {}
     point = Point()
-    nodes = {name: graph.placeholder(name, type_expr=Tensor) for name in specs}
+    nodes = {name: _variable(graph, name, Tensor) for name in specs}
     numbers = {
-        name: graph.placeholder(name, type_expr=float, default_value=parameter.default)
+        name: _variable(graph, name, float, float(parameter.default))
         for name, parameter in composition.parameters_.items()
     }
     if check:
@@ -531,7 +590,7 @@ def _build(composition: Composition, specs: dict[str, Spec], per_sample: bool, c
     def term_value(term: Term, reduction: str | None) -> fx.Node:
         total = None
         for i, part in enumerate(term.parts):
-            path = f"{term.name}_{i}" + ("_per_sample" if reduction else "")
+            path = names.check(term.name, "the name of a term") + f"_{i}" + ("_per_sample" if reduction else "")
             modules[path] = part.loss.with_settings(**({"reduction": reduction} if reduction else {}))
             modules[path].checks_inputs = False  # type: ignore[assignment]
             if fused and part.loss.has_kernel():
@@ -544,7 +603,7 @@ def _build(composition: Composition, specs: dict[str, Spec], per_sample: bool, c
             if part.weight_name is not None:
                 value = graph.call_function(operator.mul, (value, numbers[part.weight_name]))
             elif part.weight != 1.0:
-                value = graph.call_function(operator.mul, (value, part.weight))
+                value = graph.call_function(operator.mul, (value, float(part.weight)))
             total = value if total is None else graph.call_function(operator.add, (total, value))
         assert total is not None
         return total
@@ -576,6 +635,9 @@ def _build(composition: Composition, specs: dict[str, Spec], per_sample: bool, c
         outputs |= vectors
         axes_of |= dict.fromkeys(vectors, ("batch", STUDENTS) if composition.students else ("batch",))
     graph.output(outputs, type_expr=dict[str, Tensor])
+    used = graph.python_code("self").globals
+    for name in (*nodes, *numbers):
+        names.check_variable(name, "an input or parameter of the loss", used)
     made = LossGraph(modules, graph, class_name="LossGraph")
     made.kernel_point = point if any(isinstance(module, _Fused) for module in modules.values()) else None
     made.built_from = (composition, specs, per_sample, check, fused)

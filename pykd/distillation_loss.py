@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from pykd import checks, registry
-from pykd.composition import Composition, Part, Term
+from pykd.composition import MAX_PARTS, Composition, Part, Term
 
 # aux_loss → the registered loss behind it
 _AUX = {"l1": "feature_l1", "l2": "feature_l2", "MK-MMD": "mk_mmd"}
@@ -103,6 +103,10 @@ class DistillationLoss(Composition):
         if aux_loss is not None and beta != 0 and (not indices or len(set(indices)) < len(indices)):
             raise ValueError(
                 f"expected features_index to name at least one entry, each once, got {indices}; pass for example [-1]"
+            )
+        if len(indices) > MAX_PARTS:
+            raise ValueError(
+                f"expected features_index to name at most {MAX_PARTS} entries, got {len(indices)}; pass fewer"
             )
         registry.load_all()
         terms = []

@@ -66,16 +66,21 @@ class Scalar:
     minimum: float = float("-inf")
     exclusive: bool = False
 
-    def check(self, name: str, value: float) -> float:
+    def check(self, name: str, value: Any) -> float:
         """``value`` as a float; a ValueError that names ``name`` where it is out of range."""
-        value = float(value)
-        low = value <= self.minimum if self.exclusive else value < self.minimum
-        if not np.isfinite(value) or low:
+        if isinstance(value, str | bytes):
+            raise TypeError(f"expected {name} to be a number, got {value[:40]!r}; pass a number")
+        try:
+            number = float(value)
+        except OverflowError:  # of a whole number
+            number = float("inf")
+        low = number <= self.minimum if self.exclusive else number < self.minimum
+        if not np.isfinite(number) or low:
             bound = f"greater than {self.minimum:g}" if self.exclusive else f"of at least {self.minimum:g}"
             if self.minimum == float("-inf"):
                 bound = "that is finite"
-            raise ValueError(f"expected {name} to be a number {bound}, got {value:g}; pass another {name}")
-        return value
+            raise ValueError(f"expected {name} to be a number {bound}, got {number:g}; pass another {name}")
+        return number
 
 
 @dataclasses.dataclass(frozen=True)

@@ -153,7 +153,7 @@ class DistributionDistillation(Loss):
         positive_weight: λ₊, at least 0.
         negative_weight: λ₋, at least 0.
         order_weight: λₒ, at least 0; with 0 the loss is a divergence, and 0 when student and teacher agree.
-        bins: R, the number of nodes, at least 2. Once they are closer than σ, more of them change next to nothing.
+        bins: R, the number of nodes, from 2 to 10,000. Once they are closer than σ, more of them change next to nothing.
         width: σ > 0, the width of the Gaussian that stands for one pair. (The paper's γ is 1/(2σ²).)
         negatives: ``"hardest"``, one negative per sample, as the paper mines them, or ``"all"`` pairs.
         reduction: ``"mean"`` alone; the means are part of the definition.
@@ -172,7 +172,7 @@ class DistributionDistillation(Loss):
         NaN in an input gives NaN.
 
     Raises:
-        ValueError: for negative weights, fewer than 2 bins, a width that is not positive, other negatives, shapes that
+        ValueError: for negative weights, another number of bins, a width that is not positive, other negatives, shapes that
             do not fit, an empty batch.
 
     There is no value per sample: every sample is compared with every other. The formula as it stands needs
@@ -230,8 +230,8 @@ class DistributionDistillation(Loss):
         super().__init__(
             reduction, positive_weight=positive_weight, negative_weight=negative_weight, order_weight=order_weight
         )
-        if int(bins) != bins or bins < 2:
-            raise ValueError(f"expected bins to be a whole number of at least 2, got {bins}; pass another number")
+        if not 2 <= bins <= 10_000 or int(bins) != bins:
+            raise ValueError(f"expected bins to be a whole number from 2 to 10000, got {bins}; pass another number")
         if not 0 < width < math.inf:
             raise ValueError(f"expected width to be a number greater than 0, got {width}; pass another width")
         if negatives not in ("hardest", "all"):

@@ -1,0 +1,43 @@
+"""Reading files that somebody else may have written."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+
+def read(path: str | Path, limit: int) -> bytes:
+    """The contents of a regular file of at most ``limit`` bytes.
+
+    A link is followed; a pipe, a device or a folder is an error, at once, and so is a larger file, before it is read.
+    """
+    try:
+        # Opening a pipe without this waits for somebody at its other end.
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"expected a file at {path}, got nothing there; check the path") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected a file that can be read at {path!s}, got {error}; check it") from error
+    try:
+        status = os.fstat(number)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"expected a regular file at {path}, got a folder, pipe or device; check the path")
+        data = b""
+        if status.st_size <= limit:
+            with os.fdopen(number, "rb", closefd=False) as file:
+                data = file.read(limit + 1)
+        size = max(status.st_size, len(data))
+        if size > limit:
+            raise ValueError(f"expected a file of at most {limit} bytes at {path}, got {size}; check what it is")
+    finally:
+        os.close(number)
+    return data
+
+
+def parse_json(data: bytes, name: object) -> Any:
+    """A document of JSON; ``name`` says in the message what was no JSON."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected {name} to be JSON, got {error}; mend the file") from error
