@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 if TYPE_CHECKING:
     from pykd.registry import Layouts, Loss, Spec
@@ -84,15 +85,35 @@ def check_tensors(specs: Mapping[str, "Spec"], tensors: Mapping[str, Tensor]) ->
                 )
 
 
+def are_data_visible() -> bool:
+    """Whether this is a call with numbers in it, and no trace of one that is to serve for others.
+
+    A trace (torch.compile, torch.export, torch.jit.trace, make_fx) sees shapes and types; what depends on numbers is
+    checked in eager calls.
+    """
+    tracing = torch._C._get_tracing_state() is not None
+    return not (torch.compiler.is_compiling() or tracing or get_proxy_mode() is not None)
+
+
+def _data(tensor: Tensor) -> Tensor | None:
+    """The tensor on the CPU whose numbers ``tensor`` holds, under what torch.func puts around it; None: not to be seen."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_functionaltensor(tensor):
+            return None
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" else None
+
+
 def check_range(name: str, tensor: Tensor, limit: int, axis: str, ignore_index: int | None) -> None:
     """Raises where an integer tensor on the CPU leaves 0 … limit − 1 (and is not ``ignore_index``)."""
-    if tensor.device.type != "cpu":
+    data = _data(tensor)
+    if data is None:
         return  # the loss turns NaN there; see the docstring of the loss
-    bad = (tensor < 0) | (tensor >= limit)
+    bad = (data < 0) | (data >= limit)
     if ignore_index is not None:
-        bad &= tensor != ignore_index
+        bad &= data != ignore_index
     if bool(bad.any()):
-        value = int(tensor[bad][0])
+        value = int(data[bad][0])
         allowed = f"0 to {limit - 1}" + (f" or {ignore_index} (ignored)" if ignore_index is not None else "")
         raise ValueError(
             f'expected {name} to hold indices along "{axis}" from {allowed}, got {value}; mend the data or the number of {axis}'
@@ -109,6 +130,8 @@ def check_call(loss: "Loss", arguments: Mapping[str, object]) -> None:
             specs[name] = resolve(name, tensor, loss.layouts(name))  # type: ignore[arg-type]
             tensors[name] = tensor  # type: ignore[assignment]
     check_tensors(specs, tensors)
+    if not are_data_visible():
+        return
     ignore_index = getattr(loss, "ignore_index", None)
     check_ranges(specs, tensors, {} if ignore_index is None else dict.fromkeys(specs, ignore_index))
     for name, scalar in loss.scalars.items():

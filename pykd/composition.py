@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import inspect
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,6 +50,18 @@ class Part:
     def graph_input(self, name: str) -> str:
         """The graph's name of the loss's input ``name``."""
         return self.inputs.get(name, name)
+
+    def has_labels(self, specs: Mapping[str, Spec]) -> bool:
+        """Whether among the graph's inputs are class indices that this loss may ignore."""
+        return bool(self.ignore_indices(specs))
+
+    def ignore_indices(self, specs: Mapping[str, Spec]) -> dict[str, int]:
+        """The graph's inputs of class indices that this loss may ignore, with the one that it ignores."""
+        ignored = getattr(self.loss, "ignore_index", None)
+        if ignored is None:
+            return {}
+        names = [self.graph_input(name) for name in self.loss.inputs]
+        return {name: ignored for name in names if name in specs and specs[name].index_of is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +133,15 @@ class Composition(nn.Module):
 
     Calling it checks the tensors by their axis names and returns the values by name, ``"loss"`` first. Inputs
     are passed by name; numbers such as ``soft_temperature`` too, to replace their default in this call.
+
+    A sample whose class index is ignored (``ignore_index``, −100) is padding: it is left out of every term that has a value
+    per sample, those without labels included (``share_ignored``). Where several inputs hold class indices, a
+    term with labels goes by its own, and one without leaves out what all of them ignore.
     """
 
-    def __init__(self, terms: Sequence[Term], students: bool = False, single: bool = False) -> None:
+    def __init__(
+        self, terms: Sequence[Term], students: bool = False, single: bool = False, share_ignored: bool = True
+    ) -> None:
         """Use :func:`compose`.
 
         Args:
@@ -131,8 +149,10 @@ class Composition(nn.Module):
             students: whether student tensors carry the axis ``students`` after the batch; see ``multiple_lrs``
                 of :class:`pykd.DistillationLoss`.
             single: whether this is one bare loss: no terms among the outputs, parameters without a prefix.
+            share_ignored: whether a sample that is ignored by its label is left out of the terms without labels, too.
         """
         super().__init__()
+        self.share_ignored = share_ignored
         self.terms_ = tuple(terms)
         self.students = students
         self.single = single
@@ -154,19 +174,18 @@ class Composition(nn.Module):
         """
         tensors = {n: v for n, v in tensors_and_parameters.items() if n not in self.parameters_ and v is not None}
         numbers = {n: v for n, v in tensors_and_parameters.items() if n in self.parameters_}
-        for name, value in numbers.items():
-            self.parameters_[name].scalar.check(name, value)
-        layouts = self.resolve(tensors)
-        optional = tuple(name for name in self.optional_inputs if name in tensors)
-        graph = self.graph(layouts, optional, check=not fused, fused=fused)
-        checks.check_tensors(graph.signature.inputs, tensors)
-        checks.check_ranges(graph.signature.inputs, tensors, graph.signature.ignore_indices)
+        specs = self.resolve(tensors)
+        checks.check_tensors(specs, tensors)
+        if checks.are_data_visible():
+            for name, value in numbers.items():
+                self.parameters_[name].scalar.check(name, value)
+            checks.check_ranges(specs, tensors, self.ignore_indices(specs))
         if fused:
             from pykd.fused import evaluate_graph
 
-            return evaluate_graph(graph, tensors, numbers)
-        values: dict[str, Tensor] = graph(**tensors, **numbers)
-        return values
+            return evaluate_graph(self._graph(specs, check=False, fused=True), tensors, numbers)
+        every = {name: parameter.default for name, parameter in self.parameters_.items()} | numbers
+        return _outputs(_Now(), self, specs, tensors, every)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the graphs, which are built again when they are wanted."""
@@ -176,8 +195,8 @@ class Composition(nn.Module):
         """``{"loss", one value per term}``; terms are given before their weights."""
         return Composition.forward(self, *args, **kwargs)
 
-    def resolve(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """The layout of every tensor that has several, after a check that the names are right."""
+    def resolve(self, tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
+        """The Spec of every tensor, after a check that the names are right."""
         required = [name for name in self.layouts_ if name not in self.optional_inputs]
         missing = [name for name in required if name not in tensors]
         unknown = [name for name in tensors if name not in self.layouts_]
@@ -193,7 +212,7 @@ class Composition(nn.Module):
             )
             raise ValueError(f"expected the tensors {known}, got {problem}; pass each of them by its name")
         return {
-            name: checks.resolve(name, tensors[name], layouts).axes
+            name: checks.resolve(name, tensors[name], layouts)
             for name, layouts in self.layouts_.items()
             if name in tensors
         }
@@ -217,7 +236,11 @@ class Composition(nn.Module):
             fused: whether losses that have a kernel go through the graph's ``kernel_point``; such a graph runs
                 inside :func:`pykd.kernel_point.value_and_gradient` alone.
         """
-        specs = self.choose(layouts or {}, optional_inputs)
+        return self._graph(self.choose(layouts or {}, optional_inputs), per_sample, check, fused)
+
+    def _graph(
+        self, specs: dict[str, Spec], per_sample: bool = False, check: bool = True, fused: bool = False
+    ) -> LossGraph:
         key = (tuple(specs.items()), per_sample, check, fused)
         if key not in self._graphs:
             self._graphs[key] = _build(self, specs, per_sample, check, fused)
@@ -243,6 +266,14 @@ class Composition(nn.Module):
             specs[name] = fitting[0]
         return specs
 
+    def ignore_indices(self, specs: Mapping[str, Spec]) -> dict[str, int]:
+        """The inputs of class indices that may be ignored, with the one that is."""
+        found: dict[str, int] = {}
+        for term in self.terms_:
+            for part in term.parts:
+                found |= part.ignore_indices(specs)
+        return found
+
     def reference(
         self,
         *,
@@ -261,6 +292,9 @@ class Composition(nn.Module):
         """
         numbers = {name: p.default for name, p in self.parameters_.items()} | dict(parameters or {})
         arrays = self._rows(inputs)
+        specs = {name: self._spec_of(name, array) for name, array in inputs.items()}
+        ignored = [arrays[name] == index for name, index in self.ignore_indices(specs).items()]
+        padding = np.logical_and.reduce(ignored) if ignored and self.share_ignored else None
         fixed = arrays if constants_at is None else self._rows(constants_at)
         students = self._count_students(inputs)
         outputs: dict[str, Any] = {"loss": 0.0}
@@ -273,6 +307,9 @@ class Composition(nn.Module):
                     settings["reduction"] = reduction or part.loss.reduction
                     names = {n: part.graph_input(n) for n in part.loss.inputs if part.graph_input(n) in arrays}
                     own = {name: arrays[given] for name, given in names.items()}
+                    weighed = part.loss.weight_input()
+                    if padding is not None and weighed is not None and not part.has_labels(specs):
+                        own[weighed] = np.where(padding, 0.0, own.get(weighed, 1.0))
                     if constants_at is not None:
                         own |= part.loss.constants(**{n: fixed[given] for n, given in names.items()}, **settings)
                     factor = numbers[part.weight_name] if part.weight_name else part.weight
@@ -372,6 +409,7 @@ class Composition(nn.Module):
     def _collect_inputs(self) -> tuple[dict[str, tuple[Spec, ...]], list[str]]:
         layouts: dict[str, tuple[Spec, ...]] = {}
         optional: dict[str, bool] = {}
+        ignored: dict[str, int] = {}
         for term in self.terms_:
             for part in term.parts:
                 for name in part.loss.inputs:
@@ -383,7 +421,7 @@ class Composition(nn.Module):
                     )
                     here = layouts.setdefault(graph_name, own)
                     common = tuple(
-                        dataclasses.replace(a, grad=a.grad or b.grad)
+                        dataclasses.replace(a, grad=a.grad or b.grad, index_of=a.index_of or b.index_of)
                         for a in here
                         for b in own
                         if a.axes == b.axes and a.dtype == b.dtype
@@ -401,6 +439,14 @@ class Composition(nn.Module):
                         )
                     layouts[graph_name] = common
                     optional[graph_name] = optional.get(graph_name, True) and common[0].optional
+                    index_specs = [spec for spec in common if spec.index_of is not None]
+                    specs = {graph_name: index_specs[0]} if index_specs else {}
+                    for index in part.ignore_indices(specs).values():
+                        if ignored.setdefault(graph_name, index) != index:
+                            raise ValueError(
+                                f"expected one ignore_index for the input {graph_name!r}, got {ignored[graph_name]} and "
+                                f"{index}; give the losses that read it the same"
+                            )
         required_first = sorted(layouts, key=lambda name: optional[name])
         return {name: layouts[name] for name in required_first}, [n for n in required_first if optional[n]]
 
@@ -451,18 +497,22 @@ class Composition(nn.Module):
             return 0
         return int(next(np.shape(inputs[n])[1] for n, layouts in self.layouts_.items() if layouts[0].grad))
 
+    def _spec_of(self, name: str, array: Any) -> Spec:
+        """The layout that a NumPy array has."""
+        integer = np.asarray(array).dtype.kind == "i"
+        for spec in self.layouts_[name]:
+            if len(spec.names) == np.ndim(array) and (spec.dtype == "int64") == integer:
+                return spec
+        return self.layouts_[name][0]
+
     def _rows(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Inputs in float64 (or int64), with one row per sample and student, as the losses see them."""
         students = self._count_students(inputs)
         rows = {}
         for name, given in inputs.items():
-            integer = np.asarray(given).dtype.kind == "i"
-            array = np.asarray(given, dtype=np.int64 if integer else np.float64)
-            carrying = any(
-                STUDENTS in spec.names and len(spec.names) == array.ndim and (spec.dtype == "int64") == integer
-                for spec in self.layouts_[name]
-            )
-            if carrying:
+            spec = self._spec_of(name, given)
+            array = np.asarray(given, dtype=np.int64 if spec.dtype == "int64" else np.float64)
+            if STUDENTS in spec.names:
                 array = array.reshape(-1, *array.shape[2:])
             elif students:
                 array = np.repeat(array, students, axis=0)
@@ -479,13 +529,16 @@ _CALLED = frozenset(
 )
 
 
-def compose(terms: Mapping[str, Any]) -> Composition:
+def compose(terms: Mapping[str, Any], *, share_ignored: bool = True) -> Composition:
     """Joins losses into one: Σ weight · term.
 
     Args:
         terms: name → loss, or (loss, weight), or :class:`Term`-like sequence of :class:`Part` with a weight.
             Inputs of the same name are shared between the terms. A weight of 0 keeps the term, since
             weights can change in every call.
+        share_ignored: whether a sample whose class index is ignored (−100) is padding, and left out of the terms without
+            labels, too; False: of the terms with labels alone, for samples without a label from which the
+            student still learns what the teacher says.
 
     Returns:
         A module: tensors by name in, ``{"loss", one value per term}`` out (terms before their weights).
@@ -510,7 +563,7 @@ def compose(terms: Mapping[str, Any]) -> Composition:
                 "pass {name: (loss, weight)}"
             )
         made.append(Term(name, parts, float(weight)))
-    return Composition(made)
+    return Composition(made, share_ignored=share_ignored)
 
 
 def as_composition(loss: Any) -> Composition:
@@ -563,9 +616,126 @@ def _variable(graph: fx.Graph, name: str, kind: Any, *default: float) -> fx.Node
     return graph.placeholder(checked, type_expr=kind, **({"default_value": default[0]} if default else {}))
 
 
+class _Now:
+    """Computes an outcome of :func:`_outputs` at once."""
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+    def loss(self, path: str, loss: Loss, arguments: Mapping[str, Any]) -> Any:
+        return loss.forward(**arguments)
+
+
+class _Later:
+    """Writes an outcome of :func:`_outputs` into a graph."""
+
+    def __init__(self, graph: fx.Graph, point: Point | None) -> None:
+        self.graph = graph
+        self.point = point  # where losses go that a kernel computes
+        self.modules: dict[str, nn.Module] = {}
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self.graph.call_function(function, arguments)
+
+    def loss(self, path: str, loss: Loss, arguments: Mapping[str, Any]) -> Any:
+        module: nn.Module = loss.with_settings()
+        module.checks_inputs = False  # type: ignore[assignment]
+        if self.point is not None and loss.has_kernel():
+            module = _Fused(module, self.point)  # type: ignore[arg-type]
+        self.modules[path] = module
+        return self.graph.call_module(path, kwargs=dict(arguments))
+
+
+def _outputs(
+    make: _Now | _Later,
+    composition: Composition,
+    specs: Mapping[str, Spec],
+    given: Mapping[str, Any],
+    numbers: Mapping[str, Any],
+    per_sample: bool = False,
+) -> dict[str, Any]:
+    """The outputs of a composition by name, ``"loss"`` first: the one place that says how they come about.
+
+    Args:
+        make: whether tensors are computed or nodes of a graph are made.
+        composition: the terms.
+        specs: the layout of every input that is there.
+        given: the inputs by name.
+        numbers: every parameter by name.
+        per_sample: whether to add the vectors per sample.
+    """
+    # Halves are widened once, here, so that the gradients of all terms are added in float32 and rounded once.
+    rows = {
+        name: make.call(ops.upcast, given[name]) if spec.dtype == "float" else given[name]
+        for name, spec in specs.items()
+    }
+    like = None
+    if composition.students:
+        like = next(given[name] for name, spec in specs.items() if spec.grad)
+        for name, spec in specs.items():
+            if STUDENTS in spec.names:
+                rows[name] = make.call(fold, rows[name])
+            else:
+                rows[name] = make.call(spread, rows[name], like)
+    kept = None  # the samples that not every input of labels ignores
+    if composition.share_ignored:
+        for name in composition.ignore_indices(specs):
+            own = make.call(operator.ne, rows[name], composition.ignore_indices(specs)[name])
+            kept = own if kept is None else make.call(operator.or_, kept, own)
+    weights: dict[str, Any] = {}  # of the terms without labels, by the input that weighs them
+
+    def arguments_of(term: Term, part: Part) -> dict[str, Any]:
+        arguments = {n: rows[part.graph_input(n)] for n in part.loss.inputs if part.graph_input(n) in specs}
+        weight = part.loss.weight_input()
+        if kept is not None and weight is not None and not part.has_labels(specs):
+            name = part.graph_input(weight)
+            if name not in weights:
+                weights[name] = make.call(ops.weigh, kept, rows.get(name))
+            arguments[weight] = weights[name]
+        return {**arguments, **composition._numbers_of(term, part, numbers)}
+
+    def term_value(term: Term, reduction: str | None) -> Any:
+        total = None
+        for i, part in enumerate(term.parts):
+            path = f"{term.name}_{i}" + ("_per_sample" if reduction else "")
+            loss = part.loss.with_settings(reduction=reduction) if reduction else part.loss
+            value = make.loss(path, loss, arguments_of(term, part))
+            if part.weight_name is not None:
+                value = make.call(operator.mul, value, numbers[part.weight_name])
+            elif part.weight != 1.0:
+                value = make.call(operator.mul, value, float(part.weight))
+            total = value if total is None else make.call(operator.add, total, value)
+        assert total is not None
+        return total
+
+    def weighted_sum(values: Mapping[str, Any]) -> Any:
+        total = None
+        for name, value in values.items():
+            if not composition.single:
+                value = make.call(operator.mul, value, numbers[f"{name}_weight"])
+            total = value if total is None else make.call(operator.add, total, value)
+        assert total is not None
+        return total
+
+    terms = {term.name: term_value(term, None) for term in composition.terms_}
+    outputs = {"loss": weighted_sum(terms)} | ({} if composition.single else terms)
+    if per_sample:
+        samples = {term.name: term_value(term, "none") for term in composition.terms_ if not term.couples_batch}
+        if not samples:
+            reasons = "; ".join(f"{term.name} {term.couples_batch}" for term in composition.terms_)
+            raise ValueError(
+                f"expected a term that splits over samples, got none ({reasons}); leave per_sample=True out"
+            )
+        if like is not None:
+            samples = {name: make.call(unfold, value, like) for name, value in samples.items()}
+        outputs["loss_per_sample"] = weighted_sum(samples)
+        if not composition.single:
+            outputs |= {f"{name}_per_sample": value for name, value in samples.items()}
+    return outputs
+
+
 def _build(composition: Composition, specs: dict[str, Spec], per_sample: bool, check: bool, fused: bool) -> LossGraph:
     graph = fx.Graph()
-    modules: dict[str, nn.Module] = {}
     point = Point()
     nodes = {name: _variable(graph, name, Tensor) for name in specs}
     numbers = {
@@ -575,82 +745,22 @@ def _build(composition: Composition, specs: dict[str, Spec], per_sample: bool, c
     if check:
         axes = [list(spec.names) for spec in specs.values()]
         graph.call_function(checks.check_axes, (list(nodes.values()), list(specs), axes))
-    # Halves are widened once, here, so that the gradients of all terms are added in float32 and rounded once.
-    rows: dict[str, fx.Node] = {
-        name: graph.call_function(ops.upcast, (node,)) if specs[name].dtype == "float" else node
-        for name, node in nodes.items()
-    }
-    like = None
-    if composition.students:
-        like = next(nodes[name] for name, spec in specs.items() if spec.grad)
-        for name, spec in specs.items():
-            function, others = (fold, ()) if STUDENTS in spec.names else (spread, (like,))
-            rows[name] = graph.call_function(function, (rows[name], *others))
-
-    def term_value(term: Term, reduction: str | None) -> fx.Node:
-        total = None
-        for i, part in enumerate(term.parts):
-            path = names.check(term.name, "the name of a term") + f"_{i}" + ("_per_sample" if reduction else "")
-            modules[path] = part.loss.with_settings(**({"reduction": reduction} if reduction else {}))
-            modules[path].checks_inputs = False  # type: ignore[assignment]
-            if fused and part.loss.has_kernel():
-                modules[path] = _Fused(modules[path], point)  # type: ignore[arg-type]
-            kwargs: dict[str, Any] = {
-                n: rows[part.graph_input(n)] for n in part.loss.inputs if part.graph_input(n) in specs
-            }
-            kwargs |= composition._numbers_of(term, part, numbers)
-            value = graph.call_module(path, kwargs=kwargs)
-            if part.weight_name is not None:
-                value = graph.call_function(operator.mul, (value, numbers[part.weight_name]))
-            elif part.weight != 1.0:
-                value = graph.call_function(operator.mul, (value, float(part.weight)))
-            total = value if total is None else graph.call_function(operator.add, (total, value))
-        assert total is not None
-        return total
-
-    def weighted_sum(values: Mapping[str, fx.Node]) -> fx.Node:
-        total = None
-        for name, value in values.items():
-            if not composition.single:
-                value = graph.call_function(operator.mul, (value, numbers[f"{name}_weight"]))
-            total = value if total is None else graph.call_function(operator.add, (total, value))
-        assert total is not None
-        return total
-
-    terms = {term.name: term_value(term, None) for term in composition.terms_}
-    outputs = {"loss": weighted_sum(terms)} | ({} if composition.single else terms)
-    axes_of: dict[str, tuple[str, ...]] = dict.fromkeys(outputs, ())
-    if per_sample:
-        samples = {term.name: term_value(term, "none") for term in composition.terms_ if not term.couples_batch}
-        if not samples:
-            reasons = "; ".join(f"{term.name} {term.couples_batch}" for term in composition.terms_)
-            raise ValueError(
-                f"expected a term that splits over samples, got none ({reasons}); leave per_sample=True out"
-            )
-        if like is not None:
-            samples = {name: graph.call_function(unfold, (value, like)) for name, value in samples.items()}
-        vectors = {"loss_per_sample": weighted_sum(samples)}
-        if not composition.single:
-            vectors |= {f"{name}_per_sample": value for name, value in samples.items()}
-        outputs |= vectors
-        axes_of |= dict.fromkeys(vectors, ("batch", STUDENTS) if composition.students else ("batch",))
+    for term in composition.terms_:
+        names.check(term.name, "the name of a term")  # it becomes an attribute in the graph's code
+    make = _Later(graph, point if fused else None)
+    outputs = _outputs(make, composition, specs, nodes, numbers, per_sample)
     graph.output(outputs, type_expr=dict[str, Tensor])
     used = graph.python_code("self").globals
     for name in (*nodes, *numbers):
         names.check_variable(name, "an input or parameter of the loss", used)
-    made = LossGraph(modules, graph, class_name="LossGraph")
-    made.kernel_point = point if any(isinstance(module, _Fused) for module in modules.values()) else None
+    made = LossGraph(make.modules, graph, class_name="LossGraph")
+    made.kernel_point = point if any(isinstance(module, _Fused) for module in make.modules.values()) else None
     made.built_from = (composition, specs, per_sample, check, fused)
+    samples = ("batch", STUDENTS) if composition.students else ("batch",)
     made.signature = GraphSignature(
         inputs=specs,
         parameters=dict(composition.parameters_),
-        outputs=axes_of,
-        ignore_indices={
-            part.graph_input(name): part.loss.ignore_index  # type: ignore[misc]
-            for term in composition.terms_
-            for part in term.parts
-            for name, spec in ((n, specs.get(part.graph_input(n))) for n in part.loss.inputs)
-            if spec is not None and spec.index_of is not None and hasattr(part.loss, "ignore_index")
-        },
+        outputs={name: samples if name.endswith("_per_sample") else () for name in outputs},
+        ignore_indices=composition.ignore_indices(specs),
     )
     return made

@@ -39,6 +39,8 @@ class DistillationLoss(Composition):
         multiple_lrs: ``None``, or d: one teacher and d students (d low resolutions, say). Student tensors carry an
             axis of length d after the batch; teacher tensors are repeated for each student; labels may carry
             it or not. The loss is that of batch · d samples.
+        share_ignored: whether a sample whose class index is −100 is padding, and left out of the logit term and of l1 and l2, too;
+            False: of the hard term alone (samples without a label).
 
     A weight of exactly 0 (``alpha``, ``beta``, ``gamma``, ``lambda1``, ``lambda2``) leaves its part out: the tensors
     that only it needs may be ``None``. To start a weight at 0 and raise it later, construct with another
@@ -88,9 +90,12 @@ class DistillationLoss(Composition):
         features_index: Sequence[int] = (-1,),
         spatial_avg: str | None = None,
         multiple_lrs: int | None = None,
+        share_ignored: bool = True,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         arguments["features_index"] = list(features_index)
+        if share_ignored:  # as ever: recipes need not say it
+            del arguments["share_ignored"]
         _one_of("logit_loss", logit_loss, (None, "soft_entropy"))
         _one_of("aux_loss", aux_loss, (None, *_AUX))
         _one_of("mode", mode, (None, "student_softening"))
@@ -133,7 +138,7 @@ class DistillationLoss(Composition):
                 "expected at least one term with a weight other than 0, got none; "
                 "set alpha, or logit_loss and gamma, or aux_loss and beta"
             )
-        super().__init__(terms, students=multiple_lrs is not None)
+        super().__init__(terms, students=multiple_lrs is not None, share_ignored=share_ignored)
         self.arguments = arguments
         self.features_index = indices
         self.multiple_lrs = multiple_lrs

@@ -83,9 +83,10 @@ def without_left_out(x: Tensor, weight: Tensor | None) -> Tensor:
 
 def weigh(kept: Tensor, sample_weight: Tensor | None) -> Tensor:
     """Per-sample weight from a mask of kept samples and the user's weights; float32 at least."""
-    if sample_weight is None:
+    weight = optional_weight(sample_weight)
+    if weight is None:
         return kept.float()
-    return torch.where(kept, sample_weight, torch.zeros_like(sample_weight))
+    return weight.masked_fill(~kept, 0.0)
 
 
 def optional_weight(sample_weight: Tensor | None) -> Tensor | None:

@@ -77,7 +77,7 @@ def build(recipe: Mapping[str, Any]) -> Composition:
         _known(recipe, ("distillation_loss", "export"), "a recipe of a DistillationLoss")
         arguments = _table(recipe["distillation_loss"], "distillation_loss")
         return DistillationLoss(**arguments_of(DistillationLoss, arguments, "the arguments of pykd.DistillationLoss"))
-    _known(recipe, ("terms", "students", "export"), "a recipe of terms")
+    _known(recipe, ("terms", "students", "share_ignored", "export"), "a recipe of terms")
     terms = []
     tables = _table(recipe["terms"], "terms")
     _few(tables, "terms")
@@ -90,7 +90,9 @@ def build(recipe: Mapping[str, Any]) -> Composition:
         _few(_checked(parts, list[Any], f"the parts of {what}"), f"parts of {what}")
         made = tuple(map(_part, parts))
         terms.append(Term(name, made, _number(table, f"the weight of {what}")))
-    return Composition(terms, students=_checked(recipe.get("students", False), bool, "students"))
+    students = _checked(recipe.get("students", False), bool, "students")
+    share_ignored = _checked(recipe.get("share_ignored", True), bool, "share_ignored")
+    return Composition(terms, students=students, share_ignored=share_ignored)
 
 
 def export_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +135,9 @@ def of_composition(composition: Composition) -> dict[str, Any]:
             terms[term.name] = {**_table_of_loss(term.parts[0]), "weight": term.weight}
         else:
             terms[term.name] = {"weight": term.weight, "parts": [_table_of_part(part) for part in term.parts]}
-    return {"terms": terms} | ({"students": True} if composition.students else {})
+    flags = {"students": composition.students, "share_ignored": composition.share_ignored}
+    usual = {"students": False, "share_ignored": True}
+    return {"terms": terms} | {name: value for name, value in flags.items() if value != usual[name]}
 
 
 def _loss(table: Mapping[str, Any]) -> registry.Loss:

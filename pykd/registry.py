@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pykd import checks
+
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -140,9 +142,9 @@ class Loss(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Checks the tensors by their declared axes, then computes."""
         if self.checks_inputs:
-            from pykd import checks  # checks needs Spec
-
-            checks.check_call(self, inspect.signature(self.forward).bind(*args, **kwargs).arguments)
+            # By position as forward takes them; what it does not take, it refuses itself.
+            by_position = dict(zip((*self.inputs, *self.scalars), args, strict=False))
+            checks.check_call(self, {**by_position, **kwargs})
         return super().__call__(*args, **kwargs)
 
     def fused(self, kernel: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -153,6 +155,15 @@ class Loss(nn.Module):
     def has_kernel(cls) -> bool:
         """Whether a fused kernel computes this loss."""
         return cls.fused is not Loss.fused
+
+    @classmethod
+    def weight_input(cls) -> str | None:
+        """The input that weighs samples, where there is one."""
+        for name in cls.inputs:
+            spec = cls.layouts(name)[0]
+            if spec.dtype == "weight" and spec.names[0] == "batch":
+                return name
+        return None
 
     @staticmethod
     def reference(**inputs: Any) -> Any:

@@ -63,7 +63,8 @@ def composed_subjects() -> Iterator[Subject]:
     students = pykd.DistillationLoss(logit_loss="soft_entropy", aux_loss="l1", multiple_lrs=3, spatial_avg="mean")
     yield Subject("students", students, {"labels": "batch"}, ())
     yield Subject("students-labels", students, {"labels": "batch students classes"}, ("sample_weight",))
-    composed = pykd.compose({"hard": (pykd.HardTarget(), 1.0), "soft": (pykd.SoftTarget(temperature=2.0), 0.5)})
+    hard = pykd.HardTarget(ignore_index=1)
+    composed = pykd.compose({"hard": (hard, 1.0), "soft": (pykd.SoftTarget(temperature=2.0), 0.5)})
     yield Subject("composed", composed, {"labels": "batch"}, ("sample_weight",))
 
 

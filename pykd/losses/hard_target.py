@@ -30,7 +30,7 @@ def hard_target_rows_of_probabilities(student: Tensor, label_probs: Tensor) -> T
 
 def _kept_weight(labels: Tensor, sample_weight: Tensor | None, ignore_index: int) -> Tensor:
     """1 or the sample's weight; 0 where the label is ``ignore_index``."""
-    return ops.weigh(labels != ignore_index, ops.optional_weight(sample_weight))
+    return ops.weigh(labels != ignore_index, sample_weight)
 
 
 def hard_target(
@@ -79,7 +79,7 @@ class HardTarget(Loss):
 
     Raises:
         ValueError: for shapes that do not fit, an empty batch, or an index out of range (on the CPU; on
-            a GPU, which is not waited for, and in exported files run elsewhere, the loss is NaN).
+            a GPU, which is not waited for, in compiled code and in exported files run elsewhere, the loss is NaN).
 
     Same as ``torch.nn.functional.cross_entropy`` (``ignore_index`` included), except that a batch with
     every sample ignored gives 0, not NaN.
