@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import shutil
 import sys
-import tempfile
 import time
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -32,13 +30,14 @@ def export(
 ) -> Path:
     """Writes ``loss.pt``, ``loss.onnx``, ``loss.grad.onnx`` and ``manifest.json``, and verifies them.
 
+    A folder that is there is replaced in one step, once the new files have been verified; other files in it stay.
+
     One set of files serves every batch size, number of classes, tokens and channels, 1 included;
     temperatures and weights can be replaced in every call. docs/artefacts.md describes the files.
 
     Args:
         loss: a registered loss, a :class:`pykd.DistillationLoss` or what :func:`pykd.compose` made.
-        directory: where to write; made if it does not exist. Files of these names are replaced, and
-            only after the new ones have been verified.
+        directory: where to write; made if it does not exist.
         layouts: input name → axes where an input may take several forms; ``{"labels": "batch"}``
             takes class indices (int64) instead of probabilities ``"batch classes"``.
         optional_inputs: optional inputs that the files take, such as ``["sample_weight"]``.
@@ -53,9 +52,10 @@ def export(
     Raises:
         ValueError: for an unknown layout, input or dtype.
         RuntimeError: where a written file disagrees with the float64 reference.
+        OSError: where the folder cannot be written.
     """
     from pykd.composition import as_composition
-    from pykd.export import metadata, onnx_files, torchscript
+    from pykd.export import folder, metadata, onnx_files, torchscript
 
     say = progress or (lambda line: print(line, file=sys.stderr, flush=True))
     if dtype not in DTYPES:
@@ -64,28 +64,38 @@ def export(
     graph = composition.graph(layouts, optional_inputs, per_sample, check=True)
     plain = composition.graph(layouts, optional_inputs, per_sample, check=False)
     fused = composition.graph(layouts, optional_inputs, per_sample, check=False, fused=True)
-    target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as made_in:
-        made = Path(made_in)
+    described = {
+        "torchscript": metadata.of_graph(composition, graph, "torchscript", "float", None),
+        "value": metadata.of_graph(composition, graph, "value", dtype, onnx_files.OPSET),
+        "gradient": metadata.of_graph(composition, graph, "gradient", dtype, onnx_files.OPSET),
+    }
+    with folder.replacing(directory, [*FILES.values(), MANIFEST]) as made:
         step = _Step(say)
-        torchscript.write(composition, graph, made / FILES["torchscript"])
-        step(f"wrote {FILES['torchscript']}")
-        onnx_files.write(composition, plain, fused, made / FILES["value"], made / FILES["gradient"], dtype)
+        models = onnx_files.build(composition, plain, fused, dtype)
+        export_id = _export_id(described, models)
+        for kind, entry in described.items():
+            entry["export_id"] = export_id
+            if kind in models:
+                onnx_files.write(models[kind], entry, made / FILES[kind])
         step(f"wrote {FILES['value']} and {FILES['gradient']} ({dtype})")
-        manifest = {
-            **metadata.of_graph(composition, graph, "gradient", dtype, onnx_files.OPSET),
-            "files": {name: _describe(made / name) for name in FILES.values()},
-        }
+        torchscript.write(graph, described["torchscript"], made / FILES["torchscript"])
+        step(f"wrote {FILES['torchscript']}")
+        manifest = {**described["gradient"], "files": {name: _describe(made / name) for name in FILES.values()}}
         del manifest["kind"]
         (made / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         report = verify(made, engines=("python",), quick=True, trust=True)
         if not report.ok:
             raise RuntimeError(f"expected the written files to agree with float64, got\n{report}\nplease report this")
         step(f"verified against float64 at {report.sizes} sizes: {report.summary()}")
-        for name in (*FILES.values(), MANIFEST):
-            shutil.move(made / name, target / name)
-    return target
+    return Path(directory)
+
+
+def _export_id(described: Mapping[str, Any], models: Mapping[str, Any]) -> str:
+    """What every file of an export says, and no other: the same where the files are the same."""
+    digest = hashlib.sha256(json.dumps(described).encode())
+    for model in models.values():
+        digest.update(model.SerializeToString(deterministic=True))
+    return digest.hexdigest()[:32]
 
 
 def _describe(path: Path) -> dict[str, Any]:

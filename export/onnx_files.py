@@ -34,17 +34,13 @@ _ONNX_TYPES = {
 }
 
 
-def write(
-    composition: Composition, graph: LossGraph, fused: LossGraph, value_path: Path, gradient_path: Path, dtype: str
-) -> None:
-    """Exports a graph for inputs of the floating type ``dtype``.
+def build(composition: Composition, graph: LossGraph, fused: LossGraph, dtype: str) -> dict[str, onnx.ModelProto]:
+    """The models of the two files by their kind, ``"value"`` and ``"gradient"``, still without metadata.
 
     Args:
         composition: what the graph is one form of.
         graph: built with ``check=False``.
         fused: the same with ``fused=True``.
-        value_path: where the file of the values goes.
-        gradient_path: where the file of values and gradients goes.
         dtype: the floating type of the inputs.
     """
     compute = "float64" if dtype == "float64" else "float32"
@@ -53,13 +49,16 @@ def write(
     gradients = [f"grad_{name}" for name in metadata.gradient_inputs(graph)]
     value = onnx.ModelProto()
     value.CopyFrom(model)
-    for part, kind, without, path in (
-        (model, "gradient", [], gradient_path),
-        (value, "value", [*gradients, metadata.GRAD_SCALE], value_path),
-    ):
+    for part, without in ((model, []), (value, [*gradients, metadata.GRAD_SCALE])):
         _remove(part, without, sites)
         kernel_nodes.name_nodes(part, sites, dtype)
-        _save(_describe(part, composition, graph, kind, dtype), path)
+    return {"value": value, "gradient": model}
+
+
+def write(model: onnx.ModelProto, described: dict[str, Any], path: Path) -> None:
+    """Writes a model of :func:`build` with its metadata and checksum."""
+    _describe(model, described)
+    path.write_bytes(integrity.seal_onnx(model.SerializeToString(deterministic=True)))
 
 
 def value_and_gradient(
@@ -238,15 +237,12 @@ def _keep(field: Any, condition: Any) -> None:
     field.extend(kept)
 
 
-def _describe(
-    model: onnx.ModelProto, composition: Composition, graph: LossGraph, kind: str, dtype: str
-) -> onnx.ModelProto:
+def _describe(model: onnx.ModelProto, described: dict[str, Any]) -> None:
     """Names the axes and writes the metadata; a mistake of the exporter ends here."""
-    described = metadata.of_graph(composition, graph, kind, dtype, OPSET)
     model.producer_name, model.producer_version = "pykd", described["versions"]["pykd"]
     model.graph.name = described["name"]
     types = {**_ONNX_TYPES, "int64": onnx.TensorProto.INT64}
-    compute = "float64" if dtype == "float64" else "float32"
+    compute = "float64" if any(entry["dtype"] == "float64" for entry in described["inputs"]) else "float32"
     numbers = [{"name": entry["name"], "axes": [], "dtype": compute} for entry in described["parameters"]]
     for wanted, found in (
         ([*described["inputs"], *numbers], model.graph.input),
@@ -269,11 +265,6 @@ def _describe(
                 dim.dim_param = axis
     onnx.helper.set_model_props(model, {metadata.KEY: metadata.dumps(described)})
     onnx.checker.check_model(model, full_check=True)
-    return model
-
-
-def _save(model: onnx.ModelProto, path: Path) -> None:
-    path.write_bytes(integrity.seal_onnx(model.SerializeToString(deterministic=True)))
 
 
 @contextlib.contextmanager

@@ -3,14 +3,15 @@
 import io
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pykd.composition import Composition, LossGraph
+from pykd.composition import LossGraph
 from pykd.export import integrity, metadata
 
 
-def write(composition: Composition, graph: LossGraph, path: Path) -> None:
+def write(graph: LossGraph, described: dict[str, Any], path: Path) -> None:
     """Scripts ``graph`` and saves it with its metadata and checksum."""
     with warnings.catch_warnings():
         # torch.jit is deprecated without a date of removal; a TorchScript file is what the caller asked for.
@@ -19,6 +20,5 @@ def write(composition: Composition, graph: LossGraph, path: Path) -> None:
         warnings.filterwarnings("ignore", category=UserWarning, message=".*instance-level annotations")
         module = torch.jit.script(graph.eval())
         buffer = io.BytesIO()
-        text = metadata.dumps(metadata.of_graph(composition, graph, "torchscript", "float", None))
-        torch.jit.save(module, buffer, _extra_files={metadata.EXTRA_FILE: text})
+        torch.jit.save(module, buffer, _extra_files={metadata.EXTRA_FILE: metadata.dumps(described)})
     path.write_bytes(integrity.seal_zip(buffer.getvalue()))

@@ -160,7 +160,7 @@ def verify(
     contents = _contents(directory, manifest)
     composition, graph, dtype = definition(manifest)
     per_sample = "loss_per_sample" in graph.signature.outputs
-    missing: list[str] = []
+    missing = [f"{name} is not in the folder" for name in manifest["files"] if name not in contents]
     if "loss.pt" in contents and not trust:
         del contents["loss.pt"]
         missing.append("loss.pt is a program: pass --trust, or trust=True, if you trust its author")
@@ -251,11 +251,13 @@ def _manifest(directory: Path) -> dict[str, Any]:
 
 
 def _contents(directory: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files of a manifest by name, compared with its hashes and their own checksums."""
+    """The files that are there, by name, compared with the hashes of the manifest and their own checksums."""
     contents = {}
     for name, described in manifest["files"].items():
         if name not in SIZES:
             raise ValueError(f"expected the manifest to list {', '.join(SIZES)}, got {name!r}; export it again")
+        if not (directory / name).exists():
+            continue
         data = files.read(directory / name, SIZES[name])
         hash_of = described.get("sha256") if isinstance(described, dict) else None
         if hashlib.sha256(data).hexdigest() != hash_of:

@@ -43,8 +43,8 @@ def folder(tmp_path_factory):
         progress=lines.append,
     )
     assert [line.split(":")[1].split("(")[0].strip() for line in lines] == [
-        "wrote loss.pt",
         "wrote loss.onnx and loss.grad.onnx",
+        "wrote loss.pt",
         "verified against float64 at 3 sizes",
     ]
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -106,13 +107,22 @@ def torchscript_artefact(path: Path) -> None:
     path.write_bytes(data + b"pykd.crc32=%08x" % zlib.crc32(data))
 
 
+def write_manifest(path: Path) -> None:
+    """The manifest of the files that are there."""
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in path.glob("loss.*")
+    }
+    (path / "manifest.json").write_text(json.dumps({"format": "pykd", "format_version": 1, "files": files}))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("squares")
     (path / "loss.onnx").write_bytes(onnx_artefact("value"))
     (path / "loss.grad.onnx").write_bytes(onnx_artefact("gradient"))
     torchscript_artefact(path / "loss.pt")
-    (path / "manifest.json").write_text("{}")
+    write_manifest(path)
     return path
 
 

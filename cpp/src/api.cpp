@@ -47,10 +47,28 @@ pykd_tensor_info tensor_info(const TensorSpec& spec, std::size_t partner) {
           partner == pykd::internal::kNone ? 0 : 1};
 }
 
-void finish_load(const pykd::internal::Artefact& artefact, const pykd_load_options* options, pykd_loss** loss) {
+std::unique_ptr<Loss> load_path(const char* path, const pykd::internal::LoadOptions& options) {
+  // An export may replace the folder while it is read; then it is read again.
+  for (int attempt = 1;; ++attempt) {
+    pykd::internal::Artefact artefact = pykd::internal::read_artefact(path);
+    try {
+      return Loss::load(artefact, options);
+    } catch (const pykd::internal::Failure&) {
+      constexpr int kAttempts = 10;
+      if (attempt == kAttempts || !was_replaced(artefact)) throw;
+    }
+  }
+}
+
+std::unique_ptr<Loss> load_bytes(const void* bytes, std::size_t size, const pykd::internal::LoadOptions& options) {
+  pykd::internal::Artefact artefact = pykd::internal::wrap_artefact(bytes, size);
+  return Loss::load(artefact, options);
+}
+
+pykd_loss* wrap_loss(std::unique_ptr<Loss> loss) {
   auto result = std::make_unique<pykd_loss>();
-  result->loss = Loss::load(artefact, pykd::internal::read_options(options));
-  *loss = result.release();
+  result->loss = std::move(loss);
+  return result.release();
 }
 
 }  // namespace
@@ -65,7 +83,7 @@ pykd_status pykd_load(const char* path, const pykd_load_options* options, pykd_l
   return guarded([&] {
     check_pointer(path, "the path of an artefact");
     check_pointer(loss, "a pykd_loss* to write to");
-    finish_load(pykd::internal::read_artefact(path), options, loss);
+    *loss = wrap_loss(load_path(path, pykd::internal::read_options(options)));
   });
 }
 
@@ -73,7 +91,7 @@ pykd_status pykd_load_bytes(const void* bytes, size_t size, const pykd_load_opti
   return guarded([&] {
     check_pointer(bytes, "the bytes of an artefact");
     check_pointer(loss, "a pykd_loss* to write to");
-    finish_load(pykd::internal::wrap_artefact(bytes, size), options, loss);
+    *loss = wrap_loss(load_bytes(bytes, size, pykd::internal::read_options(options)));
   });
 }
 

@@ -11,6 +11,7 @@
 #include <unordered_map>
 
 #include "error.h"
+#include "sha256.h"
 
 namespace pykd::internal {
 namespace {
@@ -47,10 +48,13 @@ ArtefactFile read_file(const fs::path& path) {
   std::error_code error;
   // A device or a pipe might never end.
   if (!fs::is_regular_file(path, error)) cannot_read(file.label, "no regular file there");
-  const std::uintmax_t size = fs::file_size(path, error);
-  if (error) cannot_read(file.label, error.message());
   std::ifstream stream(path, std::ios::binary);
   if (!stream) cannot_read(file.label, std::strerror(errno));
+  // Of the file that is open: an export may put another one in its place.
+  const std::streamoff end = stream.seekg(0, std::ios::end).tellg();
+  if (end < 0) cannot_read(file.label, "no size");
+  const auto size = static_cast<std::uintmax_t>(end);
+  stream.seekg(0);
   char magic[4] = {};
   stream.read(magic, sizeof magic);
   const auto start = static_cast<std::size_t>(stream.gcount());
@@ -66,25 +70,27 @@ ArtefactFile read_file(const fs::path& path) {
   return file;
 }
 
-std::optional<ArtefactFile> read_member(const fs::path& folder, const char* name, FileFormat format,
-                                        const std::string& manifest) {
-  const fs::path path = folder / name;
+[[noreturn]] void not_of_the_manifest(const std::string& label, const std::string& expected, const std::string& got) {
+  fail(PYKD_BAD_ARTEFACT, label + " to be the file of manifest.json beside it, " + expected, got,
+       "the files of this folder do not belong together: copy the whole folder, or export the loss again");
+}
+
+std::optional<ArtefactFile> find_member(const fs::path& folder, const char* name, FileFormat format,
+                                        const Manifest& manifest) {
   std::error_code error;
-  if (!fs::exists(path, error)) {
-    if (manifest.find('"' + std::string(name) + '"') != std::string::npos) {
-      fail(PYKD_NOT_FOUND, std::string(name) + " in " + folder.string() + ", as manifest.json lists it", "no such file",
-           "copy the whole folder, or export the loss again");
-    }
-    return std::nullopt;
+  if (!fs::exists(folder / name, error)) return std::nullopt;
+  ArtefactFile file;
+  file.label = (folder / name).string();
+  file.format = format;
+  file.unread = true;
+  for (const ManifestEntry& entry : manifest.files) {
+    if (entry.name == name) file.described = entry;
   }
-  ArtefactFile file = read_file(path);
-  if (file.format != format) {
-    fail(PYKD_BAD_ARTEFACT,
-         std::string(format == FileFormat::kOnnx ? "an ONNX" : "a TorchScript") + " file at " + file.label,
-         file.format == FileFormat::kOnnx ? "no ZIP archive" : "a ZIP archive", "export the loss again");
-  }
+  if (!file.described) not_of_the_manifest(file.label, "which lists every file", "one that is not in it");
   return file;
 }
+
+std::string read_manifest(const fs::path& folder) { return read_file(folder / "manifest.json").bytes; }
 
 Artefact read_folder(const fs::path& folder) {
   std::error_code error;
@@ -93,11 +99,18 @@ Artefact read_folder(const fs::path& folder) {
     fail(PYKD_NOT_FOUND, "a folder that pykd.export wrote at " + folder.string(), "one without manifest.json",
          "give the folder that was exported, or one of its files by its path");
   }
-  const std::string manifest = read_file(manifest_path).bytes;
   Artefact artefact;
-  artefact.value = read_member(folder, "loss.onnx", FileFormat::kOnnx, manifest);
-  artefact.gradient = read_member(folder, "loss.grad.onnx", FileFormat::kOnnx, manifest);
-  artefact.torchscript = read_member(folder, "loss.pt", FileFormat::kTorchScript, manifest);
+  artefact.folder = folder.string();
+  artefact.manifest = read_manifest(folder);
+  Manifest manifest;
+  try {
+    manifest = parse_manifest(artefact.manifest);
+  } catch (const Failure& failure) {
+    throw Failure(failure.status(), manifest_path.string() + ": " + failure.what());
+  }
+  artefact.value = find_member(folder, "loss.onnx", FileFormat::kOnnx, manifest);
+  artefact.gradient = find_member(folder, "loss.grad.onnx", FileFormat::kOnnx, manifest);
+  artefact.torchscript = find_member(folder, "loss.pt", FileFormat::kTorchScript, manifest);
   if (!artefact.has_onnx() && !artefact.torchscript) {
     fail(PYKD_NOT_FOUND, "loss.onnx, loss.grad.onnx or loss.pt in " + folder.string(), "none of them",
          "export the loss again");
@@ -648,6 +661,35 @@ Artefact read_artefact(const std::string& path) {
   return single(read_file(path));
 }
 
+void read_contents(ArtefactFile& file) {
+  if (!file.unread) return;
+  ArtefactFile read = read_file(file.label);
+  if (read.format != file.format) {
+    fail(PYKD_BAD_ARTEFACT,
+         std::string(file.format == FileFormat::kOnnx ? "an ONNX" : "a TorchScript") + " file at " + file.label,
+         file.format == FileFormat::kOnnx ? "a ZIP archive" : "no ZIP archive", "export the loss again");
+  }
+  file.bytes = std::move(read.bytes);
+  file.unread = false;
+}
+
+bool was_replaced(const Artefact& artefact) {
+  return !artefact.folder.empty() && read_manifest(artefact.folder) != artefact.manifest;
+}
+
+void check_sizes(const Artefact& artefact) {
+  for (const std::optional<ArtefactFile>* file : {&artefact.value, &artefact.gradient, &artefact.torchscript}) {
+    if (!file->has_value() || !(*file)->described) continue;
+    std::error_code error;
+    const std::uintmax_t size = fs::file_size((*file)->label, error);
+    if (error) cannot_read((*file)->label, error.message());
+    if (size != (*file)->described->bytes) {
+      not_of_the_manifest((*file)->label, std::to_string((*file)->described->bytes) + " bytes long",
+                          std::to_string(size) + " bytes");
+    }
+  }
+}
+
 Artefact wrap_artefact(const void* bytes, std::size_t size) {
   ArtefactFile file;
   file.label = "the bytes that were given";
@@ -684,6 +726,11 @@ void check_integrity(const ArtefactFile& file) {
   if (written != hex_digits(checksum)) {
     fail(PYKD_BAD_ARTEFACT, "contents with the checksum " + in_quotes(written) + " at " + file.label,
          in_quotes(hex_digits(checksum)), "the file is damaged: copy it again");
+  }
+  if (!file.described) return;
+  const std::string hash = Sha256::hex(bytes);
+  if (hash != file.described->sha256) {
+    not_of_the_manifest(file.label, "with the SHA-256 " + in_quotes(file.described->sha256), in_quotes(hash));
   }
 }
 

@@ -27,6 +27,8 @@ struct ArtefactFile {
   std::string label;
   FileFormat format = FileFormat::kOnnx;
   std::string bytes;
+  bool unread = false;                     // a file of a folder, until read_contents()
+  std::optional<ManifestEntry> described;  // by the manifest of its folder
 };
 
 // What `path` offers: one file, or those of a folder.
@@ -34,21 +36,32 @@ struct Artefact {
   std::optional<ArtefactFile> value;        // loss.onnx, or a single ONNX file of either kind
   std::optional<ArtefactFile> gradient;     // loss.grad.onnx of a folder
   std::optional<ArtefactFile> torchscript;  // loss.pt
+  std::string folder;                       // empty: a single file
+  std::string manifest;                     // the text of its manifest.json
 
   bool has_onnx() const { return value.has_value() || gradient.has_value(); }
 };
 
-// Reads the file or folder `path`. Throws Failure(PYKD_NOT_FOUND) where it is not there or a file
-// that the folder's manifest lists is not.
+// Reads the file `path`, or finds out what the folder `path` holds; a file that its manifest lists
+// may be missing. Throws Failure(PYKD_NOT_FOUND) where there is nothing to load.
 Artefact read_artefact(const std::string& path);
+
+// Reads a file of a folder; does nothing where the bytes are there.
+void read_contents(ArtefactFile& file);
+
+// Whether another export has replaced the folder since read_artefact().
+bool was_replaced(const Artefact& artefact);
+
+// Compares the sizes of a folder's files, those that nobody reads included, with its manifest.
+void check_sizes(const Artefact& artefact);
 
 // The same for one file in memory.
 Artefact wrap_artefact(const void* bytes, std::size_t size);
 
 FileFormat detect_format(std::string_view bytes);
 
-// Compares the checksum at the end with the bytes before it. Tells a file that was cut short, one
-// that was damaged, and one without a checksum apart.
+// Compares the checksum at the end with the bytes before it, and the whole with the manifest's hash.
+// Tells a file that was cut short, one that was damaged, and one without a checksum apart.
 void check_integrity(const ArtefactFile& file);
 
 // The operators of domain "pykd" in an ONNX file, by the names of the functions that are their

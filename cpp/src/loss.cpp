@@ -90,6 +90,15 @@ void check_kind(const ArtefactFile& file, const Signature& signature, ArtefactKi
   }
 }
 
+// A file that was copied into the folder of another export passes every check of its own.
+void check_membership(const Artefact& artefact, const ArtefactFile& file, const Signature& signature) {
+  if (artefact.folder.empty()) return;
+  const std::string id = parse_manifest(artefact.manifest).export_id;
+  if (signature.export_id == id) return;
+  fail(PYKD_BAD_ARTEFACT, file.label + " of the export " + in_quotes(id) + ", as manifest.json beside it says",
+       "one of " + in_quotes(signature.export_id), "copy the whole folder, or export the loss again");
+}
+
 template <class Specs>
 std::size_t index_of(const Specs& specs, const std::string& name) {
   for (std::size_t i = 0; i < specs.size(); ++i) {
@@ -165,7 +174,8 @@ LoadOptions read_options(const pykd_load_options* options) {
 Loss::Loss(const LoadOptions& options, std::string engine)
     : device_(options.engine_options.device), engine_(std::move(engine)), device_name_(options.device) {}
 
-std::unique_ptr<Loss> Loss::load(const Artefact& artefact, const LoadOptions& options) {
+std::unique_ptr<Loss> Loss::load(Artefact& artefact, const LoadOptions& options) {
+  if (!options.skip_integrity_check) check_sizes(artefact);
   const bool may_onnx = options.engine != "torchscript" && artefact.has_onnx();
   const bool may_torchscript = options.engine != "onnxruntime" && artefact.torchscript.has_value();
   if (!may_onnx && !may_torchscript) {
@@ -191,7 +201,7 @@ std::unique_ptr<Loss> Loss::load(const Artefact& artefact, const LoadOptions& op
   }
 }
 
-std::unique_ptr<Loss> Loss::load_onnx(const Artefact& artefact, const LoadOptions& options) {
+std::unique_ptr<Loss> Loss::load_onnx(Artefact& artefact, const LoadOptions& options) {
   // Every check that needs no engine comes first: a bad file is a bad file wherever it is loaded.
   struct Checked {
     const ArtefactFile* file;
@@ -199,21 +209,22 @@ std::unique_ptr<Loss> Loss::load_onnx(const Artefact& artefact, const LoadOption
     PykdNodes nodes;
   };
   std::vector<Checked> files;
-  for (const std::optional<ArtefactFile>* file : {&artefact.value, &artefact.gradient}) {
+  for (std::optional<ArtefactFile>* file : {&artefact.value, &artefact.gradient}) {
     if (!file->has_value()) continue;
+    read_contents(**file);
     check_integrity(**file, options);
     Checked& checked = files.emplace_back();
     checked.file = &**file;
     checked.signature = scan_onnx(**file, &checked.nodes);
+    check_membership(artefact, **file, checked.signature);
   }
   std::unique_ptr<Loss> loss(new Loss(options, "onnxruntime"));
   if (files.size() == 2) {
     check_kind(*files[0].file, files[0].signature, ArtefactKind::kValue);
     check_kind(*files[1].file, files[1].signature, ArtefactKind::kGradient);
-    loss->signature_ = merge_signatures(files[0].signature, files[1].signature);
-  } else {
-    loss->signature_ = parse_signature(files[0].signature.metadata);
+    check_one_export(files[0].signature, files[1].signature);
   }
+  loss->signature_ = parse_signature(files.back().signature.metadata);
   EngineOptions engine_options = options.engine_options;
   engine_options.library = options.onnxruntime_library;
   Engine& engine = onnxruntime_engine(engine_options.library);
@@ -230,11 +241,12 @@ std::unique_ptr<Loss> Loss::load_onnx(const Artefact& artefact, const LoadOption
   return loss;
 }
 
-std::unique_ptr<Loss> Loss::load_torchscript(const Artefact& artefact, const LoadOptions& options) {
-  const ArtefactFile& file = *artefact.torchscript;
+std::unique_ptr<Loss> Loss::load_torchscript(Artefact& artefact, const LoadOptions& options) {
+  ArtefactFile& file = *artefact.torchscript;
   if (options.kernels == KernelUse::kOn) {
     no_kernels("an ONNX file for the engine \"onnxruntime\"", "the TorchScript file " + file.label);
   }
+  read_contents(file);
   check_integrity(file, options);
   EngineOptions engine_options = options.engine_options;
   engine_options.library = options.torch_library;
@@ -242,6 +254,7 @@ std::unique_ptr<Loss> Loss::load_torchscript(const Artefact& artefact, const Loa
   Signature signature =
       opening(file, [&] { return parse_signature(engine.metadata(file.bytes.data(), file.bytes.size())); });
   check_kind(file, signature, ArtefactKind::kTorchScript);
+  check_membership(artefact, file, signature);
   std::unique_ptr<Loss> loss(new Loss(options, "torchscript"));
   loss->signature_ = parse_signature(signature.metadata);
   loss->add_part(engine, file, std::move(signature), engine_options);
@@ -280,12 +293,8 @@ void Loss::run(const pykd_tensor* inputs, std::size_t num_inputs, const pykd_par
   check_parameters(signature_, binding, parameters, num_parameters, request.parameters);
   check_outputs(signature_, device_, binding, request.inputs, outputs, num_outputs, request.output_ids);
   request.outputs.assign(outputs, outputs + num_outputs);
-  if (parts_.size() == 1) return run_session(*parts_[0]->session, request);
-  if (!wants_gradient(request)) return run_part(*parts_[0], request, nullptr);
-  // The gradient's file computes the values, too; only what it lacks needs the other one.
-  Request rest;
-  run_part(*parts_[1], request, &rest);
-  if (!rest.outputs.empty()) run_part(*parts_[0], rest, nullptr);
+  if (parts_.size() == 1 || wants_gradient(request)) return run_session(*parts_.back()->session, request);
+  run_part(*parts_[0], request);
 }
 
 bool Loss::wants_gradient(const Request& request) const {
@@ -293,28 +302,16 @@ bool Loss::wants_gradient(const Request& request) const {
                      [&](std::size_t id) { return signature_.outputs[id].gradient_of != kNone; });
 }
 
-// Runs the part for those outputs that it has. The others go to `rest`.
-void Loss::run_part(const Part& part, const Request& request, Request* rest) const {
+// Runs a part that has all outputs of the request, in its own numbering.
+void Loss::run_part(const Part& part, const Request& request) const {
   Request own;
   own.inputs = request.inputs;
+  own.outputs = request.outputs;
   own.parameters.reserve(part.parameters.size());
   for (std::size_t id : part.parameters) own.parameters.push_back(request.parameters[id]);
-  own.outputs.reserve(request.outputs.size());
   own.output_ids.reserve(request.outputs.size());
-  for (std::size_t i = 0; i < request.outputs.size(); ++i) {
-    const std::size_t id = part.outputs[request.output_ids[i]];
-    if (id != kNone) {
-      own.outputs.push_back(request.outputs[i]);
-      own.output_ids.push_back(id);
-    } else {
-      rest->outputs.push_back(request.outputs[i]);
-      rest->output_ids.push_back(request.output_ids[i]);
-    }
-  }
+  for (std::size_t id : request.output_ids) own.output_ids.push_back(part.outputs[id]);
   run_session(*part.session, own);
-  if (rest == nullptr || rest->outputs.empty()) return;
-  rest->inputs = std::move(own.inputs);
-  rest->parameters = request.parameters;
 }
 
 }  // namespace pykd::internal

@@ -34,8 +34,8 @@ LoadOptions read_options(const pykd_load_options* options);
 
 class Loss {
  public:
-  // Chooses the engine as pykd_load() documents, and opens the files with it.
-  static std::unique_ptr<Loss> load(const Artefact& artefact, const LoadOptions& options);
+  // Chooses the engine as pykd_load() documents, reads its files and opens them with it.
+  static std::unique_ptr<Loss> load(Artefact& artefact, const LoadOptions& options);
 
   const Signature& signature() const { return signature_; }
   const std::string& engine() const { return engine_; }
@@ -58,18 +58,18 @@ class Loss {
   };
 
   Loss(const LoadOptions& options, std::string engine);
-  static std::unique_ptr<Loss> load_onnx(const Artefact& artefact, const LoadOptions& options);
-  static std::unique_ptr<Loss> load_torchscript(const Artefact& artefact, const LoadOptions& options);
+  static std::unique_ptr<Loss> load_onnx(Artefact& artefact, const LoadOptions& options);
+  static std::unique_ptr<Loss> load_torchscript(Artefact& artefact, const LoadOptions& options);
 
   void add_part(Engine& engine, const ArtefactFile& file, Signature signature, const EngineOptions& options);
   void connect_parts();
   bool wants_gradient(const Request& request) const;
-  void run_part(const Part& part, const Request& request, Request* rest) const;
+  void run_part(const Part& part, const Request& request) const;
 
   Signature signature_;
   Device device_;
   std::string engine_, engine_version_, device_name_, kernels_;
-  // One part; or two, of which the first has the values and the second the gradients, too.
+  // One part; or two, of which the first has the values alone. The last has all of signature_.
   std::vector<std::unique_ptr<Part>> parts_;
 };
 

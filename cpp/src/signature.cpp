@@ -79,6 +79,8 @@ class Object {
     return value.get<bool>();
   }
 
+  Object object(const char* key) const { return Object(get(key, "an object"), field(key)); }
+
   const json& list(const char* key) const {
     const json& value = get(key, "a list");
     if (!value.is_array()) wrong_type(key, "a list", value);
@@ -276,6 +278,29 @@ bool check_depth(int depth, json::parse_event_t, json&) {
   constexpr int kMaxDepth = 64;
   if (depth > kMaxDepth) bad_metadata("lists and objects nested at most 64 deep", "more");
   return true;
+}
+
+json parse_document(const std::string& text) {
+  if (text.size() > kMaxMetadata) bad_metadata("at most 1 MiB", std::to_string(text.size()) + " bytes");
+  json document = json::parse(text, check_depth, /*allow_exceptions=*/false);
+  if (document.is_discarded()) bad_metadata("JSON", in_quotes(text));
+  return document;
+}
+
+// What the metadata of both loss.onnx and loss.grad.onnx says: all but the gradients and their scale.
+json common_facts(const std::string& metadata) {
+  json facts = parse_document(metadata);
+  facts.erase("kind");
+  auto drop = [&](const char* list, auto condition) {
+    json kept = json::array();
+    for (const json& item : facts[list]) {
+      if (!condition(item)) kept.push_back(item);
+    }
+    facts[list] = std::move(kept);
+  };
+  drop("outputs", [](const json& output) { return output.contains("gradient_of"); });
+  drop("parameters", [](const json& parameter) { return parameter["name"] == "grad_scale"; });
+  return facts;
 }
 
 ArtefactKind parse_kind(const Object& root) {
@@ -498,11 +523,7 @@ pykd_dtype output_dtype(const OutputSpec& output, pykd_dtype float_dtype) {
 }
 
 Signature parse_signature(std::string text) {
-  if (text.size() > kMaxMetadata) {
-    bad_metadata("at most 1 MiB", std::to_string(text.size()) + " bytes");
-  }
-  const json document = json::parse(text, check_depth, /*allow_exceptions=*/false);
-  if (document.is_discarded()) bad_metadata("JSON", in_quotes(text));
+  const json document = parse_document(text);
   const Object root(document, "");
   check_format(root);
   Signature signature;
@@ -510,6 +531,7 @@ Signature parse_signature(std::string text) {
   signature.name = root.text("name");
   // Opaque here: it is compared between the two files of a folder, and read in Python.
   if (document.contains("recipe")) signature.recipe = document["recipe"].dump();
+  if (root.has("export_id")) signature.export_id = root.name("export_id");
   parse_inputs(root, signature);
   parse_parameters(root, signature);
   parse_outputs(root, signature);
@@ -520,44 +542,36 @@ Signature parse_signature(std::string text) {
   return signature;
 }
 
-Signature merge_signatures(const Signature& value, const Signature& gradient) {
-  auto same_inputs = [&] {
-    return std::equal(value.inputs.begin(), value.inputs.end(), gradient.inputs.begin(), gradient.inputs.end(),
-                      [](const InputSpec& a, const InputSpec& b) {
-                        return a.name == b.name && a.axes == b.axes && a.dtypes == b.dtypes &&
-                               a.index_axis == b.index_axis && a.ignore_index == b.ignore_index;
-                      });
-  };
-  auto same_parameters = [&] {
-    return std::all_of(value.parameters.begin(), value.parameters.end(), [&](const auto& mine) {
-      const std::size_t id = find_spec(gradient.parameters, mine.name);
-      if (id == kNone) return false;
-      const ParameterSpec& other = gradient.parameters[id];
-      return mine.default_value == other.default_value && mine.minimum == other.minimum &&
-             mine.minimum_exclusive == other.minimum_exclusive;
-    });
-  };
-  if (value.name != gradient.name || value.recipe != gradient.recipe || !same_inputs() || !same_parameters()) {
-    fail(PYKD_BAD_ARTEFACT, "loss.onnx and loss.grad.onnx of one export",
-         "files whose name, recipe, inputs or parameters differ", "export the loss again");
-  }
-  Signature merged = parse_signature(gradient.metadata);
-  std::vector<OutputSpec> outputs = parse_signature(value.metadata).outputs;
-  for (OutputSpec& output : merged.outputs) {
-    const std::size_t id = find_spec(outputs, output.name);
-    if (id == kNone) {
-      outputs.push_back(std::move(output));
-    } else if (outputs[id].axes != output.axes || outputs[id].dtypes != output.dtypes) {
-      fail(PYKD_BAD_ARTEFACT, "loss.onnx and loss.grad.onnx of one export",
-           "different axes or dtypes of the output " + output.name, "export the loss again");
+void check_one_export(const Signature& value, const Signature& gradient) {
+  const json first = common_facts(value.metadata), second = common_facts(gradient.metadata);
+  if (first == second) return;
+  std::vector<std::string> differing;
+  for (const json* facts : {&first, &second}) {
+    for (const auto& [key, fact] : facts->items()) {
+      const bool same = first.contains(key) && second.contains(key) && first[key] == second[key];
+      const std::string quoted = in_quotes(key);
+      if (!same && std::find(differing.begin(), differing.end(), quoted) == differing.end())
+        differing.push_back(quoted);
     }
   }
-  merged.outputs = std::move(outputs);
-  for (std::size_t id = 0; id < merged.outputs.size(); ++id) {
-    const std::size_t input = merged.outputs[id].gradient_of;
-    if (input != kNone) merged.inputs[input].gradient_output = id;
+  fail(PYKD_BAD_ARTEFACT, "loss.onnx and loss.grad.onnx of one export", "files that differ in " + join(differing),
+       "copy the whole folder, or export the loss again");
+}
+
+Manifest parse_manifest(const std::string& text) {
+  const json document = parse_document(text);
+  const Object root(document, "");
+  check_format(root);
+  Manifest manifest;
+  if (root.has("export_id")) manifest.export_id = root.name("export_id");
+  const Object files = root.object("files");
+  for (const auto& [name, described] : document["files"].items()) {
+    const Object entry(described, files.field(name.c_str()));
+    const std::int64_t bytes = entry.integer("bytes");
+    if (bytes < 0) bad_metadata("a size as \"" + entry.field("bytes") + "\"", std::to_string(bytes));
+    manifest.files.push_back({name, static_cast<std::uint64_t>(bytes), entry.text("sha256")});
   }
-  return merged;
+  return manifest;
 }
 
 Binding check_inputs(const Signature& signature, Device device, const pykd_tensor* inputs, std::size_t num_inputs,

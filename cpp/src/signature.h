@@ -64,6 +64,7 @@ struct Signature {
   ArtefactKind kind = ArtefactKind::kValue;
   std::string name;
   std::string recipe;
+  std::string export_id;          // the same in every file of an export; empty: written before there was one
   std::vector<std::string> axes;  // every axis name, once
   std::vector<InputSpec> inputs;
   std::vector<ParameterSpec> parameters;
@@ -75,9 +76,24 @@ struct Signature {
 // is missing, has the wrong type or contradicts another one.
 PYKD_API Signature parse_signature(std::string json);
 
-// The signature of a folder whose loss.onnx and loss.grad.onnx are used together: what either file
-// has. Throws Failure(PYKD_BAD_ARTEFACT) where the two are not from one export.
-Signature merge_signatures(const Signature& value, const Signature& gradient);
+// Throws Failure(PYKD_BAD_ARTEFACT) where loss.onnx and loss.grad.onnx are not of one export: all that
+// both say is the same, so that the gradient's file has every input, parameter and output of the other.
+void check_one_export(const Signature& value, const Signature& gradient);
+
+// What manifest.json says of one file.
+struct ManifestEntry {
+  std::string name;
+  std::uint64_t bytes = 0;
+  std::string sha256;
+};
+
+struct Manifest {
+  std::string export_id;  // empty: written before there was one
+  std::vector<ManifestEntry> files;
+};
+
+// Reads manifest.json. Throws Failure(PYKD_BAD_ARTEFACT).
+Manifest parse_manifest(const std::string& text);
 
 // What the inputs of a call determine.
 struct Binding {

@@ -109,8 +109,78 @@ TEST_F(Api, LoadsSingleFilesAndBytes) {
 
 TEST_F(Api, LoadsAFolderThatHoldsTheGradientAlone) {
   std::filesystem::remove(folder.path("loss.onnx"));
-  folder.write("manifest.json", R"({"files": {"loss.grad.onnx": {}}})");
-  EXPECT_TRUE(load().value_and_gradient(inputs()).has("grad_student_logits"));
+  const Loss loss = load();  // the manifest lists loss.onnx still
+  EXPECT_TRUE(loss.value_and_gradient(inputs()).has("grad_student_logits"));
+  EXPECT_NEAR(loss.value(inputs()).value("loss"), 1.0, 1e-6);
+}
+
+TEST_F(Api, LoadsAFolderThatHoldsTheValueAlone) {
+  std::filesystem::remove(folder.path("loss.grad.onnx"));
+  const Loss loss = load();
+  EXPECT_NEAR(loss.value(inputs()).value("loss"), 1.0, 1e-6);
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.value_and_gradient(inputs()), "value alone", "loss.grad.onnx");
+}
+
+TEST_F(Api, RefusesAFolderOfTwoExports) {
+  // Each of the files is whole, and the manifest is the one of both.
+  auto refuses = [&](const char* named, auto change) {
+    TinyModel value = tiny_model(false), gradient = tiny_model(true);
+    change(value, gradient);
+    folder.write("loss.onnx", sealed(value.bytes()));
+    folder.write("loss.grad.onnx", sealed(gradient.bytes()));
+    folder.write_manifest();
+    EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(), "of one export", named);
+  };
+  auto drop_vector = [](TinyModel& model) {
+    model.metadata["outputs"].erase(2);
+    model.outputs.erase(model.outputs.begin() + 2);
+  };
+  refuses("outputs", [&](TinyModel& value, TinyModel&) { drop_vector(value); });
+  refuses("outputs", [&](TinyModel&, TinyModel& gradient) { drop_vector(gradient); });
+  refuses("name", [](TinyModel& value, TinyModel&) { value.metadata["name"] = "another"; });
+  refuses("recipe", [](TinyModel&, TinyModel& gradient) { gradient.metadata["recipe"] = {{"loss", "another"}}; });
+  refuses("parameters", [](TinyModel& value, TinyModel&) {
+    value.metadata["parameters"][0]["default"] = 2.5;
+    value.initializers[0] = scalar("weight", 2.5f);
+  });
+  refuses("parameters", [](TinyModel&, TinyModel& gradient) { gradient.metadata["parameters"][0].erase("minimum"); });
+  refuses("inputs", [](TinyModel& value, TinyModel&) { value.metadata["inputs"][0]["gradient"] = false; });
+  refuses("terms", [](TinyModel& value, TinyModel&) { value.metadata["terms"].push_back("soft"); });
+  refuses("versions", [](TinyModel&, TinyModel& gradient) { gradient.metadata["versions"] = {{"pykd", "9"}}; });
+  refuses("opset", [](TinyModel&, TinyModel& gradient) { gradient.metadata["opset"] = 19; });
+}
+
+TEST_F(Api, RefusesAFileThatIsNotTheManifests) {
+  TinyModel other = tiny_model(false);
+  other.metadata["name"] = "other";
+  folder.write("loss.onnx", sealed(other.bytes()));
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(), "loss.onnx to be the file of manifest.json", "do not belong together");
+  other.metadata["name"] = "ymit";  // as long as the right one
+  folder.write("loss.onnx", sealed(other.bytes()));
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(), "loss.onnx to be the file of manifest.json", "SHA-256");
+  write_tiny_folder(folder);
+  folder.write("loss.pt", "of another export");  // nobody reads it here
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(), "loss.pt", "not in it");
+  folder.write_manifest();
+  EXPECT_EQ(load().engine(), "onnxruntime");
+  folder.write("loss.pt", "of one export more");
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(), "loss.pt", "17 bytes", "18 bytes");
+  LoadOptions unchecked;
+  unchecked.skip_integrity_check = true;
+  EXPECT_EQ(load(unchecked).engine(), "onnxruntime");
+}
+
+TEST_F(Api, ComparesTheExportInEveryFile) {
+  TinyModel value = tiny_model(false), gradient = tiny_model(true);
+  value.metadata["export_id"] = gradient.metadata["export_id"] = "one";
+  folder.write("loss.onnx", sealed(value.bytes()));
+  folder.write("loss.grad.onnx", sealed(gradient.bytes()));
+  folder.write_manifest({{"export_id", "one"}});
+  EXPECT_EQ(load().engine(), "onnxruntime");
+  folder.write_manifest({{"export_id", "another"}});
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(), "\"another\"", "\"one\"");
+  folder.write_manifest();
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(), "loss.onnx", "\"one\"");
 }
 
 TEST_F(Api, WritesIntoTheCallersMemory) {
@@ -215,6 +285,7 @@ TEST_F(Api, RefusesDamagedFiles) {
   EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load_bytes(bytes.data(), 0), "empty");
   EXPECT_ERROR(PYKD_NOT_FOUND, Loss::load("/nowhere"), "/nowhere");
   folder.write("loss.onnx", sealed(tiny_model(true).bytes()));
+  folder.write_manifest();
   EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(), "kind of", "loss.onnx");
 }
 

@@ -95,7 +95,7 @@ TEST(Integrity, RefusesEveryFlippedBit) {
 // --------------------------------------------------
 
 TEST(Scan, AcceptsWhatExportWrites) {
-  EXPECT_EQ(scan(tiny_model(true)).outputs.size(), 3u);
+  EXPECT_EQ(scan(tiny_model(true)).outputs.size(), 4u);
   EXPECT_EQ(scan(tiny_model(false)).kind, ArtefactKind::kValue);
 }
 
@@ -380,7 +380,7 @@ TEST(Scan, ComparesTheGraphWithItsMetadata) {
 
   model = tiny_model(true);
   model.outputs.pop_back();
-  EXPECT_BAD(scan(model), "3 outputs", "2");
+  EXPECT_BAD(scan(model), "4 outputs", "3");
 
   model = tiny_model(true);
   model.outputs[1] = value_info("loss", kFloat, {});
@@ -426,18 +426,59 @@ TEST(Folder, SaysWhatIsMissing) {
   TemporaryFolder folder;
   EXPECT_NOT_FOUND(read_artefact(folder.path("none")), "none", "check the path");
   EXPECT_NOT_FOUND(read_artefact(folder.path()), "manifest.json");
-  folder.write("manifest.json", R"({"files": {"loss.onnx": {}}})");
-  EXPECT_NOT_FOUND(read_artefact(folder.path()), "loss.onnx", "manifest.json lists it");
-  folder.write("manifest.json", "{}");
+  folder.write_manifest();
   EXPECT_NOT_FOUND(read_artefact(folder.path()), "loss.onnx, loss.grad.onnx or loss.pt");
   EXPECT_NOT_FOUND(read_artefact("/dev/zero"), "no regular file");
 }
 
 TEST(Folder, SaysWhenAFileIsOfAnotherKind) {
   TemporaryFolder folder;
-  folder.write("manifest.json", "{}");
   folder.write("loss.onnx", fake_torchscript(tiny_metadata(true)));
-  EXPECT_BAD(read_artefact(folder.path()), "an ONNX file", "a ZIP archive");
+  folder.write_manifest();
+  Artefact artefact = read_artefact(folder.path());
+  EXPECT_BAD(read_contents(*artefact.value), "an ONNX file", "a ZIP archive");
+}
+
+TEST(Folder, RefusesADamagedManifest) {
+  TemporaryFolder folder;
+  tests::write_tiny_folder(folder);
+  for (const char* text : {"", "{", "[]", "{}", R"({"format": "pykd", "format_version": 1})",
+                           R"({"format": "pykd", "format_version": 1, "files": []})",
+                           R"({"format": "pykd", "format_version": 1, "files": {"loss.onnx": 7}})",
+                           R"({"format": "pykd", "format_version": 1, "files": {"loss.onnx": {}}})",
+                           R"({"format": "pykd", "format_version": 1, "files": {"loss.onnx": {"bytes": -1}}})"}) {
+    folder.write("manifest.json", text);
+    EXPECT_BAD(read_artefact(folder.path()), "manifest.json");
+  }
+  folder.write("manifest.json", R"({"format": "pykd", "format_version": 1, "files": {}})");
+  EXPECT_BAD(read_artefact(folder.path()), "loss.onnx", "not in it");
+}
+
+TEST(Folder, NoticesThatItWasReplaced) {
+  TemporaryFolder folder;
+  tests::write_tiny_folder(folder);
+  const Artefact artefact = read_artefact(folder.path());
+  EXPECT_FALSE(was_replaced(artefact));
+  folder.write_manifest({{"export_id", "another"}});
+  EXPECT_TRUE(was_replaced(artefact));
+  EXPECT_FALSE(was_replaced(read_artefact(folder.path("loss.onnx"))));
+}
+
+TEST(Hash, IsSha256) {  // the examples of FIPS 180-4, and the lengths around a block
+  EXPECT_EQ(Sha256::hex(""), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+  EXPECT_EQ(Sha256::hex("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+  EXPECT_EQ(Sha256::hex("abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq"),
+            "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1");
+  EXPECT_EQ(Sha256::hex(std::string(1000000, 'a')), "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
+  for (const auto& [length, hash] :
+       {std::pair<std::size_t, const char*>{55, "d5e285683cd4efc02d021a5c62014694958901005d6f71e89e0989fac77e4072"},
+        std::pair<std::size_t, const char*>{56, "04c26261370ee7541549d16dee320c723e3fd14671e66a099afe0a377c16888e"},
+        std::pair<std::size_t, const char*>{63, "75220b47218278e656f2013bb8f0c455a25eaf01e86c64924e9d48d89776d6f2"},
+        std::pair<std::size_t, const char*>{64, "7ce100971f64e7001e8fe5a51973ecdfe1ced42befe7ee8d5fd6219506b5393c"},
+        std::pair<std::size_t, const char*>{119, "000b48d4edf0fa7bee3c6236ecd2785baa5db4eeb8bb54341b029e0d9fa5fb0c"},
+        std::pair<std::size_t, const char*>{120, "13f05a0b594787f5ecd315edc96141bd3243203d1b7d4f0836f37308b276ba98"}}) {
+    EXPECT_EQ(Sha256::hex(std::string(length, 'x')), hash) << length;
+  }
 }
 
 }  // namespace

@@ -28,6 +28,7 @@ class Engines : public testing::Test {
   void SetUp() override {
     write_tiny_folder(folder);
     folder.write("loss.pt", fake_torchscript(torchscript_metadata()));
+    folder.write_manifest();
     torchscript.engine = "torchscript";
     onnxruntime.engine = "onnxruntime";
   }
@@ -85,6 +86,7 @@ TEST_F(Engines, SaysWhyNeitherCanBeHad) {
 TEST_F(Engines, ABadFileIsABadFileWithoutAnEngine) {
   onnxruntime.onnxruntime_library = folder.path("libonnxruntime.so");
   folder.write("loss.onnx", "damaged");
+  folder.write_manifest();
   EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(onnxruntime), "loss.onnx");
 }
 
@@ -108,6 +110,7 @@ TEST_F(Engines, NeverFallsBackFromAnExplicitRequest) {
 
 TEST_F(Engines, NeverFallsBackFromABadFile) {
   folder.write("loss.onnx", "damaged");
+  folder.write_manifest();
   LoadOptions options;
   options.torch_library = FAKE_TORCH_GOOD;
   EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(options), "loss.onnx");
@@ -125,9 +128,24 @@ TEST_F(Engines, RunsTorchScriptThroughItsLibrary) {
 TEST_F(Engines, RefusesATorchScriptFileWithoutMetadata) {
   torchscript.torch_library = FAKE_TORCH_GOOD;
   folder.write("loss.pt", fake_torchscript(nullptr));
+  folder.write_manifest();
   EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(torchscript), "loss.pt", "object");
   folder.write("loss.pt", fake_torchscript(tiny_metadata(true)));
+  folder.write_manifest();
   EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(torchscript), "kind");
+}
+
+TEST_F(Engines, NeedsTheFilesOfTheEngineAlone) {
+  std::filesystem::remove(folder.path("loss.onnx"));
+  std::filesystem::remove(folder.path("loss.grad.onnx"));
+  torchscript.torch_library = FAKE_TORCH_GOOD;
+  EXPECT_EQ(load(torchscript).engine(), "torchscript");
+  EXPECT_ERROR(PYKD_NOT_FOUND, load(onnxruntime), "\"onnxruntime\"", "TorchScript alone");
+  write_tiny_folder(folder);
+  folder.write_manifest();
+  std::filesystem::remove(folder.path("loss.pt"));
+  EXPECT_EQ(load(onnxruntime).engine(), "onnxruntime");
+  EXPECT_ERROR(PYKD_NOT_FOUND, load(torchscript), "\"torchscript\"", "ONNX alone");
 }
 
 TEST_F(Engines, PrefersOnnxRuntime) {

@@ -30,9 +30,9 @@ TEST(Metadata, ReadsTheSignature) {
   EXPECT_EQ(signature.kind, ArtefactKind::kGradient);
   ASSERT_EQ(signature.inputs.size(), 2u);
   EXPECT_EQ(signature.axes, (std::vector<std::string>{"batch", "classes"}));
-  EXPECT_EQ(signature.inputs[0].gradient_output, 2u);
+  EXPECT_EQ(signature.inputs[0].gradient_output, 3u);
   EXPECT_EQ(signature.inputs[1].gradient_output, kNone);
-  EXPECT_EQ(signature.outputs[2].gradient_of, 0u);
+  EXPECT_EQ(signature.outputs[3].gradient_of, 0u);
   EXPECT_EQ(signature.grad_scale, 1u);
   EXPECT_STREQ(signature.inputs[1].axis_names[1], "classes");
 }
@@ -74,11 +74,11 @@ TEST(Metadata, ExplainsANewerFormat) {
 
 TEST(Metadata, RefusesContradictions) {
   json metadata = tiny_metadata(true);
-  metadata["outputs"][2]["axes"] = {"batch"};
+  metadata["outputs"][3]["axes"] = {"batch"};
   EXPECT_BAD(parse(metadata), "student_logits");
   metadata = tiny_metadata(true);
-  metadata["outputs"][2]["gradient_of"] = "student";
-  EXPECT_BAD(parse(metadata), "outputs[2].gradient_of");
+  metadata["outputs"][3]["gradient_of"] = "student";
+  EXPECT_BAD(parse(metadata), "outputs[3].gradient_of");
   metadata = tiny_metadata(true);
   metadata["outputs"][1]["axes"] = {"channels"};
   EXPECT_BAD(parse(metadata), "outputs[1].axes", "channels");
@@ -126,22 +126,15 @@ TEST(Metadata, TakesTheRecipeAsItIs) {
   EXPECT_EQ(parse(metadata).recipe, metadata["recipe"].dump());
 }
 
-TEST(Metadata, MergesTheFilesOfAFolder) {
-  const Signature merged = merge_signatures(parse(tiny_metadata(false)), parse(tiny_metadata(true)));
-  std::vector<std::string> names;
-  for (const OutputSpec& output : merged.outputs) names.push_back(output.name);
-  EXPECT_EQ(names, (std::vector<std::string>{"loss", "error", "loss_per_sample", "grad_student_logits"}));
-  EXPECT_EQ(merged.inputs[0].gradient_output, 3u);
-  EXPECT_EQ(merged.parameters.size(), 2u);
-}
+TEST(Metadata, TakesTheFilesOfOneExport) { check_one_export(parse(tiny_metadata(false)), parse(tiny_metadata(true))); }
 
 TEST(Metadata, RefusesFilesOfDifferentExports) {
   json other = tiny_metadata(true);
   other["name"] = "another";
-  EXPECT_BAD(merge_signatures(parse(tiny_metadata(false)), parse(other)), "one export");
+  EXPECT_BAD(check_one_export(parse(tiny_metadata(false)), parse(other)), "one export");
   other = tiny_metadata(true);
   other["parameters"][0]["default"] = 2.5;
-  EXPECT_BAD(merge_signatures(parse(tiny_metadata(false)), parse(other)), "one export");
+  EXPECT_BAD(check_one_export(parse(tiny_metadata(false)), parse(other)), "one export");
 }
 
 // ---- Calls

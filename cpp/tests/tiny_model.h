@@ -13,11 +13,14 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <protozero/pbf_writer.hpp>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "../src/sha256.h"
 
 namespace pykd::tests {
 
@@ -188,21 +191,20 @@ inline json tiny_metadata(bool gradient) {
       {"terms", json::array()},
       {"inputs", {student, teacher}},
       {"parameters", {{{"name", "weight"}, {"default", 1.5}, {"minimum", 0.0}}}},
-      {"outputs", {tensor_json("loss", json::array()), tensor_json("error", json::array())}},
+      {"outputs",
+       {tensor_json("loss", json::array()), tensor_json("error", json::array()),
+        tensor_json("loss_per_sample", {"batch"})}},
   };
   if (gradient) {
     json output = tensor_json("grad_student_logits", axes);
     output["gradient_of"] = "student_logits";
     result["outputs"].push_back(output);
     result["parameters"].push_back({{"name", "grad_scale"}, {"default", 1.0}});
-  } else {
-    result["outputs"].push_back(tensor_json("loss_per_sample", {"batch"}));
   }
   return result;
 }
 
-// loss = weight * mean((student - teacher)^2); "error" is the mean. The value's file also has the
-// means per sample, which the gradient's file lacks: a folder has to use both.
+// loss = weight * mean((student - teacher)^2); "error" is the mean, "loss_per_sample" has the means of the rows.
 inline TinyModel tiny_model(bool gradient) {
   const std::vector<std::string> axes = {"batch", "classes"};
   TinyModel model;
@@ -215,23 +217,21 @@ inline TinyModel tiny_model(bool gradient) {
                  node("ReduceMean", {"dd"}, "error", {attribute("keepdims", 0)}),
                  node("Mul", {"error", "weight"}, "loss")};
   auto add = [&](std::string item) { model.nodes.push_back(std::move(item)); };
-  if (!gradient) {
-    model.outputs.push_back(value_info("loss_per_sample", kFloat, {"batch"}));
-    add(node("Shape", {"d"}, "last", {attribute("start", 1)}));
-    add(node("Cast", {"last"}, "count", {attribute("to", kFloat)}));
-    add(node("ReduceSumSquare", {"d", "axis"}, "sums", {attribute("keepdims", 0)}));
-    add(node("Div", {"sums", "count"}, "means"));
-    add(node("Mul", {"means", "weight"}, "loss_per_sample"));
-    std::string axis, one(8, '\0');
-    one[0] = 1;
-    pbf_writer writer(axis);
-    writer.add_int64(1, 1);
-    writer.add_int32(2, kInt64);
-    writer.add_string(8, "axis");
-    writer.add_bytes(9, one);
-    model.initializers.push_back(axis);
-    return model;
-  }
+  model.outputs.push_back(value_info("loss_per_sample", kFloat, {"batch"}));
+  add(node("Shape", {"d"}, "last", {attribute("start", 1)}));
+  add(node("Cast", {"last"}, "classes", {attribute("to", kFloat)}));
+  add(node("ReduceSumSquare", {"d", "axis"}, "sums", {attribute("keepdims", 0)}));
+  add(node("Div", {"sums", "classes"}, "means"));
+  add(node("Mul", {"means", "weight"}, "loss_per_sample"));
+  std::string axis, one(8, '\0');
+  one[0] = 1;
+  pbf_writer writer(axis);
+  writer.add_int64(1, 1);
+  writer.add_int32(2, kInt64);
+  writer.add_string(8, "axis");
+  writer.add_bytes(9, one);
+  model.initializers.push_back(axis);
+  if (!gradient) return model;
   model.inputs.push_back(value_info("grad_scale", kFloat, {}));
   model.outputs.push_back(value_info("grad_student_logits", kFloat, axes));
   model.initializers.push_back(scalar("grad_scale", 1.0f));
@@ -269,6 +269,19 @@ class TemporaryFolder {
     std::ofstream(path_ / name, std::ios::binary) << bytes;
   }
 
+  // A manifest of the files that are there now, with what `facts` adds to it.
+  void write_manifest(json facts = json::object()) const {
+    json manifest = {{"format", "pykd"}, {"format_version", 1}, {"files", json::object()}};
+    for (const char* name : {"loss.onnx", "loss.grad.onnx", "loss.pt"}) {
+      std::ifstream file(path_ / name, std::ios::binary);
+      if (!file) continue;
+      const std::string bytes{std::istreambuf_iterator<char>(file), {}};
+      manifest["files"][name] = {{"bytes", bytes.size()}, {"sha256", internal::Sha256::hex(bytes)}};
+    }
+    manifest.update(facts);
+    write("manifest.json", manifest.dump());
+  }
+
  private:
   std::filesystem::path path_;
 };
@@ -277,7 +290,7 @@ class TemporaryFolder {
 inline void write_tiny_folder(const TemporaryFolder& folder) {
   folder.write("loss.onnx", sealed(tiny_model(false).bytes()));
   folder.write("loss.grad.onnx", sealed(tiny_model(true).bytes()));
-  folder.write("manifest.json", R"({"files": {"loss.onnx": {}, "loss.grad.onnx": {}}})");
+  folder.write_manifest();
 }
 
 // A stand-in for loss.pt: a ZIP archive in its first and last bytes, with the metadata between
