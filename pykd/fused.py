@@ -5,17 +5,18 @@
 
     values = composition(student_logits=…, teacher_logits=…, labels=…, fused=True)
 
-One call computes the value and the gradient, so ``backward()`` has only to hand it on. Nothing is fused unless it is
+One call computes the value and the gradient, so ``backward()`` has only to hand it on; for float16 students the kernels
+run once more in ``backward()``, because a gradient must meet the factor of a scaled loss before it is rounded. Nothing is fused unless it is
 asked for, and what was asked for and cannot be had (a dtype, a device, the library) is an error.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pykd import kernel_point, torch_kernels
+from pykd import kernel_point, ops, torch_kernels
 from pykd.kernel_point import Call, Point
 from pykd.registry import Loss
 
@@ -65,12 +66,32 @@ def _of_loss(loss: Loss, numbers: Mapping[str, Any]) -> Function:
 def _scalar(
     function: Function, tensors: Mapping[str, Tensor], students: list[str], point: Point | None = None
 ) -> dict[str, Tensor]:
+    """Value and gradient in one run of the kernels, which write the gradient in the student's type.
+
+    The gradient of a float16 student would underflow before a scaled loss's factor meets it: the kernels run again in
+    backward(), where the factor is known and goes in with their weights. bfloat16 has the range of float32; there the
+    factor costs a second rounding, one unit of the last place at most.
+    """
     wanted = _wanted(tensors, students)
-    leaves = _leaves(tensors, wanted)
     own = point or Point()
-    values, gradients = kernel_point.value_and_gradient(
-        lambda: function(own, leaves), own, [leaves[name] for name in wanted], 1.0, run
-    )
+
+    def compute(names: list[str], scale: Any, widened: bool = False) -> tuple[dict[str, Tensor], list[Tensor]]:
+        leaves = _leaves(tensors, names, widened)
+        return kernel_point.value_and_gradient(
+            lambda: function(own, leaves), own, [leaves[name] for name in names], scale, run
+        )
+
+    def gradients_of(upstream: Tensor) -> list[Tensor]:
+        if torch_kernels.is_plain(upstream):
+            return compute(wanted, upstream)[1]
+        wide = compute(wanted, 1.0, widened=True)[1]
+        return [(gradient * upstream).to(tensors[name].dtype) for name, gradient in zip(wanted, wide, strict=True)]
+
+    if any(tensors[name].dtype == torch.float16 for name in wanted):
+        values, _ = compute([], 1.0)
+        values["loss"] = _later(values["loss"], gradients_of, tensors, wanted)
+        return values
+    values, gradients = compute(wanted, 1.0)
     if wanted:
         given = (*gradients, *(tensors[name] for name in wanted))
         values["loss"] = _Given.apply(values["loss"], len(wanted), *given)  # type: ignore[no-untyped-call]
@@ -81,36 +102,39 @@ def _per_sample(function: Function, tensors: Mapping[str, Tensor], students: lis
     """Values per sample: what flows back is known in backward() alone, so the kernel runs again there."""
     wanted = _wanted(tensors, students)
 
-    def compute(upstream: Tensor | None) -> Any:
-        leaves = _leaves(tensors, wanted if upstream is not None else [])
+    def compute(names: list[str], upstream: Tensor | None) -> tuple[dict[str, Tensor], list[Tensor]]:
+        leaves = _leaves(tensors, names)
         point = Point()
 
         def weighted() -> dict[str, Tensor]:
             values = function(point, leaves)["loss"]
             return {"loss": values if upstream is None else (values * upstream).sum()}
 
-        inputs = [leaves[name] for name in wanted] if upstream is not None else []
-        values, gradients = kernel_point.value_and_gradient(weighted, point, inputs, 1.0, run)
-        return values["loss"] if upstream is None else gradients
+        return kernel_point.value_and_gradient(weighted, point, [leaves[name] for name in names], 1.0, run)
 
-    if not wanted:
-        return compute(None)  # type: ignore[no-any-return]
-    students_given = (tensors[name] for name in wanted)
-    return _PerSample.apply(compute, *students_given)  # type: ignore[no-any-return, no-untyped-call]
+    def gradients_of(upstream: Tensor) -> list[Tensor]:
+        if not torch_kernels.is_plain(upstream):
+            raise RuntimeError(
+                "expected one upstream gradient at a time for a fused loss with reduction='none', got a batch of them "
+                "(is_grads_batched=True, vectorize=True, vmap); take them one by one, or leave fused out"
+            )
+        return compute(wanted, upstream)[1]
+
+    value = compute([], None)[0]["loss"]
+    return _later(value, gradients_of, tensors, wanted) if wanted else value
 
 
 def _wanted(tensors: Mapping[str, Tensor], students: list[str]) -> list[str]:
     """The students whose gradient this call is to have, after a check that it is a call and no trace of one."""
     _refuse_traces(tensors)
+    torch_kernels.refuse_transforms(tensors, students, "leave fused out")
     return [name for name in students if tensors[name].requires_grad] if torch.is_grad_enabled() else []
 
 
-def _leaves(tensors: Mapping[str, Tensor], wanted: list[str]) -> dict[str, Tensor]:
-    """The same memory under new leaves."""
-    return {
-        name: tensor.detach().requires_grad_() if name in wanted else tensor.detach()
-        for name, tensor in tensors.items()
-    }
+def _leaves(tensors: Mapping[str, Tensor], wanted: list[str], widened: bool = False) -> dict[str, Tensor]:
+    """The same memory under new leaves; ``widened``: in float32 where it is float16."""
+    leaves = {name: ops.upcast(tensor.detach()) if widened else tensor.detach() for name, tensor in tensors.items()}
+    return {name: leaf.requires_grad_() if name in wanted else leaf for name, leaf in leaves.items()}
 
 
 def run(call: Call, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,18 +172,35 @@ class _Given(torch.autograd.Function):
         return (None, None, *[None] * ctx.count, *gradients)
 
 
-class _PerSample(torch.autograd.Function):
-    """Values per sample; the gradient is computed when the upstream gradient is known."""
+def _later(
+    value: Tensor,
+    gradients_of: Callable[[Tensor], list[Tensor]],
+    tensors: Mapping[str, Tensor],
+    students: Sequence[str],
+) -> Tensor:
+    """The value with autograd for ``students``; their gradients are had from the upstream one in backward()."""
+    constants = [tensor for name, tensor in tensors.items() if name not in students]
+    given = (tensors[name] for name in students)
+    return _Later.apply(value, gradients_of, constants, *given)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Later(torch.autograd.Function):
+    """A value whose gradients are computed when the upstream gradient is known."""
 
     @staticmethod
-    def forward(ctx: Any, compute: Callable[[Tensor | None], Any], *students: Tensor) -> Tensor:
-        ctx.compute = compute
-        ctx.save_for_backward(*students)  # a change in place is noticed
-        value: Tensor = compute(None)
-        return value
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        gradients_of: Callable[[Tensor], list[Tensor]],
+        constants: Sequence[Tensor],
+        *students: Tensor,
+    ) -> Tensor:
+        ctx.gradients_of = gradients_of
+        ctx.save_for_backward(*students, *constants)  # a change in place is noticed
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         torch_kernels.refuse_second_derivatives()
         _ = ctx.saved_tensors
-        return (None, *ctx.compute(upstream[0]))
+        return (None, None, None, *ctx.gradients_of(upstream[0]))

@@ -10,13 +10,15 @@ more passes over memory than :func:`fused_loss`. What ``torch.compile`` traces g
 :func:`fused_loss`, too; call :func:`load` before.
 """
 
+import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pykd import config
 
@@ -69,8 +71,9 @@ def fused_loss(kernel: str, inputs: Mapping[str, Tensor], attributes: Settings |
     """Σ weight · value over the rows, and over a kernel's values for which a weight is among the inputs.
 
     Gradients flow to the inputs that the kernel has one for (the student); the others are constants, whatever their
-    ``requires_grad`` says. First derivatives only: ``create_graph=True`` raises. Rows of weight 0 count as 0 whatever
-    their value is.
+    ``requires_grad`` says. First derivatives only, by ``backward()``: ``create_graph=True``, forward-mode AD and the
+    transforms of ``torch.func`` raise. Rows of weight 0 count as 0 whatever their value is. For float16 students the
+    kernel runs once more in ``backward()``, so that the factor of a scaled loss meets the gradient before it is rounded.
 
     Args:
         kernel: its name.
@@ -99,32 +102,77 @@ def fused_loss(kernel: str, inputs: Mapping[str, Tensor], attributes: Settings |
         traced: Tensor = torch.ops.pykd.loss(kernel, list(inputs.values()), " ".join(inputs), _text(attributes or {}))
         return traced
     load()
+    refuse_transforms(inputs, _names(kernel).differentiable, "compute the loss by its formula (pykd.functional)")
     students = []
     if torch.is_grad_enabled():
-        students = [name for name, tensor in inputs.items() if tensor.requires_grad and name in _differentiable(kernel)]
-    call = (kernel, list(inputs.values()), " ".join(inputs), _text(attributes or {}), " ".join(students))
+        students = [
+            name for name, tensor in inputs.items() if tensor.requires_grad and name in _names(kernel).differentiable
+        ]
+    call = _Call(kernel, tuple(inputs), _text(attributes or {}), students)
     if not students:
         with torch.no_grad():
-            value: Tensor = torch.ops.pykd.value_and_gradient(*call)[0]
-    else:
-        value = _Loss.apply(call, *(inputs[name] for name in students))  # type: ignore[no-untyped-call]
+            return call(inputs.values(), [])[0]
+    # A float16 gradient would underflow before the upstream one, of a scaled loss perhaps, meets it.
+    node = _LossOfHalves if any(inputs[name].dtype == torch.float16 for name in students) else _Loss
+    value: Tensor = node.apply(call, list(inputs.values()), *(inputs[name] for name in students))  # type: ignore[no-untyped-call]
     return value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A loss of a kernel, but for its tensors."""
+
+    kernel: str
+    names: tuple[str, ...]
+    attributes: str
+    students: list[str]
+
+    def __call__(self, tensors: Iterable[Tensor], of: Sequence[str]) -> list[Tensor]:
+        """The value, and the gradients with respect to the inputs ``of``."""
+        inputs = " ".join(self.names)
+        results: list[Tensor] = torch.ops.pykd.value_and_gradient(
+            self.kernel, list(tensors), inputs, self.attributes, " ".join(of)
+        )
+        return results
 
 
 class _Loss(torch.autograd.Function):
     """What ``FusedLossFunction`` of ``pykd/torch_kernels.hpp`` is."""
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[Any, ...], *students: Tensor) -> Tensor:
-        value, *gradients = torch.ops.pykd.value_and_gradient(*call)
+    def forward(ctx: Any, call: _Call, tensors: list[Tensor], *students: Tensor) -> Tensor:
+        value, *gradients = call(tensors, call.students)
         ctx.save_for_backward(*gradients)
-        result: Tensor = value
-        return result
+        return value
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         refuse_second_derivatives()
-        return None, *(scaled(gradient, upstream[0]) for gradient in ctx.saved_tensors)
+        return None, None, *(scaled(gradient, upstream[0]) for gradient in ctx.saved_tensors)
+
+
+class _LossOfHalves(torch.autograd.Function):
+    """The same in two runs of the kernel: the second, in backward(), has the upstream gradient in its weights."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, tensors: list[Tensor], *students: Tensor) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        return call(tensors, [])[0]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        refuse_second_derivatives()
+        call, factor = ctx.call, upstream[0]
+        given = dict(zip(call.names, ctx.saved_tensors, strict=True))
+        if is_plain(factor):
+            weights = _names(call.kernel).weights & given.keys()
+            gradients = call((given | {name: given[name] * factor for name in weights}).values(), call.students)[1:]
+        else:  # several factors at once: the gradient in float32 serves them all
+            wide = _names(call.kernel).tensors & given.keys()
+            gradients = call((given | {name: given[name].float() for name in wide}).values(), call.students)[1:]
+            gradients = [(g * factor).to(given[name].dtype) for name, g in zip(call.students, gradients, strict=True)]
+        return None, None, *gradients
 
 
 def refuse_second_derivatives() -> None:
@@ -142,14 +190,31 @@ def scaled(saved: Tensor, upstream: Tensor) -> Tensor:
     That is where this backward pass frees its graph. Where the graph is kept, backward may come again, and whoever got
     the saved tensor might have written to it by then: that takes a product each time.
     """
-    if not _is_plain(upstream) or _graph_is_kept():
+    if not is_plain(upstream) or _graph_is_kept():
         return saved * upstream
     if upstream.device.type == "cpu" and upstream.item() == 1.0:  # on a GPU, looking at it would wait for it
         return saved
     return saved.mul_(upstream)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def refuse_transforms(tensors: Mapping[str, Tensor], students: Collection[str], remedy: str) -> None:
+    """Raises where forward-mode AD or a transform of ``torch.func`` would go through a kernel, which is no way for them.
+
+    Backward-mode AD reaches every tensor that requires a gradient; these would find a constant without a word.
+    """
+    for name, tensor in tensors.items():
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            got = "it under a transform of torch.func (grad, vjp, jvp, vmap, jacrev, jacfwd, hessian)"
+        elif name in students and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            got = "a dual tensor (forward-mode AD)"
+        else:
+            continue
+        raise RuntimeError(
+            f"expected {name} as a plain tensor for a fused kernel, which has backward() alone, got {got}; {remedy} there"
+        )
+
+
+def is_plain(tensor: Tensor) -> bool:
     """Whether it is one tensor, and not several at once (vmap) or a stand-in."""
     wrapped = torch._C._functorch
     return (
@@ -162,12 +227,25 @@ def _graph_is_kept() -> bool:
     return asked is None or bool(asked())
 
 
+class _Names(NamedTuple):
+    """Inputs of a kernel."""
+
+    differentiable: frozenset[str] = frozenset()  # that have a gradient among the outputs
+    weights: frozenset[str] = frozenset()  # of its values
+    tensors: frozenset[str] = frozenset()  # of the floating type of a call
+
+
 @functools.cache
-def _differentiable(kernel: str) -> frozenset[str]:
-    """The inputs that have a gradient among the outputs."""
+def _names(kernel: str) -> _Names:
     described = {entry["name"]: entry for entry in json.loads(torch.ops.pykd.kernels())}
-    outputs = described[kernel]["outputs"] if kernel in described else []  # else the library says that there is none
-    return frozenset(output["name"].removeprefix("grad_") for output in outputs if output["name"].startswith("grad_"))
+    if kernel not in described:  # the library will say so
+        return _Names()
+    inputs, outputs = ({each["name"]: each["role"] for each in described[kernel][way]} for way in ("inputs", "outputs"))
+    return _Names(
+        frozenset(name.removeprefix("grad_") for name in outputs if name.startswith("grad_")),
+        frozenset("weight" if name == "value" else f"{name}_weight" for name in outputs) & inputs.keys(),
+        frozenset(name for name, role in inputs.items() if role == "tensor"),
+    )
 
 
 def _text(attributes: Settings) -> str:

@@ -8,7 +8,9 @@
 #include <torch/torch.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -193,6 +195,27 @@ TEST_F(TorchScript, HalfPrecisionKeepsItsDtypeAndLossScalingWorks) {
     EXPECT_LE(largest(student.grad() - truth),
               0.005 * largest(truth));  // underflows without scaling
   }
+}
+
+// Without its factor the gradient is too small for float16, or too large.
+TEST_F(TorchScript, AFloat16GradientMeetsTheFactorOfAScaledLossBeforeItIsRounded) {
+  const at::Tensor data = torch::randn({64, 64}).to(at::kHalf), teacher = torch::zeros({64, 64}, at::kHalf);
+  for (const double factor : {65536.0, 196608.0, 0x1p-30}) {
+    const at::Tensor student = data.clone().requires_grad_(true);
+    const double weight = 64.0 / factor;
+    const at::Tensor value = loss({{"student_logits", student}, {"teacher_logits", teacher}}, {{"weight", weight}});
+    EXPECT_NEAR(value.item<double>(), weight * data.to(at::kDouble).square().mean().item<double>(),
+                1e-3 * std::abs(weight));
+    (value * factor).backward({}, /*retain_graph=*/true);
+    const at::Tensor truth = expected_gradient(student, teacher, 64.0);
+    EXPECT_LE(largest(student.grad() - truth), 0x1p-10 * largest(truth)) << factor;
+    (value * factor).backward();  // once more
+    EXPECT_LE(largest(student.grad() - 2 * truth), 0x1p-9 * largest(truth)) << factor;
+  }
+  const at::Tensor student = data.clone().requires_grad_(true);
+  const at::Tensor value = loss({{"student_logits", student}, {"teacher_logits", teacher}});
+  (value * std::numeric_limits<float>::infinity()).backward();
+  EXPECT_FALSE(student.grad().isfinite().any().item<bool>());
 }
 
 TEST_P(TorchHpp, BackwardTwiceAddsUp) {

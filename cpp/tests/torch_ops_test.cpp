@@ -195,6 +195,27 @@ TEST_P(TorchOps, HalfPrecisionKeepsItsDtype) {
   }
 }
 
+// Without its factor the gradient is too small for float16, or too large.
+TEST_P(TorchOps, AFloat16GradientMeetsTheFactorOfAScaledLossBeforeItIsRounded) {
+  for (const double factor : {65536.0, -196608.0, 0x1p-40}) {
+    Case data(16, 64, at::kHalf);
+    data.weight *= 0x1p-10 / factor;
+    (loss(data) * factor).backward();
+    const at::Tensor truth = formula_gradient(data, factor);
+    EXPECT_LE(largest(data.student.grad() - truth), 0x1p-10 * largest(truth)) << factor;
+  }
+}
+
+TEST_P(TorchOps, AFloat16LossGoesBackwardAsOftenAsOneLikes) {
+  const Case data(5, 9, at::kHalf);
+  const at::Tensor value = loss(data);
+  value.backward({}, /*retain_graph=*/true);
+  value.backward();
+  const at::Tensor truth = formula_gradient(data, 2.0);
+  EXPECT_LE(largest(data.student.grad() - truth), 0x1p-9 * largest(truth));
+  EXPECT_THROW(value.backward(), std::exception);
+}
+
 TEST_P(TorchOps, MaskedLogitsPoisonNeitherValueNorGradient) {
   const Case data(3, 4);
   {

@@ -34,9 +34,14 @@
 // of its own: each call then first waits until LibTorch's current stream is done, and returns when the
 // result is.
 //
-// float16. The gradient of the loss is rounded to float16 before it meets the upstream gradient. To
-// scale the loss against underflow, pass the parameter {"grad_scale", s}: the gradients that flow from
-// the loss are then s times as large, and the value of the loss is as before.
+// float16. A gradient that is rounded to float16 before the upstream one meets it would underflow,
+// however the loss is scaled. So for float16 students forward computes the value alone, and backward()
+// runs the loss again with the upstream gradient as its "grad_scale". On a GPU it waits for that
+// number. bfloat16 has the range of float32: there the upstream gradient costs a second rounding, of
+// one unit of the last place at most.
+//
+// The parameter {"grad_scale", s} makes the gradients that flow from the loss s times as large, in every
+// dtype; the value of the loss is as before.
 #ifndef PYKD_TORCH_HPP_
 #define PYKD_TORCH_HPP_
 
@@ -44,6 +49,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -170,35 +176,77 @@ class TorchLoss {
 
   // One call on its way through autograd. It lives as long as the forward pass.
   struct Call {
-    const State& state;
+    const std::shared_ptr<const State>& state;
     const TorchTensors& tensors;
     const Parameters& parameters;
     std::vector<std::string> values;     // asked for
     std::vector<std::string> gradients;  // needed, in the order of the differentiable tensors
+    bool halves;                         // one of which is float16
     TorchTensors results;
+  };
+
+  // A call with a float16 student on its way to backward().
+  struct Later {
+    std::shared_ptr<const State> state;
+    std::vector<std::string> inputs, gradients;
+    Parameters parameters;
+
+    torch::autograd::variable_list run(const torch::autograd::variable_list& tensors,
+                                       const at::Tensor& upstream) const {
+      if (!internal::torch_is_plain(upstream)) {
+        throw Error(PYKD_INVALID_VALUE,
+                    "expected one upstream gradient at a time for a float16 student, got a batch of them "
+                    "(is_grads_batched, vmap); take them one by one, or give the student as float32");
+      }
+      TorchTensors given;
+      for (std::size_t i = 0; i < inputs.size(); ++i) given[inputs[i]] = tensors[i];
+      Parameters scaled = parameters;
+      const double factor = upstream.item<double>();
+      double& scale = scaled.emplace("grad_scale", 1.0).first->second;
+      const bool finite = std::isfinite(factor);  // as every parameter must be
+      if (finite) scale *= factor;
+      const TorchTensors results = state->run(given, scaled, gradients);
+      torch::autograd::variable_list result;
+      for (const std::string& name : gradients) {
+        result.push_back(finite ? results.at(name) : results.at(name) * upstream);
+      }
+      return result;
+    }
   };
 
   class Function : public torch::autograd::Function<Function> {
    public:
-    static at::Tensor forward(torch::autograd::AutogradContext* context, at::TensorList differentiable, Call* call) {
+    static at::Tensor forward(torch::autograd::AutogradContext* context, at::TensorList, Call* call) {
       std::vector<std::string> names = call->values;
-      names.insert(names.end(), call->gradients.begin(), call->gradients.end());
-      call->results = call->state.run(call->tensors, call->parameters, names);
-      torch::autograd::variable_list gradients;
-      for (const std::string& name : call->gradients) {
-        gradients.push_back(call->results.at(name));
-        call->results.erase(name);
+      if (!call->halves) names.insert(names.end(), call->gradients.begin(), call->gradients.end());
+      call->results = call->state->run(call->tensors, call->parameters, names);
+      torch::autograd::variable_list saved;
+      if (call->halves) {
+        Later later{call->state, {}, call->gradients, call->parameters};
+        for (const auto& entry : call->tensors) {
+          later.inputs.push_back(entry.first);
+          saved.push_back(entry.second);
+        }
+        internal::TorchKept<Later>::keep(context, std::move(later));
+      } else {
+        for (const std::string& name : call->gradients) {
+          saved.push_back(call->results.at(name));
+          call->results.erase(name);
+        }
       }
-      context->save_for_backward(std::move(gradients));
+      context->save_for_backward(std::move(saved));
       return call->results.at("loss");
     }
 
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                    const torch::autograd::variable_list& upstream) {
       internal::torch_require_first_derivative();
-      torch::autograd::variable_list result;
-      for (at::Tensor& gradient : context->get_saved_variables()) {
-        result.push_back(internal::torch_scaled(std::move(gradient), upstream[0]));
+      torch::autograd::variable_list result = context->get_saved_variables();
+      c10::intrusive_ptr<torch::CustomClassHolder> holder;
+      if (const Later* later = internal::TorchKept<Later>::find(context, &holder)) {
+        result = later->run(result, upstream[0]);
+      } else {
+        for (at::Tensor& gradient : result) gradient = internal::torch_scaled(std::move(gradient), upstream[0]);
       }
       result.emplace_back();  // for the argument `call`
       return result;
@@ -209,7 +257,7 @@ class TorchLoss {
 
   TorchTensors run_with_autograd(const TorchTensors& tensors, const Parameters& parameters,
                                  const std::vector<std::string>& values) const {
-    Call call{*state_, tensors, parameters, values, {}, {}};
+    Call call{state_, tensors, parameters, values, {}, false, {}};
     std::vector<at::Tensor> differentiable;
     if (at::GradMode::is_enabled()) {
       bool wanted = false;
@@ -220,6 +268,7 @@ class TorchLoss {
         if (found == tensors.end() || !found->second.defined() || !found->second.requires_grad()) continue;
         differentiable.push_back(found->second);
         call.gradients.push_back("grad_" + state_->students[i]);
+        call.halves = call.halves || found->second.scalar_type() == at::kHalf;
       }
     }
     if (differentiable.empty()) return state_->run(tensors, parameters, values);

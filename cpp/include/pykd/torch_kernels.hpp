@@ -18,7 +18,9 @@
 // weight is among the inputs, a float32 scalar; rows of weight 0 count as 0 whatever their value
 // is. The kernel computes the gradient together with the value, already weighted. backward()
 // multiplies it by the upstream gradient, and on the CPU leaves that out where it is 1 and the
-// graph is not kept.
+// graph is not kept. For float16 students the kernel runs once more in backward(), with the upstream
+// gradient in its weights: a gradient that were rounded before would underflow, however the loss is
+// scaled.
 //
 // The kernels use ATen's threads (at::set_num_threads()) and LibTorch's current CUDA stream.
 #ifndef PYKD_TORCH_KERNELS_HPP_
@@ -96,40 +98,87 @@ struct FusedLoss {
   const std::string& kernel;
   const TorchTensors& inputs;
   const KernelSettings& settings;
-  std::vector<std::pair<std::string, at::Tensor>> weighted;  // values that count, and their weights
-  std::vector<std::string> gradients;                        // needed, in the order of the differentiable tensors
+  std::vector<std::pair<std::string, std::string>>
+      weighted;                        // values that count, and the inputs that are their weights
+  std::vector<std::string> gradients;  // needed, in the order of the differentiable tensors
+  bool halves = false;                 // one of which is float16
 
+  // The value, and the gradients where they are wanted.
   at::Tensor run(std::vector<at::Tensor>* computed) const {
-    std::vector<std::string> names = gradients;
+    std::vector<std::string> names = computed == nullptr ? std::vector<std::string>() : gradients;
     for (const auto& entry : weighted) names.push_back(entry.first);
     TorchTensors results = fused_call(kernel, inputs, settings, names);
     const at::NoGradGuard no_grad;
     at::Tensor total;
     for (const auto& entry : weighted) {
-      const at::Tensor& weight = entry.second;
+      const at::Tensor& weight = inputs.at(entry.second);
       const at::Tensor term = (weight * results.at(entry.first)).masked_fill_(weight == 0, 0).sum();
       total = total.defined() ? total + term : term;
     }
-    for (const std::string& name : gradients) computed->push_back(results.at(name));
+    if (computed != nullptr) {
+      for (const std::string& name : gradients) computed->push_back(results.at(name));
+    }
     return total;
+  }
+};
+
+// The same for float16 students, on its way to backward().
+struct FusedLossOfHalves {
+  std::string kernel;
+  KernelSettings settings;
+  std::vector<std::string> inputs, weights, gradients;
+
+  torch::autograd::variable_list run(const torch::autograd::variable_list& tensors, const at::Tensor& upstream) const {
+    const bool plain = torch_is_plain(upstream);
+    const KernelDescription& description = pykd::kernel(kernel);
+    TorchTensors given;
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      const bool tensor = description.input(inputs[i])->role == "tensor";
+      // Several upstream gradients at once: the gradient in float32 serves them all.
+      given[inputs[i]] = tensor && !plain ? tensors[i].to(at::kFloat) : tensors[i];
+    }
+    for (const std::string& name : weights) {
+      if (plain) given[name] = given[name] * upstream;
+    }
+    const TorchTensors results = fused_call(kernel, given, settings, gradients);
+    torch::autograd::variable_list scaled;
+    for (const std::string& name : gradients) {
+      const at::Tensor& result = results.at(name);
+      scaled.push_back(plain ? result : (result * upstream).to(at::kHalf));
+    }
+    return scaled;
   }
 };
 
 class FusedLossFunction : public torch::autograd::Function<FusedLossFunction> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* context, at::TensorList, const FusedLoss* loss) {
-    torch::autograd::variable_list gradients;
-    at::Tensor total = loss->run(&gradients);
-    context->save_for_backward(std::move(gradients));
-    return total;
+    torch::autograd::variable_list saved;
+    if (!loss->halves) {
+      at::Tensor total = loss->run(&saved);
+      context->save_for_backward(std::move(saved));
+      return total;
+    }
+    FusedLossOfHalves later{loss->kernel, loss->settings, {}, {}, loss->gradients};
+    for (const auto& entry : loss->weighted) later.weights.push_back(entry.second);
+    for (const auto& entry : loss->inputs) {
+      later.inputs.push_back(entry.first);
+      saved.push_back(entry.second);
+    }
+    context->save_for_backward(std::move(saved));
+    TorchKept<FusedLossOfHalves>::keep(context, std::move(later));
+    return loss->run(nullptr);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& upstream) {
     torch_require_first_derivative();
-    torch::autograd::variable_list result;
-    for (at::Tensor& gradient : context->get_saved_variables()) {
-      result.push_back(torch_scaled(std::move(gradient), upstream[0]));
+    torch::autograd::variable_list result = context->get_saved_variables();
+    c10::intrusive_ptr<torch::CustomClassHolder> holder;
+    if (const FusedLossOfHalves* later = TorchKept<FusedLossOfHalves>::find(context, &holder)) {
+      result = later->run(result, upstream[0]);
+    } else {
+      for (at::Tensor& gradient : result) gradient = torch_scaled(std::move(gradient), upstream[0]);
     }
     result.emplace_back();  // for the argument `loss`
     return result;
@@ -142,14 +191,14 @@ class FusedLossFunction : public torch::autograd::Function<FusedLossFunction> {
 inline at::Tensor fused_loss(const std::string& kernel_name, const TorchTensors& inputs,
                              const KernelSettings& settings = {}) {
   const KernelDescription& description = kernel(kernel_name);
-  internal::FusedLoss loss{kernel_name, inputs, settings, {}, {}};
+  internal::FusedLoss loss{kernel_name, inputs, settings, {}, {}, false};
   std::string possible;
   for (const KernelArgument& output : description.outputs) {
     const KernelArgument* weight = description.weight_of(output.name);
     if (weight == nullptr) continue;
     possible += (possible.empty() ? "" : ", ") + weight->name;
     const auto found = inputs.find(weight->name);
-    if (found != inputs.end()) loss.weighted.emplace_back(output.name, found->second);
+    if (found != inputs.end()) loss.weighted.emplace_back(output.name, weight->name);
   }
   if (loss.weighted.empty()) {
     throw Error(PYKD_INVALID_VALUE, "expected a weight among the inputs of " + kernel_name + " (" + possible +
@@ -163,6 +212,7 @@ inline at::Tensor fused_loss(const std::string& kernel_name, const TorchTensors&
     if (gradient == nullptr) continue;  // a constant
     differentiable.push_back(entry.second);
     loss.gradients.push_back(gradient->name);
+    loss.halves = loss.halves || entry.second.scalar_type() == at::kHalf;
   }
   if (differentiable.empty()) return loss.run(nullptr);
   return internal::FusedLossFunction::apply(at::TensorList(differentiable), &loss);

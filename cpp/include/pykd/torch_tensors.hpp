@@ -6,12 +6,15 @@
 #define PYKD_TORCH_TENSORS_HPP_
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/custom_class.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <string>
+#include <utility>
 
 #include "pykd/pykd.hpp"
 
@@ -106,6 +109,33 @@ inline void torch_require_first_derivative() {
   }
 }
 
+// Whether it is one tensor, and not several at once (vmap) or a tensor's stand-in.
+inline bool torch_is_plain(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet kOthers(
+      {c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Python});
+  return !tensor.key_set().has_any(kOthers);
+}
+
+// What a node of autograd keeps for its backward() besides the tensors that it saves.
+template <class T>
+struct TorchKept : torch::CustomClassHolder {
+  explicit TorchKept(T kept) : value(std::move(kept)) {}
+
+  static void keep(torch::autograd::AutogradContext* context, T value) {
+    context->saved_data["kept"] = c10::IValue::make_capsule(c10::make_intrusive<TorchKept>(std::move(value)));
+  }
+  // nullptr where nothing was kept. Valid as long as `holder`.
+  static const T* find(torch::autograd::AutogradContext* context,
+                       c10::intrusive_ptr<torch::CustomClassHolder>* holder) {
+    const auto found = context->saved_data.find("kept");
+    if (found == context->saved_data.end()) return nullptr;
+    *holder = found->second.toCapsule();
+    return &static_cast<const TorchKept*>(holder->get())->value;
+  }
+
+  T value;
+};
+
 // saved · upstream, for the backward() of a node that saved a gradient nobody else holds.
 //
 // Where this backward pass frees its graph, the saved tensor is in use for the last time, and is
@@ -114,10 +144,7 @@ inline void torch_require_first_derivative() {
 // tensor might have written to it by then (it may have become a parameter's .grad): that takes a
 // product each time.
 inline at::Tensor torch_scaled(at::Tensor saved, const at::Tensor& upstream) {
-  // Several numbers at once (vmap), or a tensor's stand-in.
-  constexpr c10::DispatchKeySet kNoPlainNumber(
-      {c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Python});
-  if (upstream.key_set().has_any(kNoPlainNumber) || torch::autograd::get_current_graph_task_keep_graph()) {
+  if (!torch_is_plain(upstream) || torch::autograd::get_current_graph_task_keep_graph()) {
     return saved * upstream;
   }
   // On a GPU looking at the value would wait for it.

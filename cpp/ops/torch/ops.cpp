@@ -24,7 +24,10 @@
 //
 //  - First derivatives only: differentiating twice raises (torch then says that the derivative of
 //    _cdist_backward is not implemented; see pass_on_once()).
-//  - The upstream gradient is rounded to the student's dtype before it meets the kernel's gradient.
+//  - Backward mode alone: an input with a tangent (torch.func.jvp, dual tensors), or a batch of inputs (vmap), raises.
+//  - For float16 students the kernel computes in float32 copies, for a gradient that were rounded before the upstream
+//    one meets it would underflow, however the loss is scaled. For bfloat16, which has the range of float32, the
+//    upstream gradient is rounded to bfloat16 before it meets the kernel's: one unit of the last place at most.
 //  - It makes one more pass over the student forward, and one over the gradient backward, than the
 //    kernel needs. pykd/torch_kernels.hpp (C++) and pykd.torch_kernels (Python) do without, because
 //    they may define nodes of autograd, for which the stable interface has no way.
@@ -275,6 +278,57 @@ Tensor shaped(const Request& request, const pykd::KernelArgument& output) {
   return *result;
 }
 
+// A tensor's axis as a tensor of its own, so that lengths can be compared that are symbols.
+Tensor line(const Tensor& tensor, std::size_t axis) {
+  Tensor result = tensor;
+  for (std::size_t other = static_cast<std::size_t>(tensor.dim()); other-- > 0;) {
+    if (other != axis) result = torch::stable::select(result, static_cast<std::int64_t>(other), 0);
+  }
+  return result;
+}
+
+// What the library would refuse, as far as it can be told without data and without lengths in numbers.
+void check_without_data(const Request& request, ScalarType tensors) {
+  struct Seen {
+    std::string axis, input;
+    Tensor line;
+  };
+  std::vector<Seen> seen;
+  for (std::size_t i = 0; i < request.inputs.size(); ++i) {
+    const std::string& name = request.input_names[i];
+    const Tensor& tensor = request.inputs[i];
+    const pykd::KernelArgument* input = request.description.input(name);
+    if (input == nullptr) {
+      std::vector<std::string> known;
+      for (const pykd::KernelArgument& each : request.description.inputs) known.push_back(each.name);
+      fail("expected an input of the kernel " + request.description.name + " (" + joined(known, ", ") + "), got \"" +
+           name + "\"; correct it");
+    }
+    const ScalarType wanted = input->role == "tensor"  ? tensors
+                              : input->role == "index" ? ScalarType::Long
+                                                       : ScalarType::Float;
+    if (tensor.scalar_type() != wanted) {
+      fail("expected " + name + " of dtype " + torch::headeronly::toString(wanted) + ", got " +
+           torch::headeronly::toString(tensor.scalar_type()) + "; cast it with .to() first");
+    }
+    if (static_cast<std::size_t>(tensor.dim()) != input->axes.size()) {
+      fail("expected " + name + " with the axes (" + joined(input->axes, ", ") + "), got rank " +
+           std::to_string(tensor.dim()) + "; give it one length per axis");
+    }
+    for (std::size_t axis = 0; axis < input->axes.size(); ++axis) {
+      const Tensor own = line(tensor, axis);
+      const auto first =
+          std::find_if(seen.begin(), seen.end(), [&](const Seen& other) { return other.axis == input->axes[axis]; });
+      if (first == seen.end()) {
+        seen.push_back({input->axes[axis], name, own});
+      } else if (!call<bool>("aten::is_same_size", "", own, first->line)) {
+        fail("expected " + name + " as long as " + first->input + " along \"" + first->axis +
+             "\", got another length; axes of one name have one length: cut, pad or map one of the tensors");
+      }
+    }
+  }
+}
+
 std::vector<Tensor> shape_kernel(const std::string& name, const std::vector<Tensor>& inputs,
                                  const std::string& input_names, const std::string& attributes,
                                  const std::string& outputs) {
@@ -284,6 +338,7 @@ std::vector<Tensor> shape_kernel(const std::string& name, const std::vector<Tens
     const pykd::KernelArgument* input = request.description.input(request.input_names[i]);
     if (input != nullptr && input->role == "tensor") tensors = inputs[i].scalar_type();
   }
+  check_without_data(request, tensors.value_or(ScalarType::Float));
   std::vector<Tensor> results;
   for (const std::string& output : words_of(outputs)) {
     const pykd::KernelArgument* argument = request.description.output(output);
@@ -388,8 +443,36 @@ void boxed_kernel(StableIValue* stack, std::uint64_t, std::uint64_t) {
 
 // ---- pykd::kernel -------------------------------------------------------------------------------
 
+// |x|, for x of shape [1, 1], by an operator of torch that has a first derivative backward, and no other.
+Tensor distance_from_0(const Tensor& x) {
+  const Tensor origin = torch::stable::new_zeros(detach(x), {1, 1});
+  const std::optional<std::int64_t> mode;
+  std::array<StableIValue, 4> stack{from(x), from(origin), from(1.0), from(mode)};
+  if (torch_call_dispatcher("aten::_cdist_forward", "", stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
+    fail(
+        "expected inputs without tangents for a fused kernel, which has backward() alone, got forward-mode AD "
+        "(torch.func.jvp, jacfwd, hessian, a dual tensor); compute the loss by its formula there");
+  }
+  return to<Tensor>(stack[0]);
+}
+
+// Throws where forward-mode AD goes through the tensor: it would find a constant, without a word. One entry tells.
+void refuse_tangent(const Tensor& tensor) {
+  if (tensor.scalar_type() == ScalarType::Long || !(tensor.is_cpu() || tensor.is_cuda())) return;
+  Tensor entry = tensor;
+  while (entry.dim() > 0) {
+    std::array<StableIValue, 3> stack{from(entry), from(std::int64_t{0}), from(std::int64_t{0})};
+    if (torch_call_dispatcher("aten::select", "int", stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) {
+      return;  // an empty one, which the library refuses
+    }
+    entry = to<Tensor>(stack[0]);
+  }
+  distance_from_0(torch::stable::reshape(torch::stable::to(entry, ScalarType::Float), {1, 1}));
+}
+
 // Throws where autograd would believe that a gradient flows through `op`, and then leave it out.
 void refuse_gradients(const Request& request, const char* op) {
+  for (const Tensor& tensor : request.inputs) refuse_tangent(tensor);
   if (!aoti_torch_grad_mode_is_enabled()) return;
   for (std::size_t i = 0; i < request.inputs.size(); ++i) {
     if (!needs_gradient(request.inputs[i])) continue;
@@ -478,28 +561,39 @@ Tensor with_derivative(const Tensor& input, const Tensor& gradient) {
 Tensor pass_on_once(const Tensor& scalar) {
   const Tensor x = torch::stable::reshape(torch::stable::to(scalar, ScalarType::Float), {1, 1});
   torch::stable::fill_(detach(x), 1.0);
-  const Tensor origin = torch::stable::new_zeros(detach(x), {1, 1});
-  const std::optional<std::int64_t> mode;
-  return call<Tensor>("aten::_cdist_forward", "", x, origin, 1.0, mode);
+  return distance_from_0(x);
 }
 
 Tensor loss(const std::string& name, const std::vector<Tensor>& inputs, const std::string& input_names,
             const std::string& attributes) {
   const Request request(name, inputs, input_names);
-  std::vector<Tensor> constants = inputs;
   std::vector<std::size_t> students;
   std::vector<std::string> differentiable;
-  for (std::size_t i = 0; aoti_torch_grad_mode_is_enabled() && i < inputs.size(); ++i) {
-    if (!needs_gradient(inputs[i])) continue;
-    constants[i] = detach(inputs[i]);
-    if (request.description.gradient_of(request.input_names[i]) == nullptr) continue;
+  bool halves = false;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    const std::string& input = request.input_names[i];
+    if (request.description.gradient_of(input) == nullptr) continue;
+    if (!aoti_torch_grad_mode_is_enabled() || !needs_gradient(inputs[i])) {
+      refuse_tangent(inputs[i]);  // of the others the operator through which their gradient flows does (pass_on_once)
+      continue;
+    }
     students.push_back(i);
-    differentiable.push_back(request.input_names[i]);
+    differentiable.push_back(input);
+    halves = halves || inputs[i].scalar_type() == ScalarType::Half;
+  }
+  std::vector<Tensor> given = inputs;
+  for (std::size_t i = 0; halves && i < inputs.size(); ++i) {
+    const pykd::KernelArgument* argument = request.description.input(request.input_names[i]);
+    if (argument != nullptr && argument->role == "tensor") given[i] = torch::stable::to(inputs[i], ScalarType::Float);
+  }
+  std::vector<Tensor> constants = given;
+  for (Tensor& constant : constants) {
+    if (aoti_torch_grad_mode_is_enabled() && needs_gradient(constant)) constant = detach(constant);
   }
   const std::vector<Tensor> results = compute(request, constants, input_names, attributes, differentiable);
   std::optional<Tensor> flow;
   for (std::size_t i = 0; i < students.size(); ++i) {
-    flow = sum_of(flow, with_derivative(inputs[students[i]], results[i + 1]));
+    flow = sum_of(flow, with_derivative(given[students[i]], results[i + 1]));
   }
   if (!flow) return results[0];
   Tensor value = torch::stable::clone(torch::stable::reshape(pass_on_once(*flow), {}));
@@ -546,6 +640,12 @@ void boxed_loss(StableIValue* stack, std::uint64_t, std::uint64_t) {
   stack[0] = from(loss(arguments.name, arguments.inputs, arguments.input_names, arguments.attributes));
 }
 
+void boxed_refusal(StableIValue*, std::uint64_t, std::uint64_t) {
+  fail(
+      "expected one loss at a time from a fused kernel, got a batch of them (torch.vmap, torch.func); call it in a "
+      "loop, or compute the loss by its formula there");
+}
+
 void boxed_kernels(StableIValue* stack, std::uint64_t, std::uint64_t) {
   std::string text = "[";  // of which torch forgets a copy, as above: ask once
   for (std::size_t i = 0; i < pykd_num_kernels(); ++i) {
@@ -572,4 +672,9 @@ STABLE_TORCH_LIBRARY_IMPL(pykd, CompositeImplicitAutograd, m) {
   m.impl("kernel", boxed<kernel>);
   m.impl("value_and_gradient", boxed<value_and_gradient>);
   m.impl("loss", boxed_loss);
+}
+STABLE_TORCH_LIBRARY_IMPL(pykd, FuncTorchBatched, m) {
+  m.impl("kernel", boxed_refusal);
+  m.impl("value_and_gradient", boxed_refusal);
+  m.impl("loss", boxed_refusal);
 }
