@@ -39,7 +39,8 @@ def export(
         loss: a registered loss, a :class:`pykd.DistillationLoss` or what :func:`pykd.compose` made.
         directory: where to write; made if it does not exist.
         layouts: input name → axes where an input may take several forms; ``{"labels": "batch"}``
-            takes class indices (int64) instead of probabilities ``"batch classes"``.
+            takes class indices (int64) instead of probabilities ``"batch classes"``, ``{"labels": "batch tokens"}`` one per
+            token, with logits ``"batch tokens classes"``. Layouts that are not given follow from those that are.
         optional_inputs: optional inputs that the files take, such as ``["sample_weight"]``.
         per_sample: whether to add ``loss_per_sample`` and one vector for every term that splits over samples.
         dtype: floating type of the ONNX files: ``"float32"``, ``"float16"``, ``"bfloat16"`` or ``"float64"``. The

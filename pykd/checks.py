@@ -3,7 +3,7 @@
 Every message has three parts: what was expected, what came, what to do; and it names the argument.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +63,28 @@ def resolve(name: str, tensor: Tensor, layouts: "Layouts") -> "Spec":
     fits_rank = any(tensor.dim() == len(spec.names) for spec in layouts)
     error = TypeError if fits_rank else ValueError
     raise error(f"expected {name} as {wanted}, got {got}; convert or reshape it first")
+
+
+def samples_of(forms: Mapping[str, Mapping[str, Sequence[str]]], axes: Mapping[str, str]) -> str:
+    """The axes that count the samples of a loss, on which its inputs have to agree.
+
+    Args:
+        forms: for each choice of such axes, the axes that every input may have; see :class:`pykd.registry.Loss`.
+        axes: those that the inputs at hand have.
+    """
+    for samples, fitting in forms.items():
+        if all(own in fitting[name] for name, own in axes.items()):
+            return samples
+    first = next(iter(axes))
+    for fitting in forms.values():
+        for name, own in axes.items():
+            if axes[first] in fitting[first] and own not in fitting[name]:
+                wanted = " or ".join(f"({', '.join(one.split())})" for one in fitting[name])
+                raise ValueError(
+                    f"expected {name} with axes {wanted}, as {first} has ({', '.join(axes[first].split())}), "
+                    f"got ({', '.join(own.split())}); give one entry for each sample"
+                )
+    raise ValueError(f"expected axes that go together, got {dict(axes)}; pass others")
 
 
 def check_tensors(specs: Mapping[str, "Spec"], tensors: Mapping[str, Tensor]) -> None:
@@ -129,6 +151,8 @@ def check_call(loss: "Loss", arguments: Mapping[str, object]) -> None:
         if tensor is not None:
             specs[name] = resolve(name, tensor, loss.layouts(name))  # type: ignore[arg-type]
             tensors[name] = tensor  # type: ignore[assignment]
+    if len(loss.sample_axes) > 1:
+        samples_of(loss.forms(), {name: spec.axes for name, spec in specs.items()})
     check_tensors(specs, tensors)
     if not are_data_visible():
         return

@@ -156,6 +156,7 @@ class Composition(nn.Module):
         self.terms_ = tuple(terms)
         self.students = students
         self.single = single
+        self.forms_: list[dict[str, dict[str, list[str]]]] = []  # of every part
         self._check()
         self.layouts_, self.optional_inputs = self._collect_inputs()
         self.parameters_ = self._collect_parameters()
@@ -163,6 +164,7 @@ class Composition(nn.Module):
         # Losses have no trainable state; registering them makes repr() and .to() complete.
         self.losses_ = nn.ModuleList(part.loss for term in self.terms_ for part in term.parts)
         self._graphs: dict[Any, LossGraph] = {}
+        self._checked: set[Any] = set()
 
     def forward(self, *, fused: bool = False, **tensors_and_parameters: Any) -> dict[str, Tensor]:
         """The loss and its terms; see the class.
@@ -211,11 +213,24 @@ class Composition(nn.Module):
                 if text
             )
             raise ValueError(f"expected the tensors {known}, got {problem}; pass each of them by its name")
-        return {
+        specs = {
             name: checks.resolve(name, tensors[name], layouts)
             for name, layouts in self.layouts_.items()
             if name in tensors
         }
+        if not torch.compiler.is_compiling():  # a layout that has been found good is good
+            key = tuple((name, spec.axes, spec.dtype) for name, spec in specs.items())
+            if key not in self._checked:
+                self._check_samples(specs)
+                self._checked.add(key)
+            return specs
+        self._check_samples(specs)
+        return specs
+
+    def _check_samples(self, specs: Mapping[str, Spec]) -> list[str]:
+        """The axes that count the samples of every part, after a check that its inputs agree on them."""
+        parts = [part for term in self.terms_ for part in term.parts]
+        return [self.samples_of(number, part, specs) for number, part in enumerate(parts)]
 
     def graph(
         self,
@@ -228,8 +243,8 @@ class Composition(nn.Module):
         """The loss graph for these layouts and optional inputs.
 
         Args:
-            layouts: input name → axes, such as ``{"labels": "batch"}`` for class indices; the first
-                declared layout holds where nothing is said.
+            layouts: input name → axes, such as ``{"labels": "batch"}`` for class indices; where nothing is said the first
+                declared layout that goes with the others holds.
             optional_inputs: which of the optional inputs the graph takes.
             per_sample: whether vectors per sample are among the outputs.
             check: whether the graph checks its inputs' axes.
@@ -254,17 +269,39 @@ class Composition(nn.Module):
                 kind = "an optional input" if name in wanted else "an input"
                 known = ", ".join(self.optional_inputs if name in wanted else self.layouts_) or "none"
                 raise ValueError(f"expected the name of {kind} ({known}), got {name!r}; mend the name")
-        specs: dict[str, Spec] = {}
+        possible: dict[str, list[Spec]] = {}
         for name, choices in self.layouts_.items():
             if name in self.optional_inputs and name not in wanted:
                 continue
-            axes = " ".join(layouts.get(name, choices[0].axes).split())
-            fitting = [spec for spec in choices if spec.axes == axes]
-            if not fitting:
-                known = " or ".join(repr(spec.axes) for spec in choices)
-                raise ValueError(f"expected the layout of {name} to be {known}, got {axes!r}; pass one of these")
-            specs[name] = fitting[0]
+            possible[name] = list(choices)
+            if name in layouts:
+                axes = " ".join(layouts[name].split())
+                possible[name] = [spec for spec in choices if spec.axes == axes][:1]
+                if not possible[name]:
+                    known = " or ".join(repr(spec.axes) for spec in choices)
+                    raise ValueError(f"expected the layout of {name} to be {known}, got {axes!r}; pass one of these")
+        for name in possible:
+            self._narrow(possible)
+            possible[name] = possible[name][:1]
+        specs = {name: choices[0] for name, choices in possible.items()}
+        self._check_samples(specs)
         return specs
+
+    def _narrow(self, possible: dict[str, list[Spec]]) -> None:
+        """Takes out the layouts that do not go with the other inputs of a part, as long as any are left."""
+        changed = True
+        while changed:
+            changed = False
+            for forms in self.forms_:
+                here = [
+                    fitting
+                    for fitting in forms.values()
+                    if all(any(s.axes in fitting[n] for s in possible[n]) for n in fitting if n in possible)
+                ]
+                for name in forms[next(iter(forms))]:
+                    kept = [s for s in possible.get(name, ()) if any(s.axes in fitting[name] for fitting in here)]
+                    if kept and len(kept) < len(possible[name]):
+                        possible[name], changed = kept, True
 
     def ignore_indices(self, specs: Mapping[str, Spec]) -> dict[str, int]:
         """The inputs of class indices that may be ignored, with the one that is."""
@@ -273,6 +310,26 @@ class Composition(nn.Module):
             for part in term.parts:
                 found |= part.ignore_indices(specs)
         return found
+
+    def axes_per_sample(self, specs: Mapping[str, Spec]) -> tuple[str, ...]:
+        """The axes of the values per sample; a ValueError where there are none, or terms differ in them."""
+        every = iter(self._check_samples(specs))
+        found = [(term, {next(every) for _ in term.parts}) for term in self.terms_]
+        splitting = [(term.name, axes) for term, axes in found if not term.couples_batch]
+        if not splitting:
+            reasons = "; ".join(f"{term.name} {term.couples_batch}" for term in self.terms_)
+            raise ValueError(
+                f"expected a term that splits over samples, got none ({reasons}); leave per_sample=True out"
+            )
+        if self.students:
+            return ("batch", STUDENTS)
+        if len({frozenset(axes) for _, axes in splitting}) > 1 or len(splitting[0][1]) > 1:
+            got = "; ".join(f"{name} over {' and '.join(sorted(axes))}" for name, axes in splitting)
+            raise ValueError(
+                f"expected every term to have its values over the same samples, got {got}; leave per_sample=True out, or "
+                "weigh their samples alike"
+            )
+        return tuple(next(iter(splitting[0][1])).split())
 
     def reference(
         self,
@@ -412,13 +469,19 @@ class Composition(nn.Module):
         ignored: dict[str, int] = {}
         for term in self.terms_:
             for part in term.parts:
+                forms = self._forms_of(part)
+                self.forms_.append(forms)
                 for name in part.loss.inputs:
                     graph_name = part.graph_input(name)
-                    own = tuple(
+                    over = {axes for fitting in forms.values() for axes in fitting[graph_name]}
+                    every = [
                         layout
                         for spec in part.loss.layouts(name)
                         for layout in self._with_students(spec.rename(part.axes))
-                    )
+                        if layout.axes in over
+                    ]
+                    # Renamed axes may leave no room for a layout, as long as they leave it for another.
+                    own = tuple(spec for spec in every if len(set(spec.names)) == len(spec.names)) or tuple(every)
                     here = layouts.setdefault(graph_name, own)
                     common = tuple(
                         dataclasses.replace(a, grad=a.grad or b.grad, index_of=a.index_of or b.index_of)
@@ -450,9 +513,54 @@ class Composition(nn.Module):
         required_first = sorted(layouts, key=lambda name: optional[name])
         return {name: layouts[name] for name in required_first}, [n for n in required_first if optional[n]]
 
+    def _forms_of(self, part: Part) -> dict[str, dict[str, list[str]]]:
+        """:meth:`Loss.forms` of a part, in the words of the graph. Where there are several students, samples are no tokens."""
+        forms = {}
+        for samples, fitting in list(part.loss.forms().items())[: 1 if self.students else None]:
+            renamed = " ".join(part.axes.get(axis, axis) for axis in samples.split())
+            forms[renamed] = {
+                part.graph_input(name): [
+                    layout.axes
+                    for spec in part.loss.layouts(name)
+                    if spec.axes in fitting[name]
+                    for layout in self._with_students(spec.rename(part.axes))
+                ]
+                for name in part.loss.inputs
+            }
+        return forms
+
+    def samples_of(self, number: int, part: Part, specs: Mapping[str, Spec]) -> str:
+        """The axes that count the samples of a part, in the words of the graph.
+
+        Args:
+            number: the part's, counted over all terms.
+            part: the part.
+            specs: the inputs that are there.
+        """
+        axes = {name: specs[name].axes for name in map(part.graph_input, part.loss.inputs) if name in specs}
+        samples = checks.samples_of(self.forms_[number], axes)
+        weight = part.loss.weight_input()
+        if not self.share_ignored or self.students or weight is None or part.has_labels(specs):
+            return samples
+        # The mask of what is ignored by its label weighs this part, too.
+        for name in self.ignore_indices(specs):
+            mask = specs[name].axes
+            if len(specs[name].names) <= len(samples.split()):
+                continue
+            fitting = self.forms_[number].get(mask)
+            others = {n: own for n, own in axes.items() if n != part.graph_input(weight)}
+            if fitting is None or not all(own in fitting[n] for n, own in others.items()):
+                raise ValueError(
+                    f"expected {part.loss.name} to have samples along ({', '.join(mask.split())}), as {name} has, whose ignored "
+                    f"entries it leaves out, got ({', '.join(samples.split())}); give the axes the same names, or pass "
+                    "share_ignored=False"
+                )
+            samples = mask
+        return samples
+
     def _with_students(self, spec: Spec) -> list[Spec]:
         """The layouts of one input where student tensors carry the axis of several students."""
-        if not self.students:
+        if not self.students or spec.names[0] != "batch":
             return [spec]
         batch, *rest = spec.names
         carrying = dataclasses.replace(spec, axes=" ".join([batch, STUDENTS, *rest]))
@@ -514,7 +622,7 @@ class Composition(nn.Module):
             array = np.asarray(given, dtype=np.int64 if spec.dtype == "int64" else np.float64)
             if STUDENTS in spec.names:
                 array = array.reshape(-1, *array.shape[2:])
-            elif students:
+            elif students and spec.names[0] == "batch":
                 array = np.repeat(array, students, axis=0)
             rows[name] = array
         return rows
@@ -622,7 +730,7 @@ class _Now:
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
-    def loss(self, path: str, loss: Loss, arguments: Mapping[str, Any]) -> Any:
+    def loss(self, path: str, loss: Loss, arguments: Mapping[str, Any], covered: bool) -> Any:
         return loss.forward(**arguments)
 
 
@@ -637,10 +745,10 @@ class _Later:
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return self.graph.call_function(function, arguments)
 
-    def loss(self, path: str, loss: Loss, arguments: Mapping[str, Any]) -> Any:
+    def loss(self, path: str, loss: Loss, arguments: Mapping[str, Any], covered: bool) -> Any:
         module: nn.Module = loss.with_settings()
         module.checks_inputs = False  # type: ignore[assignment]
-        if self.point is not None and loss.has_kernel():
+        if self.point is not None and covered:
             module = _Fused(module, self.point)  # type: ignore[arg-type]
         self.modules[path] = module
         return self.graph.call_module(path, kwargs=dict(arguments))
@@ -675,19 +783,19 @@ def _outputs(
         for name, spec in specs.items():
             if STUDENTS in spec.names:
                 rows[name] = make.call(fold, rows[name])
-            else:
+            elif spec.names[0] == "batch":
                 rows[name] = make.call(spread, rows[name], like)
     kept = None  # the samples that not every input of labels ignores
     if composition.share_ignored:
-        for name in composition.ignore_indices(specs):
-            own = make.call(operator.ne, rows[name], composition.ignore_indices(specs)[name])
+        for name, index in composition.ignore_indices(specs).items():
+            own = make.call(operator.ne, rows[name], index)
             kept = own if kept is None else make.call(operator.or_, kept, own)
     weights: dict[str, Any] = {}  # of the terms without labels, by the input that weighs them
 
     def arguments_of(term: Term, part: Part) -> dict[str, Any]:
         arguments = {n: rows[part.graph_input(n)] for n in part.loss.inputs if part.graph_input(n) in specs}
-        weight = part.loss.weight_input()
-        if kept is not None and weight is not None and not part.has_labels(specs):
+        weight = None if kept is None or part.has_labels(specs) else part.loss.weight_input()
+        if weight is not None:
             name = part.graph_input(weight)
             if name not in weights:
                 weights[name] = make.call(ops.weigh, kept, rows.get(name))
@@ -699,7 +807,8 @@ def _outputs(
         for i, part in enumerate(term.parts):
             path = f"{term.name}_{i}" + ("_per_sample" if reduction else "")
             loss = part.loss.with_settings(reduction=reduction) if reduction else part.loss
-            value = make.loss(path, loss, arguments_of(term, part))
+            own = {n: specs[part.graph_input(n)] for n in loss.inputs if part.graph_input(n) in specs}
+            value = make.loss(path, loss, arguments_of(term, part), loss.covered_by_kernel(own))
             if part.weight_name is not None:
                 value = make.call(operator.mul, value, numbers[part.weight_name])
             elif part.weight != 1.0:
@@ -720,12 +829,8 @@ def _outputs(
     terms = {term.name: term_value(term, None) for term in composition.terms_}
     outputs = {"loss": weighted_sum(terms)} | ({} if composition.single else terms)
     if per_sample:
+        composition.axes_per_sample(specs)  # or an error
         samples = {term.name: term_value(term, "none") for term in composition.terms_ if not term.couples_batch}
-        if not samples:
-            reasons = "; ".join(f"{term.name} {term.couples_batch}" for term in composition.terms_)
-            raise ValueError(
-                f"expected a term that splits over samples, got none ({reasons}); leave per_sample=True out"
-            )
         if like is not None:
             samples = {name: make.call(unfold, value, like) for name, value in samples.items()}
         outputs["loss_per_sample"] = weighted_sum(samples)
@@ -756,7 +861,7 @@ def _build(composition: Composition, specs: dict[str, Spec], per_sample: bool, c
     made = LossGraph(make.modules, graph, class_name="LossGraph")
     made.kernel_point = point if any(isinstance(module, _Fused) for module in make.modules.values()) else None
     made.built_from = (composition, specs, per_sample, check, fused)
-    samples = ("batch", STUDENTS) if composition.students else ("batch",)
+    samples = composition.axes_per_sample(specs) if per_sample else ()
     made.signature = GraphSignature(
         inputs=specs,
         parameters=dict(composition.parameters_),

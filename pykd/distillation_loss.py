@@ -47,7 +47,8 @@ class DistillationLoss(Composition):
     number and pass 0 in the call.
 
     Inputs (keywords):
-        teacher_logits: ``(batch, classes)``; constant.
+        teacher_logits: ``(batch, classes)``; constant. All logits, and labels with them, may have an axis ``tokens`` after the
+            batch, if there is one student.
         teacher_features: list of ``(batch, tokens, channels)``; constant. Entries may differ in tokens and channels.
         student_logits: ``(batch, classes)``; receives the gradient.
         student_features: list as ``teacher_features``, with the same shapes where compared; receives the gradient.

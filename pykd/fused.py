@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykd import kernel_point, ops, torch_kernels
+from pykd import checks, kernel_point, ops, torch_kernels
 from pykd.kernel_point import Call, Point
 from pykd.registry import Loss
 
@@ -35,6 +35,12 @@ def evaluate(loss: Loss, tensors: Mapping[str, Tensor], numbers: Mapping[str, An
     """
     if not loss.has_kernel():
         raise ValueError(f"expected a loss that has a kernel for fused=True, got {loss.name}; leave fused out")
+    specs = {name: checks.resolve(name, tensor, loss.layouts(name)) for name, tensor in tensors.items()}
+    if not loss.covered_by_kernel(specs):
+        raise ValueError(
+            f"expected settings and inputs that the kernel of {loss.name} computes for fused=True, got {loss!r} with "
+            f"{', '.join(specs)}; leave fused out"
+        )
     students = [name for name in tensors if loss.layouts(name)[0].grad]
     function = _of_loss(loss, numbers)
     if loss.reduction == "none":

@@ -152,6 +152,11 @@ class Call:
         return results
 
 
+def _over(rows: Tensor, samples: list[Any]) -> Tensor:
+    """One value per row as one per sample, whose axes have these lengths; as it is where a sample is a row."""
+    return rows.reshape(samples) if samples else rows
+
+
 def _same(a: Any, b: Any) -> bool:
     return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
 
@@ -164,7 +169,8 @@ class Planner:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.asked: list[tuple[Call, str]] = []
+        self.asked: list[tuple[Call, str, list[Any]]] = []
+        self.rows: dict[int, tuple[Tensor, Tensor]] = {}  # tensors per token by their id, and the same as rows
 
     def __call__(
         self,
@@ -175,6 +181,7 @@ class Planner:
         attributes: Mapping[str, Any],
         weight: str,
     ) -> Tensor:
+        tensors, samples = self._as_rows(kernel, tensors)
         call = next((call for call in self.calls if call.takes(kernel, tensors, attributes)), None)
         if call is None:
             call = Call(kernel, {}, {}, [])
@@ -190,15 +197,31 @@ class Planner:
             placeholder = torch.zeros(shape, dtype=torch.float32, device=like.device).requires_grad_()
             value = Value(output, formula, (*tensors, *attributes), weight, placeholder)
             call.values.append(value)
-        self.asked.append((call, output))
-        return value.placeholder
+        self.asked.append((call, output, samples))
+        return _over(value.placeholder, samples)
+
+    def _as_rows(self, kernel: Kernel, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+        """The tensors with one row per sample where further axes after the batch count samples, and the lengths of all these.
+
+        A tensor that comes again is the same again, so that calls merge.
+        """
+        rows, samples = dict(tensors), []
+        for name, tensor in tensors.items():
+            axes = kernel.inputs[name].axes.split()
+            further = tensor.dim() - len(axes) if isinstance(tensor, Tensor) and axes[:1] == ["batch"] else 0
+            if further > 0:
+                samples = list(tensor.shape[: further + 1])
+                rows[name] = self.rows.setdefault(id(tensor), (tensor, tensor.flatten(0, further)))[1]
+        return rows, samples
 
 
 class Answer:
     """The kernel point of the second walk: answers with what the kernels returned, in the order of the first."""
 
-    def __init__(self, asked: Sequence[tuple[Call, str]], results: Mapping[int, Mapping[str, Tensor]]) -> None:
-        self.values = [results[id(call)][output] for call, output in asked]
+    def __init__(
+        self, asked: Sequence[tuple[Call, str, list[Any]]], results: Mapping[int, Mapping[str, Tensor]]
+    ) -> None:
+        self.values = [_over(results[id(call)][output], samples) for call, output, samples in asked]
         self.next = 0
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Tensor:

@@ -36,15 +36,16 @@ def product_or_zero(weight: Tensor, x: Tensor) -> Tensor:
     return weight * torch.where(weight == 0, torch.zeros_like(x), x)
 
 
-def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+def reduce(values: Tensor, weight: Tensor | None, reduction: str, count: Tensor | None = None) -> Tensor:
     """Reduces one value per sample, in the last line of a loss.
 
     Args:
-        values: ``[batch]``.
-        weight: ``[batch]``, of any type; 0 leaves a sample out; ``None`` weighs every sample 1. Whatever a sample that
+        values: ``[batch]``, or whatever axes count the samples.
+        weight: the same axes, of any type; 0 leaves a sample out; ``None`` weighs every sample 1. Whatever a sample that
             is left out holds has no part in the value; :func:`without_left_out` keeps it out of the gradient.
         reduction: ``"none"``: ``weight · values``. ``"sum"``: their sum. ``"mean"``: that sum divided by
             the sum of the weights (by the number of samples where there are none); 0 where nothing is kept.
+        count: what a sample counts in that divisor, where it is not its weight.
     """
     if weight is None:
         if reduction == "mean":
@@ -58,7 +59,7 @@ def reduce(values: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
         return weighted
     if reduction == "sum":
         return weighted.sum()
-    total = weight.sum()
+    total = (weight if count is None else count.to(values.dtype)).sum()
     kept = total != 0
     return torch.where(kept, weighted.sum() / torch.where(kept, total, torch.ones_like(total)), torch.zeros_like(total))
 
@@ -86,7 +87,12 @@ def weigh(kept: Tensor, sample_weight: Tensor | None) -> Tensor:
     weight = optional_weight(sample_weight)
     if weight is None:
         return kept.float()
-    return weight.masked_fill(~kept, 0.0)
+    # One of the two may be per token, the other per entry of the batch.
+    while weight.dim() < kept.dim():
+        weight = weight.unsqueeze(-1)
+    while kept.dim() < weight.dim():
+        kept = kept.unsqueeze(-1)
+    return torch.where(kept, weight, torch.zeros_like(weight))
 
 
 def optional_weight(sample_weight: Tensor | None) -> Tensor | None:

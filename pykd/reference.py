@@ -13,14 +13,35 @@ def log_softmax(logits: Any) -> np.ndarray:
     return np.asarray(shifted - np.log(np.exp(shifted).sum()))
 
 
-def reduce_samples(values: Sequence[float], weights: Sequence[float], reduction: str) -> Any:
-    """Σ w·v / Σ w (0 where nothing is kept), Σ w·v, or the vector w·v; a weight of 0 drops its value."""
+def rows(array: Any, axes: int) -> np.ndarray:
+    """An array with one row per sample: its last ``axes`` axes are kept, those before become one."""
+    shape = np.shape(array)
+    return np.reshape(np.asarray(array), (-1, *shape[len(shape) - axes :]))
+
+
+def reduce_samples(
+    values: Sequence[float],
+    weights: Any,
+    reduction: str,
+    shape: Sequence[int] | None = None,
+    counts: Sequence[float] | None = None,
+) -> Any:
+    """Σ w·v / Σ w (0 where nothing is kept), Σ w·v, or every w·v; a weight of 0 drops its value.
+
+    Args:
+        values: one per sample.
+        weights: as many, in any shape; None: 1 each.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        shape: of what ``"none"`` returns.
+        counts: what a sample counts in the divisor, where it is not its weight.
+    """
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, np.float64).ravel()
     weighted = np.array([0.0 if w == 0 else w * v for v, w in zip(values, weights, strict=True)])
     if reduction == "none":
-        return weighted
+        return weighted if shape is None else weighted.reshape(shape)
     if reduction == "sum":
         return weighted.sum()
-    total = float(np.sum(weights))
+    total = float(np.sum(weights if counts is None else counts))
     return weighted.sum() / total if total != 0 else 0.0
 
 

@@ -49,6 +49,12 @@ class Spec:
         """The axes as a tuple."""
         return tuple(self.axes.split())
 
+    def over(self, samples: str) -> "Spec":
+        """The same input where these axes count its samples in the place of ``"batch"``; as it is where it has them."""
+        if self.names[0] != "batch" or self.axes == samples or self.axes.startswith(f"{samples} "):
+            return self
+        return dataclasses.replace(self, axes=" ".join([samples, *self.names[1:]]))
+
     def rename(self, axes: Mapping[str, str]) -> "Spec":
         """The same input with some axes called otherwise."""
         return dataclasses.replace(
@@ -112,6 +118,8 @@ class Loss(nn.Module):
         scalars: those constructor arguments that can change in every call. ``forward`` takes each as
             ``Optional[float] = None`` after the tensors, and uses the attribute of that name for None.
         cases: settings to test.
+        sample_axes: the axes that may count the samples: ``"batch"``, and ``"batch tokens"`` where a sample may also be one
+            token of a sequence; all inputs of a call agree on them, and values per sample have these axes.
         couples_batch: why there is no value per sample; empty where the loss splits over samples.
         paper: author, year, arXiv id.
     """
@@ -120,10 +128,36 @@ class Loss(nn.Module):
     inputs: ClassVar[Mapping[str, Spec | Layouts]] = {}
     scalars: ClassVar[Mapping[str, Scalar]] = {}
     cases: ClassVar[Sequence[Case]] = (Case(),)
+    sample_axes: ClassVar[Sequence[str]] = ("batch",)
     couples_batch: ClassVar[str] = ""
     paper: ClassVar[str] = ""
 
     reduction: str
+    _layouts: ClassVar[Mapping[str, Layouts]] = {}
+    _forms: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]] = {}
+    _weight_input: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        over = {
+            samples: {n: [spec.over(samples) for spec in cls.declared(n)] for n in cls.inputs}
+            for samples in cls.sample_axes
+        }
+        cls._layouts = {
+            name: tuple(dict.fromkeys(spec for specs in over.values() for spec in specs[name])) for name in cls.inputs
+        }
+        cls._weight_input = next(
+            (
+                name
+                for name in cls.inputs
+                if (spec := cls.declared(name)[0]).dtype == "weight" and spec.names[0] == "batch"
+            ),
+            None,
+        )
+        cls._forms = {
+            samples: {name: [spec.axes for spec in own] for name, own in specs.items()}
+            for samples, specs in over.items()
+        }
 
     def __init__(self, reduction: str = "mean", **scalars: float) -> None:
         super().__init__()
@@ -156,14 +190,14 @@ class Loss(nn.Module):
         """Whether a fused kernel computes this loss."""
         return cls.fused is not Loss.fused
 
+    def covered_by_kernel(self, given: Mapping[str, Spec]) -> bool:
+        """Whether ``fused`` computes it with these settings and inputs; where not, the formula does."""
+        return self.has_kernel()
+
     @classmethod
     def weight_input(cls) -> str | None:
         """The input that weighs samples, where there is one."""
-        for name in cls.inputs:
-            spec = cls.layouts(name)[0]
-            if spec.dtype == "weight" and spec.names[0] == "batch":
-                return name
-        return None
+        return cls._weight_input
 
     @staticmethod
     def reference(**inputs: Any) -> Any:
@@ -183,11 +217,25 @@ class Loss(nn.Module):
         """Whether the value is 0 when every student tensor equals the teacher's, under these settings."""
         return False
 
+    def sees_masked_classes(self) -> bool:
+        """Whether a class whose logits are −inf, for student and teacher, makes the loss infinite, where others leave it out."""
+        return False
+
     @classmethod
-    def layouts(cls, name: str) -> Layouts:
-        """The forms that the input ``name`` may take; the first is the default."""
+    def declared(cls, name: str) -> Layouts:
+        """The forms of the input ``name`` as ``inputs`` has them: one sample per entry of the batch."""
         spec = cls.inputs[name]
         return (spec,) if isinstance(spec, Spec) else tuple(spec)
+
+    @classmethod
+    def layouts(cls, name: str) -> Layouts:
+        """The forms that the input ``name`` may take, over all ``sample_axes``; the first is the default."""
+        return cls._layouts[name]
+
+    @classmethod
+    def forms(cls) -> Mapping[str, Mapping[str, Sequence[str]]]:
+        """For each of ``sample_axes``: the axes that every input may have with it."""
+        return cls._forms
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, as this instance has them."""

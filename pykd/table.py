@@ -22,13 +22,13 @@ def losses() -> str:
     lines = ["| loss | class | inputs | per sample | what it is | paper |", "|---|---|---|---|---|---|"]
     for name, cls in registry.registered().items():
         inputs = "<br>".join(
-            f"`{given}` ({' or '.join(', '.join(spec.names) for spec in cls.layouts(given))})"
+            f"`{given}` ({' or '.join(', '.join(spec.names) for spec in cls.declared(given))})"
             + (" ∇" if cls.layouts(given)[0].grad else "")
             for given in cls.inputs
             if not cls.layouts(given)[0].optional
         )
         what = (inspect.getdoc(cls) or "").splitlines()[0]
-        per_sample = "no" if cls.couples_batch else "yes"
+        per_sample = "no" if cls.couples_batch else "yes, and per token" if len(cls.sample_axes) > 1 else "yes"
         lines.append(f"| `{name}` | `{cls.__name__}` | {inputs} | {per_sample} | {what} | {cls.paper} |")
     return "\n".join(lines)
 

@@ -32,6 +32,11 @@ class Subject:
     ) -> dict[str, Any]:
         return self.composition.draw(self.graph().signature.inputs, sizes, seed, dtype)
 
+    def take(self, tensors: dict[str, Any], rows: Any) -> dict[str, Any]:
+        """The tensors at these entries of the batch."""
+        specs = self.graph().signature.inputs
+        return {name: t[rows] if specs[name].names[0] == "batch" else t for name, t in tensors.items()}
+
     def __str__(self) -> str:
         return self.name
 

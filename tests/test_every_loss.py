@@ -24,6 +24,11 @@ def as_numpy(tensors):
     return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
 
 
+def per_row(weights, like):
+    """Weights that are the same along every axis of ``like`` but the first."""
+    return torch.tensor(weights).reshape(-1, *[1] * (like.dim() - 1)).expand_as(like).clone()
+
+
 def leaves(subject, tensors):
     """Copies of the tensors; those that receive the gradient require it."""
     specs = subject.graph().signature.inputs
@@ -143,7 +148,7 @@ def test_torchscript_equals_eager_in_calls_with_changing_shapes(subject):
 def test_permuting_the_batch_changes_nothing(subject):
     tensors = subject.draw({"batch": 6}, seed=7)
     order = torch.tensor([3, 1, 5, 0, 4, 2])
-    moved = {name: tensor[order] for name, tensor in tensors.items()}
+    moved = subject.take(tensors, order)
     torch.testing.assert_close(subject.graph()(**moved)["loss"], subject.graph()(**tensors)["loss"])
 
 
@@ -201,7 +206,12 @@ def test_masked_classes_have_no_part(subject):
         masked[name] = torch.cat([tensors[name], torch.full_like(tensors[name][..., :1], float("-inf"))], dim=-1)
     if "labels" in tensors and tensors["labels"].is_floating_point():
         masked["labels"] = torch.cat([tensors["labels"], torch.zeros_like(tensors["labels"][..., :1])], dim=-1)
+    if "class_weight" in tensors:
+        masked["class_weight"] = torch.cat([tensors["class_weight"], torch.ones(1)])
     with_grad, plain = leaves(subject, masked), leaves(subject, tensors)
+    if any(part.loss.sees_masked_classes() for term in subject.composition.terms_ for part in term.parts):
+        assert subject.graph()(**with_grad)["loss"] == float("inf")
+        return
     got, want = subject.graph()(**with_grad)["loss"], subject.graph()(**plain)["loss"]
     torch.testing.assert_close(got, want)
     got.backward()
@@ -234,9 +244,9 @@ def test_weight_zero_equals_leaving_the_sample_out(subject):
     if "sample_weight" not in subject.optional or subject.composition.students:
         pytest.skip("no weight per row")
     tensors = subject.draw({"batch": 5}, seed=13)
-    tensors["sample_weight"] = torch.tensor([0.5, 0.0, 2.0, 0.0, 1.0], dtype=torch.float64)
+    tensors["sample_weight"] = per_row([0.5, 0.0, 2.0, 0.0, 1.0], tensors["sample_weight"])
     kept = torch.tensor([0, 2, 4])
-    fewer = {name: tensor[kept] for name, tensor in tensors.items()}
+    fewer = subject.take(tensors, kept)
     torch.testing.assert_close(subject.graph()(**tensors)["loss"], subject.graph()(**fewer)["loss"])
 
 
@@ -254,7 +264,7 @@ def test_a_weighted_sample_with_an_infinite_value_does_not_leak_when_left_out(su
     if "sample_weight" not in subject.optional or subject.composition.students:
         pytest.skip("no weight per row")
     tensors = subject.draw({"batch": 3}, seed=15)
-    tensors["sample_weight"] = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    tensors["sample_weight"] = per_row([1.0, 0.0, 1.0], tensors["sample_weight"])
     for name in tensors:
         if name.startswith("student_logits"):
             tensors[name][1, 0] = float("-inf")

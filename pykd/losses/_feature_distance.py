@@ -29,6 +29,18 @@ def feature_distance_rows(student: Tensor, teacher: Tensor, power: str) -> Tenso
     return distances.sum(dim=-1).mean(dim=-1)
 
 
+def _samples(features: Tensor, weight: Tensor | None, spatial_avg: str | None) -> Tensor:
+    """``(batch, tokens, channels)`` as ``(…, tokens, channels)`` with what counts samples in front: the tokens, if they have weights."""
+    if weight is not None and weight.dim() > 1:
+        if spatial_avg is not None:
+            raise ValueError(
+                "expected spatial_avg to be None where every token has a weight or may be ignored, got 'mean'; "
+                "average the tokens before, or weigh whole samples (share_ignored=False in a composition)"
+            )
+        return ops.upcast(features).unsqueeze(-2)
+    return ops.pool_tokens(features, spatial_avg)
+
+
 def feature_distance(
     student_features: Tensor,
     teacher_features: Tensor,
@@ -39,8 +51,8 @@ def feature_distance(
 ) -> Tensor:
     """The whole loss, from the inputs of :class:`FeatureDistance`."""
     weight = ops.optional_weight(sample_weight)
-    student = ops.pool_tokens(ops.without_left_out(student_features, weight), spatial_avg)
-    teacher = ops.pool_tokens(ops.without_left_out(teacher_features, weight), spatial_avg)
+    student = _samples(ops.without_left_out(student_features, weight), weight, spatial_avg)
+    teacher = _samples(ops.without_left_out(teacher_features, weight), weight, spatial_avg)
     values = feature_distance_rows(student, teacher, power)
     return ops.reduce(values, weight, reduction)
 
@@ -57,7 +69,9 @@ class FeatureDistance(Loss):
         Case(),
         Case({"spatial_avg": "mean"}),
         Case({"reduction": "sum"}, optional=("sample_weight",)),
+        Case(layouts={"sample_weight": "batch tokens"}, optional=("sample_weight",)),
     )
+    sample_axes = ("batch", "batch tokens")
     paper = "Wang et al. ICCVW 2019"
 
     spatial_avg: str | None  # TorchScript must know that it may be either
@@ -74,11 +88,12 @@ class FeatureDistance(Loss):
         teacher_features: Tensor,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
+        weight = ops.optional_weight(sample_weight)
         tensors = {"student": student_features, "teacher": teacher_features}
-        if self.spatial_avg is not None:
-            tensors = {name: ops.pool_tokens(tensor, self.spatial_avg) for name, tensor in tensors.items()}
+        if self.spatial_avg is not None or (weight is not None and weight.dim() > 1):
+            tensors = {name: _samples(tensor, weight, self.spatial_avg) for name, tensor in tensors.items()}
         values = kernel(KERNEL, "value", feature_distance_rows, tensors, {"power": self.kernel_power}, weight="weight")
-        return ops.reduce(values, ops.optional_weight(sample_weight), self.reduction)
+        return ops.reduce(values, weight, self.reduction)
 
     def zero_when_equal(self) -> bool:
         return True

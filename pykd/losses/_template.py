@@ -108,5 +108,4 @@ class Template(Loss):
         for s, t in zip(student_logits, teacher_logits, strict=True):
             q, p = np.exp(log_softmax(s / temperature)), np.exp(log_softmax(t / temperature))
             values.append(((q - p) ** 2).sum())
-        weights = np.ones(len(values)) if sample_weight is None else sample_weight
-        return reduce_samples(values, weights, reduction)
+        return reduce_samples(values, sample_weight, reduction)

@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from pykd.losses._feature_distance import FeatureDistance, feature_distance
-from pykd.reference import reduce_samples, unit
+from pykd.reference import reduce_samples, rows, unit
 from pykd.registry import register
 
 
@@ -29,14 +29,16 @@ class FeatureL2(FeatureDistance):
     Args:
         spatial_avg: ``"mean"``: average each feature map over its tokens before it is normalised and
             compared; ``None``: compare token by token.
-        reduction: ``"mean"``: Σ w·ℓ / Σ w with w = ``sample_weight`` or 1; ``"sum"``; ``"none"``: ``(batch,)``.
+        reduction: ``"mean"``: Σ w·ℓ / Σ w with w = ``sample_weight`` or 1; ``"sum"``; ``"none"``: ``(batch,)``,
+            or the shape of ``sample_weight``.
 
     Inputs:
         student_features: ``(batch, tokens, channels)``, any floating type; receives the gradient. A
             convolutional map ``(batch, channels, height, width)`` is ``x.flatten(2).transpose(1, 2)``.
         teacher_features: ``(batch, tokens, channels)``, same type; constant.
         sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask of True and False; constant. A
-            sample of weight 0 has no part in value and gradient, whatever it holds.
+            sample of weight 0 has no part in value and gradient, whatever it holds. With ``(batch, tokens)`` every token is a
+            sample (of a sequence with padding, say); not together with ``spatial_avg``.
 
     Returns:
         Between 0 and 4 (it is 2 − 2·cosine), no unit; a scalar unless ``reduction="none"``; 0 when the directions
@@ -67,10 +69,13 @@ class FeatureL2(FeatureDistance):
     @staticmethod
     def reference(student_features, teacher_features, sample_weight=None, spatial_avg=None, reduction="mean"):
         """One token at a time, from the definition."""
+        if np.ndim(sample_weight) == 2:  # every token is a sample
+            student_features, teacher_features = (rows(x, 1)[:, None] for x in (student_features, teacher_features))
         values = []
         for x, y in zip(student_features, teacher_features, strict=True):
             if spatial_avg == "mean":
                 x, y = x.mean(axis=0, keepdims=True), y.mean(axis=0, keepdims=True)
             values.append(np.mean([((unit(a) - unit(b)) ** 2).sum() for a, b in zip(x, y, strict=True)]))
-        weights = np.ones(len(values)) if sample_weight is None else sample_weight
-        return reduce_samples(values, weights, reduction)
+        return reduce_samples(
+            values, sample_weight, reduction, None if sample_weight is None else np.shape(sample_weight)
+        )

@@ -1,5 +1,7 @@
 """Hard targets: the cross-entropy of the student against the labels."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from pykd import ops
 from pykd.kernel_point import KernelPoint
 from pykd.losses.soft_target import KERNEL
-from pykd.reference import log_softmax, reduce_samples
+from pykd.reference import log_softmax, reduce_samples, rows
 from pykd.registry import Case, Loss, Spec, register
 
 
@@ -33,22 +35,54 @@ def _kept_weight(labels: Tensor, sample_weight: Tensor | None, ignore_index: int
     return ops.weigh(labels != ignore_index, sample_weight)
 
 
+def _weight_of_label(labels: Tensor, class_weight: Tensor) -> Tensor:
+    """The weight of the class that each label names; that of class 0 for labels out of range, which are NaN or ignored."""
+    valid = (labels >= 0) & (labels < class_weight.size(0))
+    return class_weight[torch.where(valid, labels, torch.zeros_like(labels))]
+
+
+def _smooth(values: Tensor, student: Tensor, class_weight: Tensor | None, label_smoothing: float) -> Tensor:
+    """``values`` with the share ``label_smoothing`` of every target spread evenly over the classes."""
+    log_q = torch.log_softmax(ops.upcast(student), dim=-1)
+    if class_weight is not None:
+        log_q = ops.product_or_zero(class_weight.to(log_q.dtype), log_q)
+    return (1.0 - label_smoothing) * values - label_smoothing * log_q.mean(dim=-1)
+
+
 def hard_target(
     student_logits: Tensor,
     labels: Tensor,
     sample_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
     """Cross-entropy against class indices or class probabilities; see :class:`HardTarget`."""
+    classes = ops.optional_weight(class_weight)
     if labels.dim() == student_logits.dim():
         weight = ops.optional_weight(sample_weight)
         student = ops.without_left_out(student_logits, weight)
-        values = hard_target_rows_of_probabilities(student, ops.without_left_out(labels, weight))
+        targets = ops.upcast(ops.without_left_out(labels.detach(), weight))
+        if classes is not None:
+            targets = classes.to(targets.dtype) * targets
+        values = hard_target_rows_of_probabilities(student, targets)
+        if label_smoothing != 0.0:
+            values = _smooth(values, student, classes, label_smoothing)
         return ops.reduce(values, weight, reduction)
     kept = _kept_weight(labels, sample_weight, ignore_index)
-    values = hard_target_rows(ops.without_left_out(student_logits, kept), labels)
-    return ops.reduce(values, kept, reduction)
+    count = kept
+    if classes is not None:
+        dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+        count = kept.to(dtype) * _weight_of_label(labels, classes).to(dtype)
+    if label_smoothing == 0.0:  # Σ w·v·ℓ / Σ w·v
+        values = hard_target_rows(ops.without_left_out(student_logits, count), labels)
+        return ops.reduce(values, count, reduction)
+    student = ops.without_left_out(student_logits, kept)
+    values = hard_target_rows(student, labels)
+    if classes is not None:
+        values = ops.product_or_zero(_weight_of_label(labels, classes).to(values.dtype), values)
+    return ops.reduce(_smooth(values, student, classes, label_smoothing), kept, reduction, count)
 
 
 @register("hard_target")
@@ -58,31 +92,42 @@ class HardTarget(Loss):
     .. math:: \ell_b = -\sum_c y_{bc} \log \mathrm{softmax}(s_b)_c
 
     with class probabilities y, or the one-hot rows that class indices stand for. Temperature plays no
-    part in it: this is the ordinary classification loss that distillation is mixed with.
+    part in it: this is the ordinary classification loss that distillation is mixed with. With class weights v and
+    label smoothing ε among C classes
+
+    .. math:: \ell_b = -\sum_c v_c \left((1 - \varepsilon)\, y_{bc} + \frac{\varepsilon}{C}\right)
+              \log \mathrm{softmax}(s_b)_c
 
     Args:
+        label_smoothing: ε, from 0 to 1.
         ignore_index: a class index that marks samples to leave out (indices only).
         reduction: ``"mean"``: Σ w·ℓ / Σ w, where w is 0 for ignored samples, ``sample_weight`` or 1
-            elsewhere (so: the mean over the kept samples); 0 where nothing is kept. ``"sum"``: Σ w·ℓ.
-            ``"none"``: w·ℓ, shape ``(batch,)``.
+            elsewhere (so: the mean over the kept samples); with class indices and class weights Σ w·ℓ / Σ w·v, where v is
+            the weight of the sample's class; 0 where nothing is kept. ``"sum"``: Σ w·ℓ. ``"none"``: w·ℓ, shape
+            ``(batch,)`` or ``(batch, tokens)``.
 
     Inputs:
-        student_logits: ``(batch, classes)``, any floating type; receives the gradient. −inf masks a class.
-        labels: class probabilities ``(batch, classes)`` of the same type, or class indices ``(batch,)``
-            int64; constant.
-        sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask of True and False; constant. A
-            sample of weight 0 has no part in value and gradient, whatever it holds.
+        student_logits: ``(batch, classes)``, or ``(batch, tokens, classes)``, where each token is a sample; any floating type;
+            receives the gradient. −inf masks a class.
+        labels: class probabilities of the same shape and type, or class indices int64, ``(batch,)`` or
+            ``(batch, tokens)``; constant.
+        sample_weight: optional ``(batch,)`` or ``(batch, tokens)``, at least 0, of any floating type, or a mask of True and
+            False; constant. A sample of weight 0 has no part in value and gradient, whatever it holds.
+        class_weight: optional ``(classes,)``, v, at least 0, of any floating type; constant; 1 where it is left out.
 
     Returns:
         Nats, at least 0; a scalar unless ``reduction="none"``. float32 for half-precision inputs, which
-        are computed in float32. A label of probability 0 adds 0 even where the student's logit is −inf.
+        are computed in float32. A label of probability 0 adds 0 even where the student's logit is −inf; with label
+        smoothing no probability is 0, and such a class gives +inf, unless its weight is 0.
 
     Raises:
         ValueError: for shapes that do not fit, an empty batch, or an index out of range (on the CPU; on
             a GPU, which is not waited for, in compiled code and in exported files run elsewhere, the loss is NaN).
 
-    Same as ``torch.nn.functional.cross_entropy`` (``ignore_index`` included), except that a batch with
-    every sample ignored gives 0, not NaN.
+    Same as ``torch.nn.functional.cross_entropy`` with its ``weight``, ``label_smoothing`` and ``ignore_index``, divisors
+    included, except that the classes are the last axis, and that a batch with every sample ignored gives 0, not NaN.
+    The kernel computes class indices, with or without class weights, and plain class probabilities; anything else
+    is computed by the formula.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
@@ -102,23 +147,62 @@ class HardTarget(Loss):
             Spec("batch", dtype="int64", index_of="classes", draw="indices"),
         ),
         "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "class_weight": Spec("classes", dtype="weight", optional=True, draw="weights"),
     }
+    sample_axes = ("batch", "batch tokens")
     cases = (
         Case(),
         Case(layouts={"labels": "batch"}),
         Case({"reduction": "sum", "ignore_index": 1}, layouts={"labels": "batch"}, optional=("sample_weight",)),
+        Case({"label_smoothing": 0.1}, layouts={"labels": "batch"}, optional=("class_weight",)),
+        Case(
+            {"ignore_index": 1},
+            layouts={"labels": "batch tokens"},
+            optional=("sample_weight", "class_weight"),
+        ),
     )
     paper = "Hinton, Vinyals, Dean 2015, arXiv:1503.02531"
 
-    def __init__(self, ignore_index: int = -100, reduction: str = "mean"):
+    def __init__(self, label_smoothing: float = 0.0, ignore_index: int = -100, reduction: str = "mean"):
         super().__init__(reduction)
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(
+                f"expected label_smoothing to be a number from 0 to 1, got {label_smoothing!r}; pass another number"
+            )
+        self.label_smoothing = float(label_smoothing)
         self.ignore_index = ignore_index
 
-    def forward(self, student_logits: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        return hard_target(student_logits, labels, sample_weight, self.ignore_index, self.reduction)
+    def forward(
+        self,
+        student_logits: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None = None,
+        class_weight: Tensor | None = None,
+    ) -> Tensor:
+        return hard_target(
+            student_logits,
+            labels,
+            sample_weight,
+            class_weight,
+            self.label_smoothing,
+            self.ignore_index,
+            self.reduction,
+        )
+
+    def sees_masked_classes(self) -> bool:
+        return self.label_smoothing != 0
+
+    def covered_by_kernel(self, given: Mapping[str, Spec]) -> bool:
+        plain = "class_weight" not in given or given["labels"].dtype == "int64"
+        return self.label_smoothing == 0 and plain
 
     def fused(
-        self, kernel: KernelPoint, student_logits: Tensor, labels: Tensor, sample_weight: Tensor | None = None
+        self,
+        kernel: KernelPoint,
+        student_logits: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None = None,
+        class_weight: Tensor | None = None,
     ) -> Tensor:
         if labels.dim() == student_logits.dim():
             tensors = {"student": student_logits, "label_probs": labels}
@@ -126,22 +210,34 @@ class HardTarget(Loss):
             return ops.reduce(values, ops.optional_weight(sample_weight), self.reduction)
         tensors = {"student": student_logits, "labels": labels}
         values = kernel(KERNEL, "hard", hard_target_rows, tensors, {}, weight="hard_weight")
-        return ops.reduce(values, _kept_weight(labels, sample_weight, self.ignore_index), self.reduction)
+        weight = _kept_weight(labels, sample_weight, self.ignore_index)
+        if class_weight is not None:
+            weight = weight * _weight_of_label(labels, ops.upcast(class_weight.detach()))
+        return ops.reduce(values, weight, self.reduction)
 
     @staticmethod
-    def reference(student_logits, labels, sample_weight=None, ignore_index=-100, reduction="mean"):
+    def reference(
+        student_logits,
+        labels,
+        sample_weight=None,
+        class_weight=None,
+        label_smoothing=0.0,
+        ignore_index=-100,
+        reduction="mean",
+    ):
         """One sample at a time, from the definition."""
-        values, weights = [], []
-        for b, logits in enumerate(student_logits):
-            log_q = log_softmax(logits)
-            weight = 1.0 if sample_weight is None else float(sample_weight[b])
-            if np.ndim(labels[b]) == 0:
-                if labels[b] == ignore_index:
-                    values.append(0.0)
-                    weights.append(0.0)
-                    continue
-                values.append(-log_q[labels[b]])
-            else:
-                values.append(-sum(y * lq for y, lq in zip(labels[b], log_q, strict=True) if y != 0))
-            weights.append(weight)
-        return reduce_samples(values, weights, reduction)
+        classes = np.shape(student_logits)[-1]
+        v = np.ones(classes) if class_weight is None else np.asarray(class_weight, np.float64)
+        indices = np.ndim(labels) < np.ndim(student_logits)
+        samples = np.shape(student_logits)[:-1]
+        weights = np.ones(samples) if sample_weight is None else np.asarray(sample_weight, np.float64)
+        if indices:
+            weights = np.where(np.asarray(labels) == ignore_index, 0.0, weights)
+        values, counts = [], []
+        every = zip(rows(student_logits, 1), rows(labels, 0 if indices else 1), weights.ravel(), strict=True)
+        for logits, label, weight in every:
+            target = np.eye(classes)[label if weight != 0 else 0] if indices else label
+            smoothed = v * ((1 - label_smoothing) * target + label_smoothing / classes)
+            values.append(-sum(t * lq for t, lq in zip(smoothed, log_softmax(logits), strict=True) if t != 0))
+            counts.append(weight * (v @ target) if indices else weight)
+        return reduce_samples(values, weights, reduction, samples, counts)

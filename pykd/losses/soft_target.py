@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pykd import ops
 from pykd.kernel_point import Argument, Kernel, KernelPoint
-from pykd.reference import log_softmax, reduce_samples
+from pykd.reference import log_softmax, reduce_samples, rows
 from pykd.registry import Case, Loss, Scalar, Spec, register
 
 FORMS = ("cross_entropy", "kl", "reverse_kl", "symmetric_kl", "jsd")
@@ -112,13 +112,16 @@ class SoftTarget(Loss):
             β times the forward KL, near 1 to 1 − β times the reverse.
         tau_squared: whether to multiply by T², which keeps the size of the gradient comparable when T
             changes (Hinton et al., section 2). Off by default.
-        reduction: ``"mean"``: Σ w·ℓ / Σ w with w = ``sample_weight`` or 1; ``"sum"``; ``"none"``: ``(batch,)``.
+        reduction: ``"mean"``: Σ w·ℓ / Σ w with w = ``sample_weight`` or 1; ``"sum"``; ``"none"``:
+            ``(batch,)`` or ``(batch, tokens)``.
 
     Inputs:
-        student_logits: ``(batch, classes)``, any floating type; receives the gradient. −inf masks a class.
-        teacher_logits: ``(batch, classes)``, same type; constant.
-        sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask of True and False; constant. A
-            sample of weight 0 has no part in value and gradient, whatever it holds.
+        student_logits: ``(batch, classes)``, or ``(batch, tokens, classes)``, where each token is a sample; any floating type;
+            receives the gradient. −inf masks a class.
+        teacher_logits: the same shape and type; constant.
+        sample_weight: optional ``(batch,)`` or ``(batch, tokens)``, at least 0, of any floating type, or a mask of True and
+            False, such as ``labels != -100``; constant. A sample of weight 0 has no part in value and gradient,
+            whatever it holds.
 
     Returns:
         Nats, at least 0; a scalar unless ``reduction="none"``. float32 for half-precision inputs, which
@@ -152,6 +155,7 @@ class SoftTarget(Loss):
         "teacher_logits": Spec("batch classes"),
         "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
     }
+    sample_axes = ("batch", "batch tokens")
     scalars = {"temperature": Scalar(minimum=0.0, exclusive=True)}
     cases = (
         Case({"temperature": 2.0}),
@@ -161,6 +165,7 @@ class SoftTarget(Loss):
         Case({"temperature": 2.0, "form": "reverse_kl"}),
         Case({"temperature": 1.5, "form": "symmetric_kl"}),
         Case({"temperature": 2.5, "form": "jsd", "beta": 0.3}),
+        Case({"temperature": 3.0}, layouts={"student_logits": "batch tokens classes"}, optional=("sample_weight",)),
     )
     paper = "Hinton, Vinyals, Dean 2015, arXiv:1503.02531"
 
@@ -246,7 +251,7 @@ class SoftTarget(Loss):
     ):
         """One sample at a time, from the definition."""
         values = []
-        for s, t in zip(student_logits, teacher_logits, strict=True):
+        for s, t in zip(rows(student_logits, 1), rows(teacher_logits, 1), strict=True):
             log_q = log_softmax(s / temperature if soften_student else s)
             log_p = log_softmax(t / temperature)
             value = {
@@ -257,8 +262,7 @@ class SoftTarget(Loss):
                 "jsd": lambda p, q: _jensen_shannon(p, q, beta),
             }[form](log_p, log_q)
             values.append(value * (temperature**2 if tau_squared else 1.0))
-        weights = np.ones(len(values)) if sample_weight is None else sample_weight
-        return reduce_samples(values, weights, reduction)
+        return reduce_samples(values, sample_weight, reduction, np.shape(student_logits)[:-1])
 
 
 def _sum(log_weights, terms):
