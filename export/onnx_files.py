@@ -160,7 +160,7 @@ def _to_onnx(
     """The ONNX model of a function of tensors, with our names, free axes, and nothing that torch left in it."""
     values = tuple(arguments.values())
     with _quiet():
-        table = dict(core_aten_decompositions())
+        table = {**core_aten_decompositions(), torch.ops.aten._log_softmax.default: _log_softmax}
         traced = make_fx(function, tracing_mode="symbolic", decomposition_table=table)(*values)
         _tidy(traced)
         free = [dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO) for value in values]
@@ -177,6 +177,12 @@ def _to_onnx(
     model: onnx.ModelProto = program.model_proto
     _clean(model)
     return model
+
+
+def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    """Written out: some runtimes compute ONNX's LogSoftmax as log(softmax), which is −∞ where the softmax underflows."""
+    shifted = x - x.amax(dim, keepdim=True)
+    return shifted - shifted.exp().sum(dim, keepdim=True).log()
 
 
 def _tidy(traced: fx.GraphModule) -> None:
