@@ -16,6 +16,8 @@ __all__ = ["FILES", "Report", "export", "verify"]
 FILES = {"torchscript": "loss.pt", "value": "loss.onnx", "gradient": "loss.grad.onnx"}
 MANIFEST = "manifest.json"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+KERNELS = ("auto", "on", "off")
+PARAMETERS = ("overridable", "fixed", "inputs")
 
 
 def export(
@@ -26,6 +28,8 @@ def export(
     optional_inputs: Iterable[str] = (),
     per_sample: bool = False,
     dtype: str = "float32",
+    kernels: str = "auto",
+    parameters: str = "overridable",
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Writes ``loss.pt``, ``loss.onnx``, ``loss.grad.onnx`` and ``manifest.json``, and verifies them.
@@ -45,13 +49,20 @@ def export(
         per_sample: whether to add ``loss_per_sample`` and one vector for every term that splits over samples.
         dtype: floating type of the ONNX files: ``"float32"``, ``"float16"``, ``"bfloat16"`` or ``"float64"``. The
             TorchScript file takes any of them.
+        kernels: whether the ONNX files have a node of the domain ``pykd`` for each fused kernel, with the formula as its
+            function. ``"auto"``: where there is a kernel. ``"on"``: the same, and a ValueError where there is none.
+            ``"off"``: standard operators alone, for runtimes that do not know functions inside a file.
+        parameters: how temperatures and weights are held in the ONNX files. ``"overridable"``: initialisers that are
+            inputs, too, so that every call may set them, or leave them out. ``"inputs"``: plain inputs without a
+            default, for runtimes that cannot override initialisers. ``"fixed"``: constants; no call can set them, in
+            the TorchScript file neither. :func:`pykd.load` knows all three.
         progress: called with a line per step; by default the lines go to stderr. Pass ``lambda line: None`` for silence.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: for an unknown layout, input or dtype.
+        ValueError: for an unknown layout, input, dtype or form, and for ``kernels="on"`` where there is no kernel.
         RuntimeError: where a written file disagrees with the float64 reference.
         OSError: where the folder cannot be written.
     """
@@ -59,20 +70,25 @@ def export(
     from pykd.export import folder, metadata, onnx_files, torchscript
 
     say = progress or (lambda line: print(line, file=sys.stderr, flush=True))
-    if dtype not in DTYPES:
-        raise ValueError(f"expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}; pass one of these")
+    for name, given, known in (
+        ("dtype", dtype, DTYPES),
+        ("kernels", kernels, KERNELS),
+        ("parameters", parameters, PARAMETERS),
+    ):
+        if given not in known:
+            raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {given!r}; pass one of these")
     composition = as_composition(loss)
     graph = composition.graph(layouts, optional_inputs, per_sample, check=True)
     plain = composition.graph(layouts, optional_inputs, per_sample, check=False)
     fused = composition.graph(layouts, optional_inputs, per_sample, check=False, fused=True)
     described = {
-        "torchscript": metadata.of_graph(composition, graph, "torchscript", "float", None),
-        "value": metadata.of_graph(composition, graph, "value", dtype, onnx_files.OPSET),
-        "gradient": metadata.of_graph(composition, graph, "gradient", dtype, onnx_files.OPSET),
+        "torchscript": metadata.of_graph(composition, graph, "torchscript", "float", None, parameters),
+        "value": metadata.of_graph(composition, graph, "value", dtype, onnx_files.OPSET, parameters),
+        "gradient": metadata.of_graph(composition, graph, "gradient", dtype, onnx_files.OPSET, parameters),
     }
     with folder.replacing(directory, [*FILES.values(), MANIFEST]) as made:
         step = _Step(say)
-        models = onnx_files.build(composition, plain, fused, dtype)
+        models = onnx_files.build(composition, plain, fused, dtype, kernels, parameters)
         export_id = _export_id(described, models)
         for kind, entry in described.items():
             entry["export_id"] = export_id

@@ -10,7 +10,7 @@ import torch
 from pykd._version import __version__
 from pykd.composition import Composition, LossGraph
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest; a file has the oldest version that says what it needs
 KEY = "pykd"  # of ONNX metadata_props
 EXTRA_FILE = "pykd.json"  # of TorchScript files
 GRAD_SCALE = "grad_scale"
@@ -21,7 +21,14 @@ def gradient_inputs(graph: LossGraph) -> list[str]:
     return [name for name, spec in graph.signature.inputs.items() if spec.grad]
 
 
-def of_graph(composition: Composition, graph: LossGraph, kind: str, dtype: str, opset: int | None) -> dict[str, Any]:
+def of_graph(
+    composition: Composition,
+    graph: LossGraph,
+    kind: str,
+    dtype: str,
+    opset: int | None,
+    parameters_as: str = "overridable",
+) -> dict[str, Any]:
     """The metadata of one file.
 
     Args:
@@ -30,6 +37,7 @@ def of_graph(composition: Composition, graph: LossGraph, kind: str, dtype: str, 
         kind: ``"value"``, ``"gradient"`` or ``"torchscript"``.
         dtype: the floating type of the file, ``"float"`` for TorchScript.
         opset: of ONNX files.
+        parameters_as: ``"overridable"``, ``"fixed"`` or ``"inputs"``.
     """
     value_dtype = {"float": "float", "float64": "float64"}.get(dtype, "float32")
     inputs = []
@@ -62,13 +70,14 @@ def of_graph(composition: Composition, graph: LossGraph, kind: str, dtype: str, 
         parameters.append(_parameter(GRAD_SCALE, 1.0, float("-inf"), False))
     return {
         "format": "pykd",
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if parameters_as == "overridable" else 2,
         "kind": kind,
         "name": "_".join(term.name for term in composition.terms_),
         "recipe": composition.recipe(),
         "terms": [_term(composition, term) for term in composition.terms_],
         "inputs": inputs,
         "parameters": parameters,
+        **({"parameters_as": parameters_as} if parameters_as != "overridable" else {}),
         "outputs": outputs,
         **({"opset": opset} if opset is not None else {}),
         "versions": versions(),

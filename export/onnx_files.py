@@ -34,7 +34,14 @@ _ONNX_TYPES = {
 }
 
 
-def build(composition: Composition, graph: LossGraph, fused: LossGraph, dtype: str) -> dict[str, onnx.ModelProto]:
+def build(
+    composition: Composition,
+    graph: LossGraph,
+    fused: LossGraph,
+    dtype: str,
+    kernels: str = "auto",
+    parameters_as: str = "overridable",
+) -> dict[str, onnx.ModelProto]:
     """The models of the two files by their kind, ``"value"`` and ``"gradient"``, still without metadata.
 
     Args:
@@ -42,9 +49,16 @@ def build(composition: Composition, graph: LossGraph, fused: LossGraph, dtype: s
         graph: built with ``check=False``.
         fused: the same with ``fused=True``.
         dtype: the floating type of the inputs.
+        kernels: whether there are nodes for kernels: ``"auto"``, ``"on"`` or ``"off"``.
+        parameters_as: ``"overridable"``, ``"fixed"`` or ``"inputs"``.
     """
     compute = "float64" if dtype == "float64" else "float32"
-    model, sites = _traced(composition, fused if fused.kernel_point and compute == "float32" else graph, compute)
+    has_kernel = fused.kernel_point is not None and compute == "float32"
+    if kernels == "on" and not has_kernel:
+        raise ValueError(
+            f"expected a loss with a kernel for {dtype}, as kernels='on' asks for, got one without; pass 'auto' or 'off'"
+        )
+    model, sites = _traced(composition, fused if has_kernel and kernels != "off" else graph, compute)
     _cast_ends(model, graph, sites, dtype)
     gradients = [f"grad_{name}" for name in metadata.gradient_inputs(graph)]
     value = onnx.ModelProto()
@@ -52,6 +66,7 @@ def build(composition: Composition, graph: LossGraph, fused: LossGraph, dtype: s
     for part, without in ((model, []), (value, [*gradients, metadata.GRAD_SCALE])):
         _remove(part, without, sites)
         kernel_nodes.name_nodes(part, sites, dtype)
+        _hold_parameters(part, [*graph.signature.parameters, metadata.GRAD_SCALE], parameters_as)
     return {"value": value, "gradient": model}
 
 
@@ -237,6 +252,14 @@ def _remove(model: onnx.ModelProto, without: Sequence[str], sites: Sequence[Site
     _keep(graph.initializer, lambda item: item.name in needed or item.name in {i.name for i in graph.input})
 
 
+def _hold_parameters(model: onnx.ModelProto, names: Sequence[str], form: str) -> None:
+    """Parameters are inputs with an initialiser; fixed, they are no inputs, and as inputs they have no initialiser."""
+    if form == "fixed":
+        _keep(model.graph.input, lambda item: item.name not in names)
+    elif form == "inputs":
+        _keep(model.graph.initializer, lambda item: item.name not in names)
+
+
 def _keep(field: Any, condition: Any) -> None:
     kept = [type(item).FromString(item.SerializeToString()) for item in field if condition(item)]
     del field[:]
@@ -250,6 +273,8 @@ def _describe(model: onnx.ModelProto, described: dict[str, Any]) -> None:
     types = {**_ONNX_TYPES, "int64": onnx.TensorProto.INT64}
     compute = "float64" if any(entry["dtype"] == "float64" for entry in described["inputs"]) else "float32"
     numbers = [{"name": entry["name"], "axes": [], "dtype": compute} for entry in described["parameters"]]
+    if described.get("parameters_as") == "fixed":
+        numbers = []
     for wanted, found in (
         ([*described["inputs"], *numbers], model.graph.input),
         (described["outputs"], model.graph.output),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pykd import files
-from pykd.export import integrity
+from pykd.export import integrity, metadata
 
 Values = Mapping[str, Tensor]
 Run = Callable[[Values, Mapping[str, float]], dict[str, Tensor]]
@@ -160,6 +160,7 @@ def verify(
     contents = _contents(directory, manifest)
     composition, graph, dtype = definition(manifest)
     per_sample = "loss_per_sample" in graph.signature.outputs
+    form = manifest.get("parameters_as", "overridable")
     missing = [f"{name} is not in the folder" for name in manifest["files"] if name not in contents]
     if "loss.pt" in contents and not trust:
         del contents["loss.pt"]
@@ -170,13 +171,15 @@ def verify(
         axes = dict.fromkeys(axis for spec in graph.signature.inputs.values() for axis in spec.names)
         sizes = {axis: lengths.get(axis, lengths.get(axis.rstrip("_0123456789"), lengths[""])) for axis in axes}
         inputs = composition.draw(graph.signature.inputs, sizes, seed + number, getattr(torch, dtype))
-        # The first size keeps the defaults; the others move every parameter.
-        numbers = {n: p.default * (1 + 0.25 * number) for n, p in graph.signature.parameters.items()}
+        # The first size keeps the defaults; the others move every parameter that a call can set.
+        factor = 1.0 if form == "fixed" else 1 + 0.25 * number
+        numbers = {n: p.default * factor for n, p in graph.signature.parameters.items()}
+        given = numbers if factor != 1 or form == "inputs" else {}
         want = truth(composition, graph, inputs, numbers, per_sample)
         for engine, device, run in runs:
             moved = {name: tensor.to(device) for name, tensor in inputs.items()}
             with _running(engine):
-                got = {name: tensor.cpu() for name, tensor in run(moved, numbers if number else {}).items()}
+                got = {name: tensor.cpu() for name, tensor in run(moved, given).items()}
             value_error, gradient_error = errors(got, want)
             size = " ".join(f"{axis} {length}" for axis, length in sizes.items())
             rows.append(Row(engine, device, dtype, size, value_error, gradient_error))
@@ -357,11 +360,13 @@ def _onnxruntime(data: bytes) -> Run:
     options.log_severity_level = 3  # it warns that parameters can be overridden, which is what they are for
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    compute = {item.name: item.type for item in session.get_overridable_initializers()}
+    required = {item.name: item.type for item in session.get_inputs()}
+    compute = required | {item.name: item.type for item in session.get_overridable_initializers()}
+    scale = {metadata.GRAD_SCALE: 1.0} if metadata.GRAD_SCALE in required else {}
 
     def run(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
         feeds = {n: onnxruntime.OrtValue.from_dlpack(t.contiguous().__dlpack__()) for n, t in inputs.items()}
-        for name, value in numbers.items():
+        for name, value in {**numbers, **scale}.items():
             array = np.array(value, dtype=np.float64 if "double" in compute[name] else np.float32)
             feeds[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
         results = session.run_with_ort_values(names, feeds)
@@ -381,9 +386,11 @@ def _onnx_reference(data: bytes) -> Run:
     def run(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
         feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
         for item in model.graph.input:
-            if item.name in defaults:
-                default = defaults[item.name]
-                feeds[item.name] = np.array(numbers.get(item.name, default), dtype=default.dtype)
+            if item.name not in feeds:
+                value = numbers.get(item.name, defaults.get(item.name, 1.0))  # without a default: grad_scale
+                feeds[item.name] = np.array(
+                    value, onnx.helper.tensor_dtype_to_np_dtype(item.type.tensor_type.elem_type)
+                )
         results = evaluator.run(None, feeds)
         return {n: torch.from_numpy(np.array(v)) for n, v in zip(evaluator.output_names, results, strict=True)}
 

@@ -26,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("--recipe", required=True, type=Path, help="a TOML file; see `pykd show` and docs/recipes.md")
     export.add_argument("--out", required=True, type=Path, help="the folder to write")
     export.add_argument("--dtype", help="floating type of the ONNX files (default: the recipe's, or float32)")
+    export.add_argument(
+        "--kernels", help="nodes for fused kernels in the ONNX files: auto, on, or off for standard operators alone"
+    )
+    export.add_argument("--parameters", help="how ONNX files hold parameters: overridable (default), fixed or inputs")
     export.add_argument("--per-sample", action="store_true", help="add values per sample")
 
     verify = commands.add_parser("verify", help="run exported files on every engine here and compare with float64")
@@ -72,8 +76,9 @@ def _export(options: argparse.Namespace) -> None:
 
     table = recipe.load(options.recipe)
     settings = recipe.export_arguments(table)
-    if options.dtype:
-        settings["dtype"] = options.dtype
+    for name in ("dtype", "kernels", "parameters"):
+        if getattr(options, name):
+            settings[name] = getattr(options, name)
     if options.per_sample:
         settings["per_sample"] = True
     print(export(recipe.build(table), options.out, **settings))

@@ -11,7 +11,7 @@ A recipe is a table (TOML, JSON or a dictionary) of one of three forms::
                                              settings = {temperature = 2.0}
 
 and, in each, an optional table ``[export]`` with the arguments of :func:`pykd.export` (``layouts``,
-``optional_inputs``, ``per_sample``, ``dtype``). A term of several losses has ``parts``, a list of tables with ``loss``,
+``optional_inputs``, ``per_sample``, ``dtype``, ``kernels``, ``parameters``). A term of several losses has ``parts``, a list of tables with ``loss``,
 ``settings``, ``weight``, ``weight_name``, ``inputs`` and ``axes``, as in :class:`pykd.Part`.
 """
 

@@ -88,7 +88,17 @@ class Loss:
     :func:`load` makes it. ``print(loss.signature)`` shows what it takes and returns.
     """
 
-    __slots__ = ("_core", "_everything", "_metadata", "_parameters", "_signature", "_stream", "_values", "_weights")
+    __slots__ = (
+        "_core",
+        "_everything",
+        "_fixed",
+        "_metadata",
+        "_parameters",
+        "_signature",
+        "_stream",
+        "_values",
+        "_weights",
+    )
 
     def __init__(self, core: _core.Loss, cuda_stream: int | None) -> None:
         self._core = core
@@ -103,6 +113,9 @@ class Loss:
             tuple(TensorInfo(*info) for info in core.outputs),
         )
         self._parameters = frozenset(info.name for info in self._signature.parameters)
+        self._fixed: dict[str, float] = {}
+        if self._metadata.get("parameters_as") == "fixed":
+            self._fixed = {entry["name"]: entry["default"] for entry in self._metadata["parameters"]}
         self._weights = frozenset(e["name"] for e in self._metadata.get("inputs", ()) if e.get("role") == "weight")
         self._values = tuple(info.name for info in self._signature.outputs if not info.gradient)
         self._everything = tuple(info.name for info in self._signature.outputs)
@@ -200,6 +213,8 @@ class Loss:
                 argument = _as_float32(argument)
             if name in self._parameters:
                 parameters[name] = _number(name, argument)
+            elif name in self._fixed:
+                raise ValueError(self._fixed_parameter(name, argument))
             elif type(argument) is np.ndarray:
                 if argument.dtype.kind == "V":
                     argument, any_bfloat16 = _bfloat16_as_uint16(argument), True
@@ -220,6 +235,12 @@ class Loss:
                 if array.dtype == np.uint16:
                     results[name] = array.view(_bfloat16())
         return results
+
+    def _fixed_parameter(self, name: str, argument: Any) -> str:
+        return (
+            f"expected no value for the parameter {name}, which is fixed at {self._fixed[name]:g} here, got {argument}; "
+            'leave it out, or export the loss without parameters="fixed"'
+        )
 
     def _unknown_parameter(self, name: str) -> str:
         if any(info.name == name for info in self._signature.inputs):

@@ -637,8 +637,13 @@ void check_graph(const Scan& scan, const Signature& signature) {
   }
   for (const ParameterSpec& parameter : signature.parameters) {
     check_value(scan.inputs, parameter.name, "an input", parameter_dtype, 0);
-    check_default(scan, parameter, parameter_dtype);
+    if (signature.parameter_form == ParameterForm::kInputs) {
+      check_no_default(scan, parameter.name);
+    } else {
+      check_default(scan, parameter, parameter_dtype);
+    }
   }
+  for (const ParameterSpec& parameter : signature.fixed) check_default(scan, parameter, parameter_dtype);
   for (const OutputSpec& output : signature.outputs) {
     check_value(scan.outputs, output.name, "an output", single_dtype(output.dtypes), output.rank());
   }

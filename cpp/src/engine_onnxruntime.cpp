@@ -160,6 +160,7 @@ class OnnxRuntimeSession : public Session {
     for (const ParameterSpec& parameter : signature.parameters) {
       parameters_.push_back({parameter.name.c_str(), in_dtype_of_file(parameter.default_value)});
     }
+    defaults_in_file_ = signature.parameter_form == ParameterForm::kOverridable;
     for (const OutputSpec& output : signature.outputs) output_names_.push_back(output.name.c_str());
     const KeptCudaContext kept(options_.device);
     make_memory_infos();
@@ -179,7 +180,8 @@ class OnnxRuntimeSession : public Session {
     std::vector<double> scalars;
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
       const double value = in_dtype_of_file(request.parameters[i]);
-      if (std::memcmp(&value, &parameters_[i].default_value, sizeof value) == 0) continue;
+      const bool differs = std::memcmp(&value, &parameters_[i].default_value, sizeof value) != 0;
+      if (!differs && defaults_in_file_) continue;
       input_names.push_back(parameters_[i].name);
       scalars.push_back(value);
     }
@@ -339,6 +341,7 @@ class OnnxRuntimeSession : public Session {
   std::vector<Parameter> parameters_;
   std::vector<const char*> output_names_;
   bool double_parameters_ = false;
+  bool defaults_in_file_ = true;
   Owner<OrtMemoryInfo> cpu_, cuda_;
   Owner<OrtRunOptions> no_wait_;
   Owner<OrtSession> session_;

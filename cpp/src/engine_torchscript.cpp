@@ -138,9 +138,10 @@ class TorchScriptSession final : public Session {
   }
 
  private:
+  enum class ArgumentKind { kInput, kParameter, kFixed };
   struct Argument {
-    bool is_parameter;
-    std::size_t index;  // in the signature's inputs or parameters
+    ArgumentKind kind;
+    std::size_t index;  // in the signature's list of that kind
   };
 
   // Finds out, once, which input or parameter each argument of the module is.
@@ -151,18 +152,22 @@ class TorchScriptSession final : public Session {
       const auto type = declared[i].type();
       const std::size_t input = index_of(signature_.inputs, name);
       const std::size_t parameter = index_of(signature_.parameters, name);
+      const std::size_t fixed = index_of(signature_.fixed, name);
       if (input != kNone && type->kind() == c10::TypeKind::TensorType) {
-        arguments_.push_back({false, input});
+        arguments_.push_back({ArgumentKind::kInput, input});
       } else if (parameter != kNone && type->kind() == c10::TypeKind::FloatType) {
-        arguments_.push_back({true, parameter});
+        arguments_.push_back({ArgumentKind::kParameter, parameter});
+      } else if (fixed != kNone && type->kind() == c10::TypeKind::FloatType) {
+        arguments_.push_back({ArgumentKind::kFixed, fixed});
       } else {
         fail(PYKD_BAD_ARTEFACT,
              "a module whose arguments are the inputs (Tensor) and parameters (float) of its metadata",
              "the argument " + in_quotes(name) + " of type " + type->str(), "export the loss again");
       }
     }
+    const bool has_scale = signature_.grad_scale != kNone || index_of(signature_.fixed, "grad_scale") != kNone;
     const std::size_t expected =
-        signature_.inputs.size() + signature_.parameters.size() - (signature_.grad_scale == kNone ? 0 : 1);
+        signature_.inputs.size() + signature_.parameters.size() + signature_.fixed.size() - (has_scale ? 1 : 0);
     if (arguments_.size() != expected) {
       fail(PYKD_BAD_ARTEFACT, "a module with the " + std::to_string(expected) + " arguments of its metadata",
            std::to_string(arguments_.size()), "export the loss again");
@@ -198,10 +203,16 @@ class TorchScriptSession final : public Session {
     std::vector<c10::IValue> arguments;
     arguments.reserve(arguments_.size() + 1);
     for (const Argument& argument : arguments_) {
-      if (argument.is_parameter) {
-        arguments.emplace_back(request.parameters[argument.index]);
-      } else {
-        arguments.emplace_back(inputs[argument.index]);
+      switch (argument.kind) {
+        case ArgumentKind::kInput:
+          arguments.emplace_back(inputs[argument.index]);
+          break;
+        case ArgumentKind::kParameter:
+          arguments.emplace_back(request.parameters[argument.index]);
+          break;
+        case ArgumentKind::kFixed:
+          arguments.emplace_back(signature_.fixed[argument.index].default_value);
+          break;
       }
     }
     const c10::IValue returned = forward_(std::move(arguments));

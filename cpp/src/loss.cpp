@@ -137,7 +137,8 @@ std::set<std::string> choose_ops(const ArtefactFile& file, const PykdNodes& node
                                  const std::set<std::string>& available, const LoadOptions& options) {
   if (options.kernels == KernelUse::kOn) {
     if (nodes.in_graph.empty()) {
-      no_kernels("a node that a kernel computes in " + file.label, "a file without one");
+      no_kernels("a node that a kernel computes in " + file.label,
+                 "a file of standard operators alone, as float64 and an export with kernels=\"off\" make them");
     }
     for (const std::string& node : nodes.in_graph) {
       if (available.count(node) == 0) {

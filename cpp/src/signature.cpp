@@ -204,6 +204,7 @@ void parse_parameters(const Object& root, Signature& signature) {
     }
     signature.parameters.push_back(std::move(parameter));
   });
+  if (signature.parameter_form == ParameterForm::kFixed) std::swap(signature.parameters, signature.fixed);
   signature.grad_scale = find_spec(signature.parameters, "grad_scale");
 }
 
@@ -252,7 +253,9 @@ void parse_outputs(const Object& root, Signature& signature) {
 void check_unique_names(const Signature& signature) {
   std::vector<std::string> arguments, outputs;
   for (const InputSpec& input : signature.inputs) arguments.push_back(input.name);
-  for (const ParameterSpec& parameter : signature.parameters) arguments.push_back(parameter.name);
+  for (const auto* parameters : {&signature.parameters, &signature.fixed}) {
+    for (const ParameterSpec& parameter : *parameters) arguments.push_back(parameter.name);
+  }
   for (const OutputSpec& output : signature.outputs) outputs.push_back(output.name);
   for (std::vector<std::string>* names : {&arguments, &outputs}) {
     std::sort(names->begin(), names->end());
@@ -311,6 +314,14 @@ ArtefactKind parse_kind(const Object& root) {
   bad_metadata("\"value\", \"gradient\" or \"torchscript\" as \"kind\"", in_quotes(kind));
 }
 
+ParameterForm parse_parameter_form(const Object& root) {
+  if (!root.has("parameters_as")) return ParameterForm::kOverridable;
+  const std::string form = root.text("parameters_as");
+  if (form == "fixed") return ParameterForm::kFixed;
+  if (form == "inputs") return ParameterForm::kInputs;
+  bad_metadata("\"fixed\" or \"inputs\" as \"parameters_as\"", in_quotes(form));
+}
+
 // Pointers for the C interface. They point into heap buffers that a move of the signature keeps.
 template <class Specs>
 void fill_axis_names(Specs& specs) {
@@ -337,6 +348,15 @@ std::string axes_text(const TensorSpec& spec) {
 template <class Specs>
 [[noreturn]] void unknown_name(const char* what, const char* name, const Specs& specs) {
   internal::unknown_name(what, name, names_of(specs), "artefact");
+}
+
+[[noreturn]] void unknown_parameter(const Signature& signature, const pykd_parameter& given) {
+  const std::size_t id = find_spec(signature.fixed, given.name);
+  if (id == kNone) unknown_name("a parameter", given.name, signature.parameters);
+  const ParameterSpec& spec = signature.fixed[id];
+  fail(PYKD_INVALID_VALUE,
+       "no value for the parameter " + spec.name + ", which is fixed at " + number_text(spec.default_value) + " here",
+       number_text(given.value), "leave it out, or export the loss without parameters=\"fixed\"");
 }
 
 // Finds `name`, looking first at `guess`: callers give things in the signature's order more often
@@ -532,6 +552,7 @@ Signature parse_signature(std::string text) {
   // Opaque here: it is compared between the two files of a folder, and read in Python.
   if (document.contains("recipe")) signature.recipe = document["recipe"].dump();
   if (root.has("export_id")) signature.export_id = root.name("export_id");
+  signature.parameter_form = parse_parameter_form(root);
   parse_inputs(root, signature);
   parse_parameters(root, signature);
   parse_outputs(root, signature);
@@ -615,7 +636,7 @@ void check_parameters(const Signature& signature, const Binding& binding, const 
   for (std::size_t i = 0; i < num_parameters; ++i) {
     const pykd_parameter& given = parameters[i];
     const std::size_t id = find_name(signature.parameters, given.name, i);
-    if (id == kNone) unknown_name("a parameter", given.name, signature.parameters);
+    if (id == kNone) unknown_parameter(signature, given);
     for (std::size_t j = 0; j < i; ++j) {
       if (std::strcmp(parameters[j].name, given.name) == 0) given_twice(given.name);
     }

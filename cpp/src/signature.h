@@ -19,7 +19,7 @@
 
 namespace pykd::internal {
 
-constexpr int kFormatVersion = 1;  // the newest metadata that this library understands
+constexpr int kFormatVersion = 2;  // the newest metadata that this library understands
 constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();  // "no such index"
 
 // What inputs and outputs have in common.
@@ -55,6 +55,9 @@ struct ParameterSpec {
 
 enum class ArtefactKind { kValue, kGradient, kTorchScript };
 
+// How an ONNX file holds its parameters: initialisers that are inputs, too; constants; or inputs.
+enum class ParameterForm { kOverridable, kFixed, kInputs };
+
 struct Signature {
   Signature() = default;
   Signature(Signature&&) = default;
@@ -67,7 +70,9 @@ struct Signature {
   std::string export_id;          // the same in every file of an export; empty: written before there was one
   std::vector<std::string> axes;  // every axis name, once
   std::vector<InputSpec> inputs;
-  std::vector<ParameterSpec> parameters;
+  std::vector<ParameterSpec> parameters;  // those that a call may set
+  std::vector<ParameterSpec> fixed;       // those that it may not
+  ParameterForm parameter_form = ParameterForm::kOverridable;
   std::vector<OutputSpec> outputs;
   std::size_t grad_scale = kNone;  // index of the parameter of that name
 };

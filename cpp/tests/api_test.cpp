@@ -1,6 +1,7 @@
 // The library as its users see it, through pykd.hpp and pykd.h, with ONNX Runtime.
 #include "pykd/pykd.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <limits>
@@ -168,6 +169,41 @@ TEST_F(Api, RefusesAFileThatIsNotTheManifests) {
   LoadOptions unchecked;
   unchecked.skip_integrity_check = true;
   EXPECT_EQ(load(unchecked).engine(), "onnxruntime");
+}
+
+TEST_F(Api, RunsEveryFormOfParameters) {
+  for (const char* form : {"fixed", "inputs"}) {
+    for (bool gradient : {false, true}) {
+      TinyModel model = tiny_model(gradient);
+      model.metadata["format_version"] = 2;
+      model.metadata["parameters_as"] = form;
+      auto erase = [&](std::vector<std::string>& list, const std::string& name) {
+        auto holds = [&](const std::string& item) { return item.find(name) != std::string::npos; };
+        list.erase(std::remove_if(list.begin(), list.end(), holds), list.end());
+      };
+      for (const char* name : {"weight", "grad_scale"}) {
+        erase(std::string(form) == "fixed" ? model.inputs : model.initializers, name);
+      }
+      folder.write(gradient ? "loss.grad.onnx" : "loss.onnx", sealed(model.bytes()));
+    }
+    folder.write_manifest();
+    const Loss loss = load();
+    EXPECT_NEAR(loss.value(inputs()).value("loss"), 1.0, 1e-6);
+    EXPECT_NEAR(loss.value_and_gradient(inputs()).value("loss"), 1.0, 1e-6);
+    if (std::string(form) == "fixed") {
+      EXPECT_TRUE(loss.parameters().empty());
+      EXPECT_ERROR(PYKD_INVALID_VALUE, loss.value(inputs(), {{"weight", 3.0}}), "weight, which is fixed at 1.5",
+                   "got 3");
+    } else {
+      EXPECT_EQ(loss.parameters().size(), 2u);
+      EXPECT_NEAR(loss.value(inputs(), {{"weight", 3.0}}).value("loss"), 2.0, 1e-6);
+      EXPECT_ERROR(PYKD_INVALID_VALUE, loss.value(inputs(), {{"weight", -3.0}}), "weight");
+    }
+  }
+  TinyModel model = tiny_model(false);
+  model.metadata["parameters_as"] = "inputs";  // but the graph has a default
+  folder.write("loss.onnx", sealed(model.bytes()));
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load(folder.path("loss.onnx")), "no default for the input weight");
 }
 
 TEST_F(Api, ComparesTheExportInEveryFile) {

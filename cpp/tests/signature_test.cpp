@@ -69,7 +69,28 @@ TEST(Metadata, NamesAFieldOfTheWrongType) {
 TEST(Metadata, ExplainsANewerFormat) {
   json metadata = tiny_metadata(true);
   metadata["format_version"] = 7;
-  EXPECT_BAD(parse(metadata), "version 1", "version 7", "upgrade pykd or export");
+  EXPECT_BAD(parse(metadata), "version 2", "version 7", "upgrade pykd or export");
+}
+
+TEST(Metadata, ReadsTheFormOfTheParameters) {
+  json metadata = tiny_metadata(true);
+  EXPECT_EQ(parse(metadata).parameter_form, ParameterForm::kOverridable);
+  metadata["parameters_as"] = "inputs";
+  Signature signature = parse(metadata);
+  EXPECT_EQ(signature.parameter_form, ParameterForm::kInputs);
+  EXPECT_EQ(signature.parameters.size(), 2u);
+  EXPECT_TRUE(signature.fixed.empty());
+  metadata["parameters_as"] = "fixed";
+  signature = parse(metadata);
+  EXPECT_EQ(signature.parameter_form, ParameterForm::kFixed);
+  EXPECT_TRUE(signature.parameters.empty());
+  EXPECT_EQ(signature.grad_scale, kNone);
+  ASSERT_EQ(signature.fixed.size(), 2u);
+  EXPECT_EQ(signature.fixed[0].default_value, 1.5);
+  metadata["parameters_as"] = "anything";
+  EXPECT_BAD(parse(metadata), "parameters_as", "anything");
+  metadata["parameters_as"] = 1;
+  EXPECT_BAD(parse(metadata), "parameters_as", "a string");
 }
 
 TEST(Metadata, RefusesContradictions) {

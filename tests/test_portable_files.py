@@ -1,0 +1,228 @@
+"""The ONNX files in other hands: standard operators alone, other runtimes, and the three forms of parameters."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import pykd
+from pykd import HardTarget, SoftTarget, compose
+from pykd.__main__ import main
+from pykd.export import metadata, onnx_files, verify
+from pykd.export.verification import LIMITS, _onnx_reference, _onnxruntime, errors, truth
+from tests.conftest import loss_subjects
+
+FORMS = ("overridable", "fixed", "inputs")
+SIZES = ({}, {"batch": 1, "classes": 1, "tokens": 1, "channels": 1}, {"batch": 7, "classes": 3, "channels": 5})
+
+
+def write(subject, folder, kernels, parameters="overridable", dtype="float32"):
+    """The two files of a subject, by kind, without the checks of an export."""
+    composition, given = subject.composition, (subject.layouts, subject.optional)
+    plain = composition.graph(*given, check=False)
+    fused = composition.graph(*given, check=False, fused=True)
+    models = onnx_files.build(composition, plain, fused, dtype, kernels, parameters)
+    data = {}
+    for kind, model in models.items():
+        described = metadata.of_graph(composition, plain, kind, dtype, onnx_files.OPSET, parameters)
+        onnx_files.write(model, described, folder / f"{kind}.onnx")
+        data[kind] = (folder / f"{kind}.onnx").read_bytes()
+    return data
+
+
+def ops(data):
+    model = onnx.load_from_string(data)
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    return {(node.domain, node.op_type) for node in nodes}
+
+
+def openvino(data):
+    import openvino
+
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(data), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(inputs, numbers):
+        feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
+        for item in compiled.inputs:
+            name = item.get_any_name()
+            if name not in feeds:
+                feeds[name] = np.array(numbers.get(name, 1.0), np.float32)  # grad_scale
+        results = compiled(feeds)
+        return {o.get_any_name(): torch.from_numpy(np.array(results[o])) for o in compiled.outputs}
+
+    return run
+
+
+def first_cases():
+    """The first case of every registered loss."""
+    found = {}
+    for subject in loss_subjects():
+        found.setdefault(subject.composition.terms_[0].name, subject)
+    return list(found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["off", "auto"])
+@pytest.mark.parametrize("case", first_cases(), ids=str)
+def test_other_runtimes_agree_with_float64(case, kernels, tmp_path):
+    written = write(case, tmp_path, kernels)
+    graph = case.graph()
+    runs = {"onnxruntime": _onnxruntime, "onnx.reference": _onnx_reference}
+    if importlib.util.find_spec("openvino") is not None:
+        runs["openvino"] = openvino
+    for kind, data in written.items():
+        found = ops(data)
+        assert ("", "LogSoftmax") not in found, "some runtimes compute it as the logarithm of a softmax"
+        if kernels == "off":
+            assert {domain for domain, _ in found} == {""}
+            model = onnx.load_from_string(data)
+            assert [entry.domain for entry in model.opset_import] == [""] and not model.functions
+        for runtime, open_file in runs.items():
+            if runtime == "openvino" and any(domain == "pykd" for domain, _ in found):
+                with pytest.raises(RuntimeError):  # it knows no functions inside a file: docs/artefacts.md
+                    open_file(data)
+                continue
+            run = open_file(data)
+            for number, sizes in enumerate(SIZES):
+                inputs = case.draw(sizes, seed=number, dtype=torch.float32)
+                want = truth(case.composition, graph, inputs, {}, False)
+                if kind == "value":
+                    want = {name: value for name, value in want.items() if not name.startswith("grad_")}
+                value, gradient = errors(run(inputs, {}), want)
+                limits = LIMITS["float32"]
+                assert value <= limits[0] and gradient <= limits[1], f"{runtime} {kind} {sizes}: {value} {gradient}"
+
+
+def test_saturated_logits_are_finite_in_every_runtime(tmp_path):
+    """A softmax that underflows: its logarithm would be −∞, and 0 · −∞ NaN."""
+    subject = next(s for s in loss_subjects() if s.name.startswith("soft_target[temperature=4.0,form=kl"))
+    logits = torch.tensor([[0.0, 900.0, -900.0], [500.0, 0.0, 0.0]])
+    inputs = {"student_logits": logits, "teacher_logits": logits.flip(1)}
+    want = truth(subject.composition, subject.graph(), inputs, {}, False)
+    for kernels in ("off", "auto"):
+        for kind, data in write(subject, tmp_path, kernels).items():
+            wanted = {name: v for name, v in want.items() if kind == "gradient" or not name.startswith("grad_")}
+            value, gradient = errors(_onnx_reference(data)(inputs, {}), wanted)
+            assert value < 1e-5 * want["loss"] and gradient < 1e-5
+
+
+@pytest.fixture(scope="module")
+def loss():
+    return compose({"hard": HardTarget(), "soft": (SoftTarget(temperature=2.0), 0.5)})
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def exported_as(request, loss, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "recipe"
+    off = "off" if request.param == "fixed" else "auto"
+    pykd.export(
+        loss, folder, layouts={"labels": "batch"}, kernels=off, parameters=request.param, progress=lambda line: None
+    )
+    return folder, request.param
+
+
+CALL = {
+    "student_logits": np.array([[1, 2, 3], [3, 2, 1]], np.float32),
+    "labels": np.array([2, 0]),
+    "teacher_logits": np.array([[0, 2, 4], [4, 2, 0]], np.float32),
+}
+
+
+def test_every_engine_knows_the_three_forms(exported_as, loss):
+    folder, form = exported_as
+    report = verify(folder, trust=True)
+    assert report.ok, str(report)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest.get("parameters_as", "overridable") == form
+    assert manifest["format_version"] == (1 if form == "overridable" else 2)
+    tensors = {name: torch.from_numpy(array) for name, array in CALL.items()}
+    for engine in ("onnxruntime", "torchscript"):
+        for path in (folder, folder / ("loss.grad.onnx" if engine == "onnxruntime" else "loss.pt")):
+            loaded = pykd.load(path, engine=engine)
+            plain = loaded.value_and_gradient(**CALL)
+            np.testing.assert_allclose(plain["loss"], loss(**tensors)["loss"], rtol=1e-6)
+            np.testing.assert_allclose(loaded.value(**CALL)["loss"], plain["loss"], rtol=1e-6)
+            names = [info.name for info in loaded.signature.parameters]
+            if form == "fixed":
+                assert names == []
+                for given in (4.0, np.float32(4.0), 4):
+                    with pytest.raises(ValueError, match='soft_temperature, which is fixed at 2.*parameters="fixed"'):
+                        loaded.value(**CALL, soft_temperature=given)
+                with pytest.raises(ValueError, match="grad_scale, which is fixed at 1"):
+                    loaded.value_and_gradient(**CALL, grad_scale=8.0)
+                continue
+            assert names == ["hard_weight", "soft_weight", "soft_temperature", "grad_scale"]
+            moved = loaded.value_and_gradient(**CALL, soft_temperature=4.0, grad_scale=8.0)
+            np.testing.assert_allclose(moved["loss"], loss(**tensors, soft_temperature=4.0)["loss"], rtol=1e-6)
+            once = loaded.value_and_gradient(**CALL, soft_temperature=4.0)["grad_student_logits"]
+            np.testing.assert_allclose(moved["grad_student_logits"], 8.0 * once, rtol=1e-6)
+            with pytest.raises(ValueError, match="soft_temperature"):
+                loaded.value(**CALL, soft_temperature=0.0)
+
+
+def test_a_plain_session_takes_each_form_as_the_docs_say(exported_as, loss):
+    import onnxruntime
+
+    folder, form = exported_as
+    tensors = {name: torch.from_numpy(array) for name, array in CALL.items()}
+    for name in ("loss.onnx", "loss.grad.onnx"):
+        numbers = ["hard_weight", "soft_weight", "soft_temperature"] + ["grad_scale"] * (name == "loss.grad.onnx")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(folder / name, options)
+        required = [item.name for item in session.get_inputs()]
+        optional = [item.name for item in session.get_overridable_initializers()]
+        assert required == [*CALL, *(numbers if form == "inputs" else [])]
+        assert optional == (numbers if form == "overridable" else [])
+        if form != "fixed":
+            values = dict.fromkeys(numbers, np.float32(1.0)) | {"soft_temperature": np.float32(4.0)}
+            got = session.run(["loss"], CALL | {n: np.array(v) for n, v in values.items()})[0]
+            want = loss(**tensors, soft_weight=1.0, soft_temperature=4.0)["loss"]
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_who_prints_warnings(exported_as):
+    folder, form = exported_as
+    for level in (None, 3):
+        code = (
+            "import sys, onnxruntime as o; s = o.SessionOptions();"
+            f"{'' if level is None else f's.log_severity_level = {level};'} o.InferenceSession(sys.argv[1], s)"
+        )
+        ran = subprocess.run(
+            [sys.executable, "-c", code, str(folder / "loss.grad.onnx")], capture_output=True, text=True, check=True
+        )
+        warned = "appears in graph inputs" in ran.stderr
+        assert warned == (form == "overridable" and level is None), ran.stderr
+
+
+def test_off_has_no_kernel_and_on_needs_one(exported_as, tmp_path):
+    folder, form = exported_as
+    kernels = pykd.load(folder, engine="onnxruntime").kernels_in_use
+    if form != "fixed":
+        assert "soft_target_float32" in kernels
+        return
+    assert kernels == ()
+    with pytest.raises(RuntimeError, match='a node that a kernel computes .*kernels="off"'):
+        pykd.load(folder, engine="onnxruntime", kernels="on")
+    with pytest.raises(ValueError, match="expected a loss with a kernel for float64, as kernels='on' asks for"):
+        pykd.export(SoftTarget(), tmp_path / "new", kernels="on", dtype="float64", progress=lambda line: None)
+    assert not (tmp_path / "new").exists() and not list(tmp_path.iterdir())
+
+
+def test_wrong_forms(tmp_path, capsys):
+    with pytest.raises(ValueError, match="expected kernels to be one of auto, on, off, got 'no'"):
+        pykd.export(SoftTarget(), tmp_path, kernels="no")
+    with pytest.raises(ValueError, match="expected parameters to be one of overridable, fixed, inputs, got 'const'"):
+        pykd.export(SoftTarget(), tmp_path, parameters="const")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('loss = "soft_target"\n[export]\nkernels = "never"\n')
+    assert main(["export", "--recipe", str(recipe), "--out", str(tmp_path / "out")]) == 2
+    assert "expected kernels to be one of auto, on, off" in capsys.readouterr().err
+    assert main(["export", "--recipe", str(recipe), "--kernels", "off", "--parameters", "x", "--out", "o"]) == 2
+    assert "expected parameters to be one of" in capsys.readouterr().err
