@@ -20,6 +20,7 @@ there are :func:`descriptions` tells.
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import numpy as np
@@ -59,21 +60,23 @@ def run(
         outputs: tensors to write into, by name: those that are wanted. A gradient comes out multiplied by the weights
             that went in.
         threads: that may work at once on the CPU; 0: one per core. The numbers do not depend on it.
-        cuda_stream: the ``cudaStream_t``, as an integer, on which work for CUDA tensors is queued; None: the default
-            stream. The call does not wait for it.
+        cuda_stream: the ``cudaStream_t``, as an integer, on which work for CUDA tensors is queued; None: torch's
+            current stream where a tensor is torch's, else CUDA's default stream. The call does not wait for it.
 
     Raises:
         ValueError: a name, shape or setting is wrong, or the arguments do not go together.
         TypeError: something is no tensor, or has the wrong dtype or device.
         RuntimeError: no kernel covers that dtype or device; the message says why.
     """
+    if cuda_stream is None:
+        cuda_stream = _current_stream([*inputs.values(), *outputs.values()])
     _core.run_kernel(
         name,
         {key: _input(value) for key, value in inputs.items()},
         attributes,
         {key: _marked(value) for key, value in outputs.items()},
         threads,
-        cuda_stream or 0,
+        cuda_stream,
     )
 
 
@@ -85,6 +88,15 @@ def simd_targets() -> tuple[str, ...]:
 def use_simd(target: str | None) -> None:
     """Makes the kernels use that one of :func:`simd_targets`; None: the best. Not while a kernel runs."""
     _core.use_simd(target)
+
+
+def _current_stream(tensors: list[Any]) -> int:
+    """The stream that torch queues its work on, for the device of its first tensor on CUDA; 0 where there is none."""
+    torch: Any = sys.modules.get("torch")
+    for tensor in tensors if torch else ():
+        if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+            return int(torch.cuda.current_stream(tensor.device).cuda_stream)
+    return 0
 
 
 def _input(value: Any) -> Any:

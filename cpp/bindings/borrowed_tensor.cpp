@@ -90,18 +90,24 @@ dlpack::VersionedTensor* exchanged(py::handle object, const Facts& facts) {
     PyErr_Clear();
     return nullptr;
   }
-  if (tensor->major == dlpack::kMajor && tensor->tensor.device.type == dlpack::kCpu) return tensor;
-  if (tensor->deleter != nullptr) tensor->deleter(tensor);  // `__dlpack__` waits for work on a device
+  // Others' `__dlpack__` makes CUDA's default stream wait for theirs. Torch's work is put in order before we are asked
+  // (pykd/runtime.py, pykd/kernels.py), and an event on the default stream would end a capture under way.
+  const bool in_order = facts.is_torchs || tensor->tensor.device.type == dlpack::kCpu;
+  if (tensor->major == dlpack::kMajor && in_order) return tensor;
+  if (tensor->deleter != nullptr) tensor->deleter(tensor);
   return nullptr;
 }
 
-// object.__dlpack__(max_version=(1, 0)), or object.__dlpack__() where it knows no versions.
-py::object ask(py::handle object, const char* name) {
+// object.__dlpack__(max_version=(1, 0)), or object.__dlpack__() where it knows no versions. Of torch with stream=-1,
+// which says that no stream need wait: see exchanged().
+py::object ask(py::handle object, const Facts& facts, const char* name) {
   static PyObject* const method = PyUnicode_InternFromString("__dlpack__");
-  static PyObject* const keywords = py::make_tuple("max_version").release().ptr();
+  static PyObject* const one_keyword = py::make_tuple("max_version").release().ptr();
+  static PyObject* const two_keywords = py::make_tuple("max_version", "stream").release().ptr();
   static PyObject* const version = py::make_tuple(1, 0).release().ptr();
-  PyObject* arguments[2] = {object.ptr(), version};
-  PyObject* capsule = PyObject_VectorcallMethod(method, arguments, 1, keywords);
+  static PyObject* const no_stream = PyLong_FromLong(-1);
+  PyObject* arguments[3] = {object.ptr(), version, no_stream};
+  PyObject* capsule = PyObject_VectorcallMethod(method, arguments, 1, facts.is_torchs ? two_keywords : one_keyword);
   if (capsule == nullptr && PyErr_ExceptionMatches(PyExc_TypeError)) {
     PyErr_Clear();
     capsule = PyObject_VectorcallMethod(method, arguments, 1, nullptr);
@@ -135,7 +141,7 @@ BorrowedTensor::BorrowedTensor(const char* name, py::handle object, bool writabl
   const Facts facts = facts_of(Py_TYPE(object.ptr()));
   if (facts.is_torchs) refuse_lazy_values(object, name);
   versioned_ = exchanged(object, facts);
-  if (versioned_ == nullptr) take_over(ask(object, name).ptr(), name, object);
+  if (versioned_ == nullptr) take_over(ask(object, facts, name).ptr(), name, object);
   try {
     if (versioned_ != nullptr && versioned_->major != dlpack::kMajor) {
       throw py::type_error("expected a tensor in version 1 of DLPack for " + std::string(name) + ", got version " +
