@@ -60,7 +60,7 @@ bench: build ## the side-by-side comparisons
 	$(PY) -m benchmarks
 
 .PHONY: gpu-check
-gpu-check: ## on a machine with CUDA: everything that needs it
+gpu-check: ## on a machine with CUDA: everything that needs it (docs/gpu.md)
 	scripts/gpu-check
 
 # ---- Testing ----------------------------------------------------------------------------------

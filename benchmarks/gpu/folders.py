@@ -1,0 +1,50 @@
+"""The exported folders that travel in the pack, with the calls and the answers in float64 that tests/make_vectors.py wrote."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.stage import NotRun
+
+
+def folders(pack: Path) -> list[Path]:
+    found = sorted(path.parent for path in (pack / "folders").glob("*/vectors.json"))
+    if not found:
+        raise NotRun(f"no exported folders in {pack / 'folders'}; pack them")
+    return found
+
+
+def calls(folder: Path) -> Iterator[tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor]]]:
+    """(inputs, parameters, what float64 says of every output) of each call."""
+    for call in json.loads((folder / "vectors.json").read_text(encoding="utf-8"))["calls"]:
+        inputs = {name: _tensor(value, value["dtype"]) for name, value in call["inputs"].items()}
+        yield inputs, call["parameters"], {name: _tensor(value, "float64") for name, value in call["outputs"].items()}
+
+
+def error(folder: Path, got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """The largest error of a call, as a multiple of what the folder's tests in C++ allow (vectors_test.cpp says of what)."""
+    allowed = json.loads((folder / "vectors.json").read_text(encoding="utf-8"))["tolerance"]
+    worst = 0.0
+    for name, expected in want.items():
+        values = got[name].detach().cpu().double()
+        if values.shape != expected.shape:
+            return math.inf
+        if name.startswith("grad_"):
+            largest = float(expected.abs().max())
+            bound = allowed["gradient"] * torch.tensor(0.1 if largest < 1e-9 else max(largest, 0.01))
+        else:
+            bound = allowed["value"] * (1 + expected.abs())
+        error = (values - expected).abs() / bound
+        same = (values == expected) | (values.isnan() & expected.isnan())
+        worst = max(worst, float(torch.where(same, 0.0, torch.where(error.isnan(), math.inf, error)).max()))
+    return worst
+
+
+def _tensor(value: dict[str, Any], dtype: str) -> Tensor:
+    numbers = torch.tensor([float(x) for x in value["data"]], dtype=torch.float64)
+    return numbers.to(getattr(torch, dtype)).view(value["shape"])

@@ -1,0 +1,249 @@
+"""Makes what travels to the machine with the GPU, where nothing can be fetched: ``scripts/gpu-check --pack``.
+
+The pack is a folder:
+
+    site/       pykd as it is installed, built here for that machine's Python and torch, libpykd_cuda for the H100 and H200; and
+                the pure Python packages that the machine lacks
+    folders/    exported losses with the answers in float64
+    prefix/     headers and libraries for the fallback, which builds pykd there
+    pack.json   what it was made from
+
+The build needs no GPU and no torch that runs: of torch's wheel the headers and the three libraries that are linked are unpacked.
+"""
+
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.runner import ROOT
+
+PYTHON = "3.12"
+TORCH = "2.11.0"  # its wheel for that Python is the one for CUDA 13
+ARCHITECTURES = "90"
+PURE_PACKAGES = ("tomli-w", "liger-kernel")
+CACHE = ROOT / ".cache"
+ONNXRUNTIME_PACK = CACHE / "gpu-onnxruntime"
+ONNXRUNTIME = "1.31.1"  # onnxruntime-gpu for CUDA 13
+PROVIDERS = ("libonnxruntime.so", "libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so")
+# What travels to one machine is bounded, the tree included.
+MOST_BYTES = 60 << 20
+
+
+def make(pack: Path) -> None:
+    """The whole pack, in a few minutes and with network."""
+    run(ROOT / "scripts" / "bootstrap")
+    shutil.rmtree(pack, ignore_errors=True)
+    pack.mkdir(parents=True)
+    collect_prefix(pack / "prefix")
+    build_site(pack / "site", torch_headers(), pack / "prefix")
+    collect_folders(pack / "folders", all_folders())
+    finish(pack, built_for=f"Python {PYTHON}, torch {TORCH}")
+
+
+def of_this_environment(pack: Path, folders: Iterable[Path]) -> None:
+    """The same from the pykd that is installed here, as it is: for rehearsals."""
+    from pykd import config
+
+    pack.mkdir(parents=True)
+    site = pack / "site" / "pykd"
+    no_caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(config.root(), site, ignore=no_caches)
+    # An editable install keeps the Python files in the source tree.
+    for source, target in ((ROOT / "pykd", site), (ROOT / "export", site / "export")):
+        shutil.copytree(source, target, dirs_exist_ok=True, ignore=no_caches)
+    collect_folders(pack / "folders", folders)
+    finish(pack, built_for=f"Python {sys.version.split()[0]}, as installed here")
+
+
+def finish(pack: Path, **made_from: str) -> None:
+    """Notes what the pack is, and says how large it is."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    (pack / "pack.json").write_text(json.dumps({"commit": commit.stdout.strip(), **made_from}, indent=1) + "\n")
+    size = sum(path.stat().st_size for path in pack.rglob("*") if path.is_file())
+    print(f"packed {size / 2**20:.1f} MiB in {pack}")
+    if size > MOST_BYTES:
+        sys.exit(
+            f"gpu-check: expected a pack of at most {MOST_BYTES >> 20} MiB, got {size / 2**20:.1f}; leave something out"
+        )
+
+
+def run(*command: Any, **settings: Any) -> None:
+    print("+", *command, flush=True)
+    subprocess.run([str(part) for part in command], check=True, **settings)
+
+
+# ---- pykd, built for that machine ---------------------------------------------------------------
+
+
+def interpreter() -> Path:
+    """A virtual environment of that machine's Python, with what builds pykd; made once."""
+    folder = CACHE / f"gpu-python{PYTHON}"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        base = os.environ.get("PYTHON_OF_GPU_MACHINE") or shutil.which(f"python{PYTHON}")
+        if base is None:
+            sys.exit(
+                f"gpu-check: expected python{PYTHON} on the PATH, got none; install it, or name it in PYTHON_OF_GPU_MACHINE"
+            )
+        run(base, "-m", "venv", folder)
+    run(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--disable-pip-version-check",
+        "scikit-build-core>=0.11",
+        "pybind11>=2.13",
+        "ninja",
+    )
+    return python
+
+
+def torch_headers() -> Path:
+    """The folder ``torch`` of that machine's torch, as far as the build reads it; unpacked once."""
+    folder = CACHE / f"gpu-torch-{TORCH}"
+    if not (folder / "torch" / "lib" / "libtorch_cpu.so").is_file():
+        wheel = download(f"torch=={TORCH}")
+        with zipfile.ZipFile(wheel) as archive:
+            wanted = [
+                name for name in archive.namelist()
+                if name.startswith("torch/include/") or name in {f"torch/lib/lib{x}.so" for x in ("torch", "torch_cpu", "c10")}
+            ]  # fmt: skip
+            archive.extractall(folder, wanted)
+        wheel.unlink()
+    return folder / "torch"
+
+
+def download(requirement: str) -> Path:
+    """The wheel for that machine's Python."""
+    folder = CACHE / "gpu-wheels"
+    run(
+        sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:",
+        "--python-version", PYTHON, "--implementation", "cp", "--platform", "manylinux_2_28_x86_64",
+        "--platform", "manylinux_2_27_x86_64", "-d", folder, requirement,
+    )  # fmt: skip
+    name = requirement.split("==")[0].replace("-", "_")
+    return max(folder.glob(f"{name}-*.whl"), key=lambda path: path.stat().st_mtime)
+
+
+def build_site(site: Path, torch: Path, prefix: Path) -> None:
+    """pykd for that machine, and the packages that it lacks."""
+    python = interpreter()
+    environment = {
+        **os.environ,
+        # Not as a setting of CMake, which would hide what scikit-build-core finds by itself, pybind11 above all.
+        "CMAKE_PREFIX_PATH": os.pathsep.join([str(torch), str(prefix)]),
+        "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1),
+    }
+    settings = {
+        "build-dir": str(ROOT / "build" / "gpu-pack"),
+        "cmake.define.PYKD_CUDA": "ON",
+        "cmake.define.CMAKE_CUDA_ARCHITECTURES": ARCHITECTURES,
+        "cmake.define.PYKD_ORT_INCLUDE_DIR": str(prefix / "include" / "onnxruntime"),
+    }
+    run(
+        python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--upgrade",
+        "--target", site, ROOT, *(f"--config-settings={key}={value}" for key, value in settings.items()), env=environment,
+    )  # fmt: skip
+    for package in PURE_PACKAGES:
+        run(
+            python,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--no-compile",
+            "--target",
+            site,
+            package,
+        )
+
+
+def collect_prefix(prefix: Path) -> None:
+    """What a build of libpykd and the extension includes and links, beside what that machine has."""
+    include, lib = prefix / "include", prefix / "lib"
+    lib.mkdir(parents=True)
+    for name in ("nlohmann", "protozero", "hwy"):
+        shutil.copytree(Path("/usr/include") / name, include / name)
+    for header in ("zlib.h", "zconf.h"):
+        shutil.copy(_found("/usr/include", header), include)
+    shutil.copytree(CACHE / "onnxruntime-headers", include / "onnxruntime")
+    shutil.copytree("/usr/share/cmake/nlohmann_json", prefix / "share" / "cmake" / "nlohmann_json", symlinks=False)
+    for library in ("libz.a", "libhwy.so.1"):
+        shutil.copy(_found("/usr/lib", library), lib / library)
+
+
+def _found(folder: str, name: str) -> Path:
+    for path in sorted(Path(folder).rglob(name)):
+        return path.resolve()
+    sys.exit(f"gpu-check: expected {name} below {folder}, got none; run scripts/bootstrap")
+
+
+# ---- The exported folders -----------------------------------------------------------------------
+
+
+def all_folders() -> list[Path]:
+    """Those of the C++ tests, in the dtypes that training uses."""
+    root = ROOT / "build" / "vectors"
+    run(sys.executable, "-m", "tests.make_vectors", root, cwd=ROOT)
+    return sorted(
+        path.parent
+        for path in root.glob("*/vectors.json")
+        if path.parent.name.endswith(("float32", "bfloat16", "float16"))
+    )
+
+
+def collect_folders(target: Path, folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.copytree(folder, target / folder.name, ignore=shutil.ignore_patterns("stamp"))
+
+
+# ---- ONNX Runtime with its CUDA provider, for the second run --------------------------------------
+
+
+def make_onnxruntime(pack: Path) -> None:
+    """ONNX Runtime's three libraries, with the machine code of other architectures taken out, compressed."""
+    from benchmarks.gpu.fatbin import keep_architectures
+
+    shutil.rmtree(pack, ignore_errors=True)
+    pack.mkdir(parents=True)
+    wheel = download(f"onnxruntime-gpu=={ONNXRUNTIME}")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            library = Path(name).name
+            if not library.startswith(PROVIDERS):
+                continue
+            data = bytearray(archive.read(name))
+            if "cuda" in library:
+                print(
+                    f"{library}: {keep_architectures(data, {int(ARCHITECTURES)}) / 2**20:.0f} MiB of other architectures"
+                )
+            (pack / f"{library}.xz").write_bytes(lzma.compress(bytes(data), preset=9 | lzma.PRESET_EXTREME))
+    wheel.unlink()
+    finish(pack, onnxruntime=ONNXRUNTIME)
+
+
+def unpack_onnxruntime(pack: Path) -> dict[str, str]:
+    """Unpacks them on the machine; returns the variables with which pykd finds them."""
+    folder = ROOT / "build" / "gpu-onnxruntime"
+    folder.mkdir(parents=True, exist_ok=True)
+    for packed in sorted(pack.glob("*.xz")):
+        (folder / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
+    libraries = sorted(folder.glob("libonnxruntime.so*"))
+    if not libraries:
+        sys.exit(
+            f"gpu-check: expected libonnxruntime.so.xz in {pack}, got none; scripts/gpu-check --pack-onnxruntime makes it"
+        )
+    return {"PYKD_ONNXRUNTIME_LIBRARY": str(libraries[-1])}

@@ -1,0 +1,48 @@
+"""What is done on the machine, in this order, with the most time that each may take."""
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step of the check.
+
+    Attributes:
+        name: of the module in ``benchmarks.gpu.stages``.
+        limit: seconds.
+        arguments: what the module is told.
+        fallback: the name of a stage that is run where this one is not well, and then this one again.
+    """
+
+    name: str
+    limit: float
+    arguments: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fallback: "Stage | None" = None
+
+    @property
+    def title(self) -> str:
+        return " ".join([self.name, *self.arguments.values()])
+
+
+PLAN = (
+    Stage("facts", 30),
+    Stage("load", 60, fallback=Stage("build", 240)),
+    Stage("smoke", 40),
+    Stage("parity", 100),
+    Stage("capture", 40),
+    Stage("speed", 80),
+    Stage("torch_paths", 80),
+    Stage("profile", 60),
+    Stage("sanitize", 50, {"tool": "memcheck"}),
+    Stage("sanitize", 50, {"tool": "racecheck"}),
+    Stage("sanitize", 50, {"tool": "synccheck"}),
+    Stage("competitors", 90),
+)
+
+# The second run: ONNX Runtime with its CUDA provider, which has to be carried along.
+ONNXRUNTIME_PLAN = (
+    Stage("facts", 30),
+    Stage("load", 60),
+    Stage("onnxruntime_cuda", 240),
+)

@@ -1,0 +1,1 @@
+"""The stages of the check, one module each, with one function ``run(context)``."""
