@@ -171,7 +171,8 @@ def live(nodes: Iterable[onnx.NodeProto], needed: set[str], sites: Sequence[Site
 def narrow(
     model: onnx.ModelProto, sites: Sequence[Site], widened: Mapping[str, str], rounded: Mapping[str, str]
 ) -> None:
-    """Lets kernels read and write halves themselves where nothing lies between them and the ends of the model.
+    """Lets kernels read and write halves themselves where nothing but a reshape (tokens as rows) lies between them and the
+    ends of the model.
 
     Args:
         model: takes halves; its first nodes widen them, its last round the gradients.
@@ -183,7 +184,11 @@ def narrow(
     for node in model.graph.node:
         for name in node.input:
             uses[name] = uses.get(name, 0) + 1
+    reshapes = [node for node in model.graph.node if node.op_type == "Reshape"]
+    behind = {node.output[0]: node for node in reshapes if node.input[0] in widened}
+    before = {n.input[0]: n for n in reshapes if n.output[0] in rounded and uses[n.input[0]] == 1}
     gone = set()
+    own: dict[str, list[onnx.NodeProto]] = {}  # reshapes of halves, by the site they belong to
     for node in filter(is_site, model.graph.node):
         kernel = sites[int(node.op_type)].call.kernel
         inputs = [
@@ -196,13 +201,31 @@ def narrow(
             for name, argument in zip(node.output, kernel.outputs.values(), strict=False)
             if name and argument.role == "tensor"
         ]
-        if all(name in widened for name in inputs) and all(name in rounded and uses[name] == 1 for name in outputs):
-            _set(node.input, [widened[name] if name in inputs else name for name in node.input])
-            _set(node.output, [rounded[name] if name in outputs else name for name in node.output])
-            gone |= {rounded[name] for name in outputs}
-    keep = [copy(n) for n in model.graph.node if is_site(n) or not gone & set(n.output)]
+        last = {name: before[name].output[0] if name in before else name for name in outputs}
+        if not all(name in widened or name in behind for name in inputs):
+            continue
+        if not all(name in rounded and uses[name] == 1 for name in last.values()):
+            continue
+        half = {name: widened[name] for name in inputs if name in widened}
+        for name in sorted(set(inputs) - half.keys()):
+            half[name] = f"{name}_for_{node.op_type}"
+            source, shape = behind[name].input
+            own.setdefault(node.op_type, []).append(helper.make_node("Reshape", [widened[source], shape], [half[name]]))
+        _set(node.input, [half.get(name, name) for name in node.input])
+        gone |= set(last.values())
+        for name in outputs:
+            if name in before:
+                _set(before[name].output, [rounded[last[name]]])
+        _set(node.output, [rounded[name] if name in outputs and name not in before else name for name in node.output])
+    kept = []
+    for node in model.graph.node:
+        if node.op_type == "Cast" and node.input[0] in gone:
+            continue
+        if node.op_type == "Shape":  # which need not wait for the cast
+            _set(node.input, [widened.get(name, name) for name in node.input])
+        kept += [*(own.get(node.op_type, ()) if is_site(node) else ()), copy(node)]
     del model.graph.node[:]
-    model.graph.node.extend(keep)
+    model.graph.node.extend(kept)
 
 
 def name_nodes(model: onnx.ModelProto, sites: Sequence[Site], dtype: str) -> None:
@@ -214,6 +237,7 @@ def name_nodes(model: onnx.ModelProto, sites: Sequence[Site], dtype: str) -> Non
         dtype: of the model's floating inputs. A kernel that is not at the model's ends computes in float32.
     """
     ends = {item.name for item in (*model.graph.input, *model.graph.output)}
+    ends |= {node.output[0] for node in model.graph.node if node.op_type == "Reshape" and node.input[0] in ends}
     functions: dict[str, dict[bytes, str]] = {}
     for node in filter(is_site, model.graph.node):
         site = sites[int(node.op_type)]

@@ -258,6 +258,8 @@ def test_exported_files(tmp_path, dtype):
     folder = pykd.export(
         loss, tmp_path, layouts={"labels": "batch tokens"}, per_sample=True, dtype=dtype, progress=lambda line: None
     )
+    # Logits go to the kernel as they are, without a float32 copy of them.
+    assert f"soft_target_{dtype}" in pykd.load(folder, engine="onnxruntime", kernels="on").kernels_in_use
     for sizes in ((3, 4), (1, 1), (2, 7)):
         tensors = language_model(getattr(torch, dtype))
         tensors = {
