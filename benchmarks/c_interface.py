@@ -26,6 +26,7 @@ class _Tensor(ctypes.Structure):
         ("strides", _LENGTHS),
         ("device", ctypes.c_int),
         ("device_id", ctypes.c_int32),
+        ("extension", ctypes.c_void_p),
     )
 
 
@@ -38,7 +39,7 @@ class _Attribute(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL:
     """libpykd."""
-    found = ctypes.CDLL(str(config.libdir() / "libpykd.so"))
+    found = ctypes.CDLL(str(config.library()))
     found.pykd_last_error.restype = ctypes.c_char_p
     return found
 

@@ -37,6 +37,8 @@ class Loss:
     def kernels_in_use(self) -> str:
         """Names separated by spaces."""
     @property
+    def passed_over(self) -> str: ...
+    @property
     def inputs(self) -> list[tuple[str, tuple[str, ...], tuple[str, ...], bool]]:
         """Per input: name, axes, dtypes, whether it receives a gradient."""
     @property

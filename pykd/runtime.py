@@ -150,6 +150,11 @@ class Loss:
         """The fused kernels that run it, such as ``("soft_target_float32",)``; empty where it runs without."""
         return tuple(self._core.kernels_in_use.split())
 
+    @property
+    def passed_over(self) -> str:
+        """Why it is that engine, or no kernels, where the choice was free; empty where nothing was passed over."""
+        return self._core.passed_over
+
     def __repr__(self) -> str:
         name = self._metadata.get("name", "loss")
         return f"<pykd loss {name!r}: {self.engine} {self.engine_version} on {self.device}>\n{self._signature!r}"
@@ -302,12 +307,13 @@ def load(
         path: the folder that :func:`pykd.export` wrote, or one of its files (``loss.onnx``: the value alone;
             ``loss.grad.onnx``: value and gradient; ``loss.pt``: both), or the bytes of one such file.
         engine: ``"onnxruntime"`` or ``"torchscript"``; None takes the first of the two for which the file
-            is there and the engine can be opened.
+            is there and the engine can be opened, and :attr:`Loss.passed_over` tells why it is not the first.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<id>"``.
-        onnxruntime_library: path of ``libonnxruntime.so``. None: the path in the environment variable
-            ``PYKD_ONNXRUNTIME_LIBRARY``, else the library in the installed wheel ``onnxruntime`` (or
-            ``onnxruntime-gpu``), else wherever the system finds one. The first one opened in a process
-            serves all losses.
+        onnxruntime_library: path of ``libonnxruntime.so``, which also says that the engine is
+            ``"onnxruntime"``. None: the path in the environment variable ``PYKD_ONNXRUNTIME_LIBRARY``. A
+            library that is named is used, or it is an error. Where none is: one that the process has loaded,
+            else that of the installed wheel ``onnxruntime`` (or ``onnxruntime-gpu``), else the one that the
+            system finds. The first one opened in a process serves all losses.
         threads: threads of ONNX Runtime; 0 means one per core, and 1 is best for small tensors. For
             TorchScript use ``torch.set_num_threads``.
         check_integrity: False accepts a file that a tool has rewritten after its export.
@@ -334,13 +340,15 @@ def load(
         >>> print(loss.signature)
     """
     source = bytes(path) if isinstance(path, (bytes, bytearray, memoryview)) else os.fspath(path)
-    onnxruntime = _onnxruntime_library() if onnxruntime_library is None else os.fspath(onnxruntime_library)
-    if engine == "torchscript" or (engine is None and _wants_torch(source, onnxruntime)):
+    named = None if onnxruntime_library is None else os.fspath(onnxruntime_library)
+    if named is None and engine != "torchscript" and _has(source, onnx=True):
+        named = _onnxruntime_elsewhere()
+    if engine == "torchscript" or (engine is None and named is None and _may_come_to_torch(source)):
         _import_torch()
     if cuda_stream == _DEFAULT_STREAM:
         cuda_stream = 0
     handle = 0 if cuda_stream is None else cuda_stream or _DEFAULT_STREAM
-    core = _core.Loss(source, engine, device, onnxruntime, None, threads, check_integrity, handle, kernels)
+    core = _core.Loss(source, engine, device, named, None, threads, check_integrity, handle, kernels)
     return Loss(core, cuda_stream)
 
 
@@ -354,28 +362,42 @@ def _as_float32(weights: Any) -> Any:
     return weights
 
 
-def _onnxruntime_library() -> str | None:
-    """The library inside the installed wheel, without importing it; None leaves the search to libpykd."""
-    if os.environ.get("PYKD_ONNXRUNTIME_LIBRARY"):
-        return None
+def _onnxruntime_wheel() -> str | None:
+    """The folder ``capi`` of the installed wheel, which is not imported."""
     spec = importlib.util.find_spec("onnxruntime")
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        found = sorted(glob.glob(os.path.join(glob.escape(folder), "capi", "libonnxruntime.so.1.*")))
-        if found:
-            return found[-1]
+        if glob.glob(os.path.join(glob.escape(folder), "capi", "libonnxruntime.so.1.*")):
+            return os.path.join(folder, "capi")
     return None
 
 
-def _wants_torch(source: str | bytes, onnxruntime: str | None) -> bool:
-    """Whether a load with no engine named may come to TorchScript."""
+def _onnxruntime_elsewhere() -> str | None:
+    """The library of a wheel where libpykd does not look: in another folder than the one pykd was installed in."""
+    wheel = _onnxruntime_wheel()
+    beside = os.path.join(os.path.dirname(_core.__file__), "..", "onnxruntime", "capi")
+    if wheel is None or os.environ.get("PYKD_ONNXRUNTIME_LIBRARY"):
+        return None
+    if os.path.isdir(beside) and os.path.samefile(wheel, beside):
+        return None
+    return sorted(glob.glob(os.path.join(glob.escape(wheel), "libonnxruntime.so.1.*")))[-1]
+
+
+def _has(source: str | bytes, *, onnx: bool) -> bool:
+    """Whether there is an ONNX file, or a TorchScript file, in what is loaded."""
     if isinstance(source, bytes):
-        return source.startswith(b"PK")  # a ZIP archive, as TorchScript files are
+        return source.startswith(b"PK") != onnx  # a ZIP archive, as TorchScript files are
     if not os.path.isdir(source):
-        return source.endswith(".pt")
-    if not os.path.exists(os.path.join(source, "loss.pt")):
+        return source.endswith(".pt") != onnx
+    names = ("loss.onnx", "loss.grad.onnx") if onnx else ("loss.pt",)
+    return any(os.path.exists(os.path.join(source, name)) for name in names)
+
+
+def _may_come_to_torch(source: str | bytes) -> bool:
+    """Whether a load with nothing named may come to TorchScript."""
+    if not _has(source, onnx=False):
         return False
-    has_onnx = any(os.path.exists(os.path.join(source, name)) for name in ("loss.onnx", "loss.grad.onnx"))
-    return not has_onnx or (onnxruntime is None and not os.environ.get("PYKD_ONNXRUNTIME_LIBRARY"))
+    named = os.environ.get("PYKD_ONNXRUNTIME_LIBRARY")
+    return not _has(source, onnx=True) or not (named or _onnxruntime_wheel())
 
 
 def _import_torch() -> None:

@@ -328,6 +328,20 @@ def test_bad_loads(folder: Path, tmp_path: Path) -> None:
     fails(RuntimeError, "missing.so.*;", folder, "onnxruntime", onnxruntime_library=tmp_path / "missing.so")
 
 
+def test_a_library_that_is_named_is_used_or_is_an_error(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """TorchScript, which would do, is not taken instead; and a name that fails leaves the next load as it was."""
+    with pytest.raises(RuntimeError, match=r"missing\.so"):
+        runtime.load(folder, onnxruntime_library=tmp_path / "missing.so")
+    with pytest.raises(FileNotFoundError, match="TorchScript alone"):
+        runtime.load(folder / "loss.pt", onnxruntime_library=tmp_path / "missing.so")
+    with monkeypatch.context() as patched:
+        patched.setenv("PYKD_ONNXRUNTIME_LIBRARY", str(tmp_path / "missing.so"))
+        with pytest.raises(RuntimeError, match=r"missing\.so"):
+            runtime.load(folder)
+    assert runtime.load(folder).engine == "onnxruntime"
+    assert runtime.load(folder).passed_over == ""
+
+
 def test_cuda_is_an_error_where_there_is_none(folder: Path) -> None:
     import torch
 

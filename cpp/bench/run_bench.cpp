@@ -35,7 +35,8 @@ int main(int argc, char** argv) try {
       shapes.back().push_back(lengths.at(info.axes[axis]));
       elements *= shapes.back().back();
     }
-    pykd_tensor tensor = {info.name, nullptr, PYKD_FLOAT32, info.rank, shapes.back().data(), nullptr, PYKD_CPU, 0};
+    pykd_tensor tensor = {info.name, nullptr, PYKD_FLOAT32, info.rank, shapes.back().data(), nullptr,
+                          PYKD_CPU,  0,       nullptr};
     if ((info.dtypes & 1u << PYKD_INT64) != 0) {
       integers.emplace_back(static_cast<std::size_t>(elements), 0);
       const auto group = lengths.find("labels");

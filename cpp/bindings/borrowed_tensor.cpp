@@ -165,7 +165,8 @@ BorrowedTensor::BorrowedTensor(const char* name, py::handle object, bool writabl
              tensor.shape,
              tensor.strides,
              cuda ? PYKD_CUDA : PYKD_CPU,
-             cuda ? tensor.device.id : 0};
+             cuda ? tensor.device.id : 0,
+             nullptr};
   } catch (...) {
     give_back();  // no destructor follows a constructor that throws
     throw;

@@ -153,13 +153,14 @@ class CoreLoss {
   std::string engine_version() const { return pykd_engine_version(loss_); }
   std::string device() const { return pykd_device_name(loss_); }
   std::string kernels_in_use() const { return pykd_kernels_in_use(loss_); }
+  std::string passed_over() const { return pykd_passed_over(loss_); }
 
   py::list inputs() const { return tensor_infos(pykd_num_inputs(loss_), &pykd_input_info); }
   py::list outputs() const { return tensor_infos(pykd_num_outputs(loss_), &pykd_output_info); }
   py::list parameters() const {
     py::list all;
     for (std::size_t i = 0; i < pykd_num_parameters(loss_); ++i) {
-      pykd_parameter_info info;
+      pykd_parameter_info info = PYKD_PARAMETER_INFO_INIT;
       check(pykd_get_parameter_info(loss_, i, &info));
       all.append(py::make_tuple(info.name, info.default_value, info.minimum, info.minimum_exclusive != 0));
     }
@@ -220,7 +221,7 @@ class CoreLoss {
   py::list tensor_infos(std::size_t count, Info info_of) const {
     py::list all;
     for (std::size_t i = 0; i < count; ++i) {
-      pykd_tensor_info info;
+      pykd_tensor_info info = PYKD_TENSOR_INFO_INIT;
       check(info_of(loss_, i, &info));
       py::tuple axes(static_cast<std::size_t>(info.rank));
       for (std::int32_t axis = 0; axis < info.rank; ++axis) {
@@ -310,6 +311,7 @@ PYBIND11_MODULE(_core, module) {
       .def_property_readonly("engine_version", &CoreLoss::engine_version)
       .def_property_readonly("device", &CoreLoss::device)
       .def_property_readonly("kernels_in_use", &CoreLoss::kernels_in_use)
+      .def_property_readonly("passed_over", &CoreLoss::passed_over)
       .def_property_readonly("inputs", &CoreLoss::inputs)
       .def_property_readonly("outputs", &CoreLoss::outputs)
       .def_property_readonly("parameters", &CoreLoss::parameters)

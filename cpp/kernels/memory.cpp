@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "hooks.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #else
@@ -16,15 +18,28 @@
 namespace pykd::kernels {
 namespace {
 
-// Before every block, as long as the alignment: how many bytes follow.
+// Before every block, as long as the alignment: how many bytes follow, and whose memory it is.
+struct Header {
+  std::size_t bytes;
+  const pykd_hooks* owner;  // null: ours
+};
 constexpr std::size_t kHeader = KeptMemory::kAlignment;
+static_assert(sizeof(Header) <= kHeader);
 
 void* contents_of(void* start) { return static_cast<char*>(start) + kHeader; }
+Header& header_of(void* start) { return *static_cast<Header*>(start); }
 
 // The start of a new block; nullptr: there is no such memory.
 void* new_block(std::size_t bytes) {
   void* start = std::aligned_alloc(KeptMemory::kAlignment, kHeader + bytes);
-  if (start != nullptr) *static_cast<std::size_t*>(start) = bytes;
+  if (start != nullptr) header_of(start) = {bytes, nullptr};
+  return start;
+}
+
+// The same from the host's allocator.
+void* new_block_of(const pykd_hooks& owner, std::size_t bytes) {
+  void* start = owner.allocate(owner.state, kHeader + bytes, KeptMemory::kAlignment);
+  if (start != nullptr) header_of(start) = {bytes, &owner};
   return start;
 }
 
@@ -44,8 +59,9 @@ void* KeptMemory::allocate(std::size_t bytes) {
   // Rounded up to whole lines, as aligned_alloc() wants it.
   if (bytes > SIZE_MAX - 2 * kAlignment) return nullptr;
   bytes = (std::max<std::size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
-  if (bytes < kSmallest) {
-    void* start = new_block(bytes);
+  const pykd_hooks& host = hooks();
+  if (bytes < kSmallest || host.allocate != nullptr) {
+    void* start = host.allocate != nullptr ? new_block_of(host, bytes) : new_block(bytes);
     return start == nullptr ? nullptr : contents_of(start);
   }
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -75,7 +91,11 @@ void* KeptMemory::allocate(std::size_t bytes) {
 void KeptMemory::deallocate(void* memory) {
   if (memory == nullptr) return;
   void* start = static_cast<char*>(memory) - kHeader;
-  const std::size_t bytes = *static_cast<std::size_t*>(start);
+  const auto [bytes, owner] = header_of(start);
+  if (owner != nullptr) {
+    owner->deallocate(owner->state, start, kHeader + bytes);
+    return;
+  }
   if (bytes < kSmallest) {
     std::free(start);
     return;

@@ -4,10 +4,13 @@
 #include <string>
 
 #include "error.h"
+#include "hooks.h"
 #include "loss.h"
 #include "memory.h"
 #include "pykd/pykd.h"
+#include "struct_size.h"
 
+using pykd::internal::copy_sized;
 using pykd::internal::fail;
 using pykd::internal::guarded;
 using pykd::internal::InputSpec;
@@ -16,6 +19,7 @@ using pykd::internal::OutputSpec;
 using pykd::internal::ParameterSpec;
 using pykd::internal::Signature;
 using pykd::internal::TensorSpec;
+using pykd::internal::write_sized;
 
 struct pykd_loss {
   std::unique_ptr<const Loss> loss;
@@ -42,9 +46,11 @@ const typename Specs::value_type& item_at(const Specs& specs, std::size_t index,
   return specs[index];
 }
 
-pykd_tensor_info tensor_info(const TensorSpec& spec, std::size_t partner) {
-  return {spec.name.c_str(), static_cast<std::int32_t>(spec.rank()), spec.axis_names.data(), spec.dtypes,
-          partner == pykd::internal::kNone ? 0 : 1};
+void write_tensor_info(const TensorSpec& spec, std::size_t partner, pykd_tensor_info* info) {
+  check_pointer(info, "a pykd_tensor_info to write to");
+  const pykd_tensor_info value = {sizeof value,           spec.name.c_str(), static_cast<std::int32_t>(spec.rank()),
+                                  spec.axis_names.data(), spec.dtypes,       partner == pykd::internal::kNone ? 0 : 1};
+  write_sized(value, *info, sizeof value, "a pykd_tensor_info", "PYKD_TENSOR_INFO_INIT");
 }
 
 std::unique_ptr<Loss> load_path(const char* path, const pykd::internal::LoadOptions& options) {
@@ -67,6 +73,13 @@ std::unique_ptr<Loss> load_bytes(const void* bytes, std::size_t size, const pykd
 
 pykd_loss* wrap_loss(std::unique_ptr<Loss> loss) {
   auto result = std::make_unique<pykd_loss>();
+  const Loss& loaded = *loss;
+  pykd::kernels::log(PYKD_LOG_INFO, "pykd: a loss on " + loaded.engine() + " " + loaded.engine_version() + ", device " +
+                                        loaded.device_name() +
+                                        ", kernels: " + (loaded.kernels().empty() ? "none" : loaded.kernels()));
+  if (!loaded.passed_over().empty()) {
+    pykd::kernels::log(PYKD_LOG_WARNING, "pykd: passed over " + loaded.passed_over());
+  }
   result->loss = std::move(loss);
   return result.release();
 }
@@ -101,6 +114,18 @@ void* pykd_allocate(size_t bytes) { return pykd::kernels::KeptMemory::instance()
 
 void pykd_deallocate(void* memory) { pykd::kernels::KeptMemory::instance().deallocate(memory); }
 
+pykd_status pykd_set_hooks(const pykd_hooks* hooks) {
+  return guarded([&] {
+    const pykd_hooks none = PYKD_HOOKS_INIT;
+    const pykd_hooks given =
+        hooks == nullptr ? none : copy_sized(*hooks, none, sizeof none, "hooks", "PYKD_HOOKS_INIT");
+    if ((given.allocate == nullptr) != (given.deallocate == nullptr)) {
+      fail(PYKD_INVALID_VALUE, "allocate and deallocate, or neither", "one of them", "set both");
+    }
+    pykd::kernels::set_hooks(given);
+  });
+}
+
 void pykd_trim_memory(void) { pykd::kernels::KeptMemory::instance().trim(); }
 
 const char* pykd_metadata(const pykd_loss* loss) {
@@ -114,6 +139,8 @@ const char* pykd_device_name(const pykd_loss* loss) { return loss == nullptr ? "
 
 const char* pykd_kernels_in_use(const pykd_loss* loss) { return loss == nullptr ? "" : loss->loss->kernels().c_str(); }
 
+const char* pykd_passed_over(const pykd_loss* loss) { return loss == nullptr ? "" : loss->loss->passed_over().c_str(); }
+
 size_t pykd_num_inputs(const pykd_loss* loss) { return loss == nullptr ? 0 : loss->loss->signature().inputs.size(); }
 size_t pykd_num_outputs(const pykd_loss* loss) { return loss == nullptr ? 0 : loss->loss->signature().outputs.size(); }
 size_t pykd_num_parameters(const pykd_loss* loss) {
@@ -123,16 +150,14 @@ size_t pykd_num_parameters(const pykd_loss* loss) {
 pykd_status pykd_input_info(const pykd_loss* loss, size_t index, pykd_tensor_info* info) {
   return guarded([&] {
     const InputSpec& input = item_at(signature_of(loss).inputs, index, "inputs");
-    check_pointer(info, "a pykd_tensor_info to write to");
-    *info = tensor_info(input, input.gradient_output);
+    write_tensor_info(input, input.gradient_output, info);
   });
 }
 
 pykd_status pykd_output_info(const pykd_loss* loss, size_t index, pykd_tensor_info* info) {
   return guarded([&] {
     const OutputSpec& output = item_at(signature_of(loss).outputs, index, "outputs");
-    check_pointer(info, "a pykd_tensor_info to write to");
-    *info = tensor_info(output, output.gradient_of);
+    write_tensor_info(output, output.gradient_of, info);
   });
 }
 
@@ -140,7 +165,9 @@ pykd_status pykd_get_parameter_info(const pykd_loss* loss, size_t index, pykd_pa
   return guarded([&] {
     const ParameterSpec& parameter = item_at(signature_of(loss).parameters, index, "parameters");
     check_pointer(info, "a pykd_parameter_info to write to");
-    *info = {parameter.name.c_str(), parameter.default_value, parameter.minimum, parameter.minimum_exclusive ? 1 : 0};
+    const pykd_parameter_info value = {sizeof value, parameter.name.c_str(), parameter.default_value, parameter.minimum,
+                                       parameter.minimum_exclusive ? 1 : 0};
+    write_sized(value, *info, sizeof value, "a pykd_parameter_info", "PYKD_PARAMETER_INFO_INIT");
   });
 }
 

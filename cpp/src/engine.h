@@ -75,7 +75,7 @@ class Engine {
 
 // The handshake with libpykd_torch. The number grows with every change of this file; libpykd opens
 // the library, compares, and only then asks for the engine, which lives until the process ends.
-#define PYKD_ENGINE_INTERFACE_VERSION 2u
+#define PYKD_ENGINE_INTERFACE_VERSION 3u
 extern "C" {
 PYKD_API std::uint32_t pykd_torch_interface_version(void);
 // Throws nothing; nullptr with a message in `error` (at most `size` characters) where torch cannot

@@ -1,12 +1,9 @@
-// The engine that runs ONNX files. ONNX Runtime is opened with dlopen and spoken to through its C
-// interface of version 21, so that libpykd links no ONNX Runtime and runs with every release
-// from 1.21.
+// The engine that runs ONNX files.
 #include <onnxruntime_c_api.h>
 
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -16,101 +13,11 @@
 #include "custom_ops.h"
 #include "engines.h"
 #include "error.h"
-#include "shared_library.h"
+#include "onnxruntime_library.h"
 #include "signature.h"
 
 namespace pykd::internal {
 namespace {
-
-constexpr char kInstall[] =
-    "install ONNX Runtime 1.21 or newer (pip install onnxruntime) and set "
-    "PYKD_ONNXRUNTIME_LIBRARY, or "
-    "onnxruntime_library in the load options, to its libonnxruntime.so";
-
-// One ONNX Runtime, opened once per process and never closed.
-struct Runtime {
-  SharedLibrary library;
-  std::string path;
-  std::string version;
-  const OrtApi* api = nullptr;
-  OrtEnv* env = nullptr;
-};
-
-// ---- Opening ONNX Runtime ----------------------------------------------------------------------
-
-[[noreturn]] void unavailable(const std::string& got) {
-  fail(PYKD_UNAVAILABLE, "libonnxruntime.so for the engine \"onnxruntime\"", got, kInstall);
-}
-
-SharedLibrary open_named(const std::string& path, const char* who) {
-  SharedLibrary library;
-  if (!library.open(path)) unavailable(library.error() + " (named by " + who + ")");
-  return library;
-}
-
-// In the order that pykd.h promises: the first that is set decides.
-SharedLibrary find_library(const std::string& named) {
-  if (!named.empty()) return open_named(named, "the load options");
-  const std::string variable = environment("PYKD_ONNXRUNTIME_LIBRARY");
-  if (!variable.empty()) return open_named(variable, "PYKD_ONNXRUNTIME_LIBRARY");
-  SharedLibrary library;
-  const std::string loaded = find_loaded_library("libonnxruntime.so");
-  if (!loaded.empty() && library.open_loaded(loaded)) return library;
-  std::string tried;
-  for (const char* name : {"libonnxruntime.so", "libonnxruntime.so.1"}) {
-    if (library.open(name)) return library;
-    tried += (tried.empty() ? "" : "; ") + library.error();
-  }
-  unavailable(
-      "none: the load options name no library, PYKD_ONNXRUNTIME_LIBRARY is not set, this process "
-      "has "
-      "loaded none, and the dynamic linker says: " +
-      tried);
-}
-
-// A library prints nothing: what ONNX Runtime has to say comes with its status.
-void ORT_API_CALL drop_log(void*, OrtLoggingLevel, const char*, const char*, const char*, const char*) {}
-
-std::string take_message(const OrtApi& api, OrtStatus* status) {
-  std::string message = api.GetErrorMessage(status);
-  api.ReleaseStatus(status);
-  return message;
-}
-
-Runtime open_runtime(const std::string& named) {
-  Runtime runtime;
-  runtime.library = find_library(named);
-  const auto get_base = reinterpret_cast<const OrtApiBase*(ORT_API_CALL*)()>(runtime.library.symbol("OrtGetApiBase"));
-  if (get_base == nullptr) unavailable(named + ", which has no function OrtGetApiBase");
-  const OrtApiBase* base = get_base();
-  runtime.path = library_path_of(base);
-  runtime.version = base->GetVersionString();
-  if (is_new_enough(runtime.version)) runtime.api = base->GetApi(kOrtApiVersion);
-  if (runtime.api == nullptr) {
-    fail(PYKD_UNAVAILABLE, "ONNX Runtime 1.21 or newer", "ONNX Runtime " + runtime.version + " at " + runtime.path,
-         kInstall);
-  }
-  OrtStatus* status =
-      runtime.api->CreateEnvWithCustomLogger(drop_log, nullptr, ORT_LOGGING_LEVEL_FATAL, "pykd", &runtime.env);
-  if (status != nullptr) unavailable(take_message(*runtime.api, status));
-  return runtime;
-}
-
-const Runtime& runtime_for(const std::string& named) {
-  static std::mutex mutex;
-  static const Runtime* opened = nullptr;  // never freed: sessions may outlive static destructors
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (opened == nullptr) {
-    opened = new Runtime(open_runtime(named));
-  } else if (!named.empty()) {
-    SharedLibrary wanted;
-    if (!wanted.open_loaded(named) || !(wanted == opened->library)) {
-      fail(PYKD_UNAVAILABLE, named, opened->path + ", which this process uses already",
-           "name one ONNX Runtime per process");
-    }
-  }
-  return *opened;
-}
 
 // ---- Owners of ONNX Runtime's objects ----------------------------------------------------------
 
@@ -150,7 +57,7 @@ ONNXTensorElementDataType element_type(pykd_dtype dtype) {
 
 class OnnxRuntimeSession : public Session {
  public:
-  OnnxRuntimeSession(const Runtime& runtime, const void* bytes, std::size_t size, const Signature& signature,
+  OnnxRuntimeSession(const OnnxRuntime& runtime, const void* bytes, std::size_t size, const Signature& signature,
                      const EngineOptions& options)
       : api_(*runtime.api), options_(options) {
     for (const InputSpec& input : signature.inputs) {
@@ -246,7 +153,7 @@ class OnnxRuntimeSession : public Session {
 
   // The number lives in `scalar`, in the dtype that the file declares.
   OrtValue* wrap_parameter(double& scalar) const {
-    pykd_tensor tensor = {nullptr, &scalar, PYKD_FLOAT64, 0, nullptr, nullptr, PYKD_CPU, 0};
+    pykd_tensor tensor = {nullptr, &scalar, PYKD_FLOAT64, 0, nullptr, nullptr, PYKD_CPU, 0, nullptr};
     if (!double_parameters_) {
       const auto narrow = static_cast<float>(scalar);
       std::memcpy(&scalar, &narrow, sizeof narrow);
@@ -277,7 +184,7 @@ class OnnxRuntimeSession : public Session {
     check_run(api_.AddRunConfigEntry(no_wait_.get(), "disable_synchronize_execution_providers", "1"));
   }
 
-  void make_session(const Runtime& runtime, const void* bytes, std::size_t size) {
+  void make_session(const OnnxRuntime& runtime, const void* bytes, std::size_t size) {
     auto check = [this](OrtStatus* status) { check_run(status); };
     const Owner<OrtSessionOptions> session_options = make_owner<OrtSessionOptions>(
         api_.ReleaseSessionOptions, [&](OrtSessionOptions** made) { return api_.CreateSessionOptions(made); }, check);
@@ -300,7 +207,7 @@ class OnnxRuntimeSession : public Session {
         [&](OrtStatus* status) { check_open(runtime, status); });
   }
 
-  void check_open(const Runtime& runtime, OrtStatus* status) const {
+  void check_open(const OnnxRuntime& runtime, OrtStatus* status) const {
     if (status == nullptr) return;
     const bool not_here = options_.device.kind == PYKD_CUDA || api_.GetErrorCode(status) == ORT_NOT_IMPLEMENTED;
     fail(not_here ? PYKD_UNAVAILABLE : PYKD_BAD_ARTEFACT,
@@ -309,7 +216,7 @@ class OnnxRuntimeSession : public Session {
          "use a newer ONNX Runtime, another dtype or device, or export the loss again");
   }
 
-  void append_cuda(const Runtime& runtime, OrtSessionOptions* settings) {
+  void append_cuda(const OnnxRuntime& runtime, OrtSessionOptions* settings) {
     auto check = [&](OrtStatus* status) {
       if (status == nullptr) return;
       fail(PYKD_UNAVAILABLE, "ONNX Runtime with its CUDA provider for the device " + device_name(options_.device),
@@ -349,7 +256,7 @@ class OnnxRuntimeSession : public Session {
 
 class OnnxRuntimeEngine : public Engine {
  public:
-  explicit OnnxRuntimeEngine(const Runtime& runtime) : runtime_(runtime) {}
+  explicit OnnxRuntimeEngine(const OnnxRuntime& runtime) : runtime_(runtime) {}
 
   std::string version() const override { return runtime_.version; }
 
@@ -366,13 +273,13 @@ class OnnxRuntimeEngine : public Engine {
   }
 
  private:
-  const Runtime& runtime_;
+  const OnnxRuntime& runtime_;
 };
 
 }  // namespace
 
 Engine& onnxruntime_engine(const std::string& library) {
-  const Runtime& runtime = runtime_for(library);  // one per process, hence one engine
+  const OnnxRuntime& runtime = open_onnxruntime(library);  // one per process, hence one engine
   static OnnxRuntimeEngine engine(runtime);
   return engine;
 }

@@ -8,6 +8,7 @@
 #include "custom_ops.h"
 #include "engines.h"
 #include "error.h"
+#include "shared_library.h"
 #include "struct_size.h"
 
 namespace pykd::internal {
@@ -34,10 +35,24 @@ void check_engine_name(const std::string& engine) {
        "correct the load options, or leave the engine out to take whichever is there");
 }
 
+// The engine that the options ask for, by its name or by that of its library; empty where either will do.
+std::string wanted_engine(const LoadOptions& options) {
+  if (!options.engine.empty()) return options.engine;
+  const bool onnxruntime = !options.onnxruntime_library.empty(), torch = !options.torch_library.empty();
+  if (onnxruntime == torch) return "";
+  return onnxruntime ? "onnxruntime" : "torchscript";
+}
+
 pykd_load_options copy_options(const pykd_load_options& given) {
   const pykd_load_options defaults = PYKD_LOAD_OPTIONS_INIT;
-  constexpr std::size_t kFirstSize = offsetof(pykd_load_options, kernels);  // of ABI version 1
-  return copy_sized(given, defaults, kFirstSize, "load options", "PYKD_LOAD_OPTIONS_INIT");
+  pykd_load_options copy = copy_sized(given, defaults, sizeof defaults, "load options", "PYKD_LOAD_OPTIONS_INIT");
+  if (copy.abi_version != PYKD_ABI_VERSION) {
+    fail(PYKD_UNAVAILABLE,
+         "a program built for version " + std::to_string(PYKD_ABI_VERSION) + " of libpykd's interface",
+         "load options of version " + std::to_string(copy.abi_version),
+         "build it with the headers of this library, and start from PYKD_LOAD_OPTIONS_INIT");
+  }
+  return copy;
 }
 
 KernelUse parse_kernels(const std::string& text) {
@@ -113,15 +128,17 @@ std::size_t index_of(const Specs& specs, const std::string& name) {
   fail(PYKD_UNAVAILABLE, expected + ", as kernels \"on\" asks for", got, "load it with kernels \"auto\" or \"off\"");
 }
 
-// The ops that a session on that device can have: none where its library cannot be had, which is an
-// error to those who ask for them alone.
-std::set<std::string> available_ops(const LoadOptions& options) {
+// The ops that a session on that device can have: none, and the reason in `passed_over`, where its library cannot be
+// had. That is an error to those who ask for kernels, or name the library.
+std::set<std::string> available_ops(const LoadOptions& options, std::string& passed_over) {
   if (options.kernels == KernelUse::kOff) return {};
   try {
     const std::vector<std::string>& ops = kernel_ops(options.engine_options.device);
     return {ops.begin(), ops.end()};
   } catch (const Failure& failure) {
-    if (options.kernels == KernelUse::kOn || failure.status() != PYKD_UNAVAILABLE) throw;
+    const bool asked_for = options.kernels == KernelUse::kOn || !environment("PYKD_CUDA_LIBRARY").empty();
+    if (asked_for || failure.status() != PYKD_UNAVAILABLE) throw;
+    passed_over = std::string("kernels: ") + failure.what();
     return {};
   }
 }
@@ -177,10 +194,11 @@ Loss::Loss(const LoadOptions& options, std::string engine)
 
 std::unique_ptr<Loss> Loss::load(Artefact& artefact, const LoadOptions& options) {
   if (!options.skip_integrity_check) check_sizes(artefact);
-  const bool may_onnx = options.engine != "torchscript" && artefact.has_onnx();
-  const bool may_torchscript = options.engine != "onnxruntime" && artefact.torchscript.has_value();
+  const std::string engine = wanted_engine(options);
+  const bool may_onnx = engine != "torchscript" && artefact.has_onnx();
+  const bool may_torchscript = engine != "onnxruntime" && artefact.torchscript.has_value();
   if (!may_onnx && !may_torchscript) {
-    fail(PYKD_NOT_FOUND, "a file for the engine " + in_quotes(options.engine),
+    fail(PYKD_NOT_FOUND, "a file for the engine " + in_quotes(engine),
          artefact.has_onnx() ? "ONNX alone" : "TorchScript alone",
          "choose the other engine, or export the loss in that format, too");
   }
@@ -190,11 +208,14 @@ std::unique_ptr<Loss> Loss::load(Artefact& artefact, const LoadOptions& options)
   try {
     return load_onnx(artefact, options);
   } catch (const Failure& failure) {
-    if (failure.status() != PYKD_UNAVAILABLE) throw;
+    const bool named = !options.onnxruntime_library.empty() || !environment("PYKD_ONNXRUNTIME_LIBRARY").empty();
+    if (named || failure.status() != PYKD_UNAVAILABLE) throw;
     onnx_problem = failure.what();
   }
   try {
-    return load_torchscript(artefact, options);
+    std::unique_ptr<Loss> loss = load_torchscript(artefact, options);
+    loss->passed_over_ = "onnxruntime: " + onnx_problem;
+    return loss;
   } catch (const Failure& failure) {
     if (failure.status() != PYKD_UNAVAILABLE) throw;
     fail(PYKD_UNAVAILABLE, "one of the two engines",
@@ -229,7 +250,7 @@ std::unique_ptr<Loss> Loss::load_onnx(Artefact& artefact, const LoadOptions& opt
   EngineOptions engine_options = options.engine_options;
   engine_options.library = options.onnxruntime_library;
   Engine& engine = onnxruntime_engine(engine_options.library);
-  const std::set<std::string> available = available_ops(options);
+  const std::set<std::string> available = available_ops(options, loss->passed_over_);
   std::set<std::string> in_use;
   for (Checked& checked : files) {
     const std::set<std::string> ops = choose_ops(*checked.file, checked.nodes, available, options);

@@ -42,6 +42,7 @@ class Loss {
   const std::string& engine_version() const { return engine_version_; }
   const std::string& device_name() const { return device_name_; }
   const std::string& kernels() const { return kernels_; }
+  const std::string& passed_over() const { return passed_over_; }
 
   Binding check_inputs(const pykd_tensor* inputs, std::size_t num_inputs, std::vector<pykd_tensor>& ordered) const;
   void run(const pykd_tensor* inputs, std::size_t num_inputs, const pykd_parameter* parameters,
@@ -68,7 +69,7 @@ class Loss {
 
   Signature signature_;
   Device device_;
-  std::string engine_, engine_version_, device_name_, kernels_;
+  std::string engine_, engine_version_, device_name_, kernels_, passed_over_;
   // One part; or two, of which the first has the values alone. The last has all of signature_.
   std::vector<std::unique_ptr<Part>> parts_;
 };

@@ -14,18 +14,24 @@
 
 namespace pykd::internal {
 
-// A copy of `given`, which was written by a caller whose header may be older or newer than this
-// library's. What an older one lacks keeps the value of `defaults`; a field that only a newer one
-// has must not be set. `first_size` is the size that the struct had when it was introduced.
+// `given` is the struct_size that a caller set, whose header may be older or newer than this library's; `ours` is the
+// library's, and `first` the one that the struct had when it was introduced.
+inline void check_struct_size(std::size_t given, std::size_t first, std::size_t ours, const std::string& what,
+                              const char* init) {
+  constexpr std::size_t kMaxSize = 4096;
+  if (given >= first && given <= kMaxSize) return;
+  fail(PYKD_INVALID_VALUE, what + " of " + std::to_string(ours) + " bytes, as struct_size tells", std::to_string(given),
+       std::string("start from ") + init);
+}
+
+// A copy of `given`. What an older caller lacks keeps the value of `defaults`; a field that only a newer one has must
+// not be set.
 template <class Struct>
 Struct copy_sized(const Struct& given, const Struct& defaults, std::size_t first_size, const std::string& what,
                   const char* init) {
-  constexpr std::size_t kOurSize = sizeof(Struct), kMaxSize = 4096;
+  constexpr std::size_t kOurSize = sizeof(Struct);
   const std::size_t size = given.struct_size;
-  if (size < first_size || size > kMaxSize) {
-    fail(PYKD_INVALID_VALUE, what + " of " + std::to_string(kOurSize) + " bytes, as struct_size tells",
-         std::to_string(size), std::string("start from ") + init);
-  }
+  check_struct_size(size, first_size, kOurSize, what, init);
   const auto* bytes = reinterpret_cast<const unsigned char*>(&given);
   if (size > kOurSize && std::any_of(bytes + kOurSize, bytes + size, [](unsigned char byte) { return byte != 0; })) {
     fail(PYKD_INVALID_VALUE, what + " that this library knows", "a newer one that is set",
@@ -34,6 +40,14 @@ Struct copy_sized(const Struct& given, const Struct& defaults, std::size_t first
   Struct copy = defaults;
   std::memcpy(&copy, &given, std::min(size, kOurSize));
   return copy;
+}
+
+// Fills in the struct that a caller asks for: those of the fields that it has.
+template <class Struct>
+void write_sized(Struct value, Struct& given, std::size_t first_size, const std::string& what, const char* init) {
+  check_struct_size(given.struct_size, first_size, sizeof(Struct), what, init);
+  value.struct_size = given.struct_size;
+  std::memcpy(&given, &value, std::min(given.struct_size, sizeof(Struct)));
 }
 
 }  // namespace pykd::internal

@@ -93,6 +93,13 @@ void check_data(std::string_view name, const pykd_tensor& tensor) {
   }
 }
 
+void check_extension(const pykd_tensor& tensor) {
+  if (tensor.extension == nullptr) return;
+  fail(PYKD_INVALID_VALUE, std::string("NULL for the extension of ") + tensor.name,
+       "another pointer, which this library knows nothing of",
+       "set every field of a pykd_tensor, or use the libpykd that belongs to the header");
+}
+
 void check_no_overlap(const Extent& written, const Extent& other) {
   if (written.begin < other.begin + other.bytes && other.begin < written.begin + written.bytes) {
     fail(PYKD_INVALID_VALUE, std::string(written.name) + " in memory of its own",

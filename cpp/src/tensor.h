@@ -14,6 +14,7 @@
 #include <cstring>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "engine.h"
@@ -33,11 +34,11 @@ constexpr std::uint32_t kAnyFloat =
 // ---------------------------------------------------------------------------------------
 
 // "float32" and the like.
-PYKD_API std::string dtype_name(pykd_dtype dtype);
+std::string dtype_name(pykd_dtype dtype);
 // "float16 or float32"; the set is not empty.
 std::string dtypes_text(std::uint32_t dtypes);
 // "cpu", "cuda:0".
-PYKD_API std::string device_name(Device device);
+std::string device_name(Device device);
 // The same for what a caller gave, which may be no value of the enumeration.
 std::string given_dtype(const pykd_tensor& tensor);
 std::string given_device(const pykd_tensor& tensor);
@@ -60,7 +61,7 @@ int raw(const Enumeration& field) {
 inline bool is_dtype(const pykd_dtype& dtype) { return raw(dtype) >= PYKD_FLOAT16 && raw(dtype) <= PYKD_INT64; }
 
 // Bytes of one element; `dtype` is one of the enumeration.
-PYKD_API std::size_t dtype_size(pykd_dtype dtype);
+std::size_t dtype_size(pykd_dtype dtype);
 
 // ---- Checks: each throws a Failure that names the tensor
 // -----------------------------------------
@@ -86,6 +87,9 @@ inline Extent extent_of(std::string_view name, const pykd_tensor& tensor) {
 // One output may be written before every input has been read.
 void check_no_overlap(const Extent& written, const Extent& other);
 
+// pykd_tensor::extension is for later versions.
+void check_extension(const pykd_tensor& tensor);
+
 // ---- Checks of lists of named things
 // -------------------------------------------------------------
 
@@ -105,6 +109,7 @@ void check_list(const Item* items, std::size_t count, const char* what) {
       fail(PYKD_INVALID_VALUE, std::string("a name for every one of the ") + what, "NULL at index " + std::to_string(i),
            "set its name");
     }
+    if constexpr (std::is_same_v<Item, pykd_tensor>) check_extension(items[i]);
   }
 }
 

@@ -21,10 +21,9 @@ std::string default_path() {
   return (self.parent_path() / "libpykd_torch.so").string();
 }
 
-std::string path_for(const std::string& library) {
-  if (!library.empty()) return library;
-  const std::string named = environment("PYKD_TORCH_LIBRARY");
-  return named.empty() ? default_path() : named;
+// The library that somebody named; empty where nobody did.
+std::string named_library(const std::string& in_options) {
+  return in_options.empty() ? environment("PYKD_TORCH_LIBRARY") : in_options;
 }
 
 [[noreturn]] void unavailable(const std::string& expected, const std::string& got, const std::string& remedy) {
@@ -71,12 +70,13 @@ Engine& torchscript_engine(const std::string& library) {
   static std::mutex mutex;
   static TorchLibrary* opened = nullptr;  // never freed: its engine lives until the process ends
   const std::lock_guard<std::mutex> lock(mutex);
+  const std::string named = named_library(library);
   if (opened == nullptr) {
-    opened = new TorchLibrary(open_torch_library(path_for(library)));
-  } else if (!library.empty()) {
+    opened = new TorchLibrary(open_torch_library(named.empty() ? default_path() : named));
+  } else if (!named.empty()) {
     SharedLibrary wanted;
-    if (!wanted.open_loaded(library) || !(wanted == opened->library)) {
-      unavailable(library, opened->path + ", which this process uses already", "name one library per process");
+    if (!wanted.open_loaded(named) || !(wanted == opened->library)) {
+      unavailable(named, opened->path + ", which this process uses already", "name one library per process");
     }
   }
   return *opened->engine;

@@ -91,7 +91,7 @@ TEST_F(Api, DescribesItself) {
   EXPECT_EQ(loss.parameters()[0].default_value, 1.5);
   EXPECT_EQ(loss.parameters()[0].minimum, 0.0);
   EXPECT_EQ(loss.parameters()[1].minimum, -std::numeric_limits<double>::infinity());
-  pykd_tensor_info info;
+  pykd_tensor_info info = PYKD_TENSOR_INFO_INIT;
   EXPECT_EQ(pykd_input_info(loss.c(), 2, &info), PYKD_INVALID_VALUE);
   EXPECT_EQ(pykd_output_info(nullptr, 0, &info), PYKD_INVALID_VALUE);
   EXPECT_EQ(pykd_output_info(loss.c(), 0, nullptr), PYKD_INVALID_VALUE);
@@ -480,16 +480,110 @@ TEST_F(ApiKernels, AreAnErrorWhereTheyAreAskedForAndMissing) {
   EXPECT_ERROR(PYKD_UNAVAILABLE, Loss::load(folder.path("loss.pt"), options), "an ONNX file", "loss.pt");
 }
 
-TEST_F(ApiKernels, AreNotAskedAboutByOlderCallers) {
+TEST_F(Api, RefusesProgramsOfAnotherInterface) {
   pykd_load_options options = PYKD_LOAD_OPTIONS_INIT;
-  options.struct_size = offsetof(pykd_load_options, kernels);
-  options.kernels = "whatever lies behind an older struct";
+  options.abi_version = PYKD_ABI_VERSION - 1;
   pykd_loss* loss = nullptr;
-  ASSERT_EQ(pykd_load(folder.path("loss.onnx").c_str(), &options, &loss), PYKD_OK) << pykd_last_error();
-  EXPECT_STREQ(pykd_kernels_in_use(loss), "soft_target_float32");
-  pykd_free(loss);
-  options.struct_size -= 1;
-  EXPECT_EQ(pykd_load(folder.path("loss.onnx").c_str(), &options, &loss), PYKD_INVALID_VALUE);
+  EXPECT_EQ(pykd_load(folder.path().c_str(), &options, &loss), PYKD_UNAVAILABLE);
+  expect_words(pykd_last_error(), {"interface", "headers of this library"});
+  options.struct_size = offsetof(pykd_load_options, abi_version);  // as the version before had it
+  EXPECT_EQ(pykd_load(folder.path().c_str(), &options, &loss), PYKD_INVALID_VALUE);
+}
+
+TEST_F(Api, LeavesWhatLiesBehindAnInfoAlone) {
+  struct {
+    pykd_tensor_info info = PYKD_TENSOR_INFO_INIT;
+    int behind = 7;
+  } newer;
+  newer.info.struct_size = sizeof newer;
+  const Loss loss = Loss::load(folder.path());
+  ASSERT_EQ(pykd_input_info(loss.c(), 0, &newer.info), PYKD_OK) << pykd_last_error();
+  EXPECT_STREQ(newer.info.name, "student_logits");
+  EXPECT_EQ(newer.info.struct_size, sizeof newer);
+  EXPECT_EQ(newer.behind, 7);
+  for (const std::size_t size : {std::size_t{0}, sizeof(pykd_tensor_info) - 1, static_cast<std::size_t>(-4)}) {
+    newer.info.struct_size = size;
+    EXPECT_EQ(pykd_output_info(loss.c(), 0, &newer.info), PYKD_INVALID_VALUE);
+    expect_words(pykd_last_error(), {"PYKD_TENSOR_INFO_INIT"});
+    pykd_parameter_info parameter = PYKD_PARAMETER_INFO_INIT;
+    parameter.struct_size = std::min(size, sizeof parameter - 1);
+    EXPECT_EQ(pykd_get_parameter_info(loss.c(), 0, &parameter), PYKD_INVALID_VALUE);
+    expect_words(pykd_last_error(), {"PYKD_PARAMETER_INFO_INIT"});
+  }
+}
+
+TEST_F(Api, RefusesAnExtensionThatItDoesNotKnow) {
+  const Loss loss = Loss::load(folder.path());
+  float value = 0;
+  const Tensors tensors = inputs();
+  std::vector<pykd_tensor> in;
+  for (const auto& entry : tensors) in.push_back(entry.second.c(entry.first.c_str()));
+  pykd_tensor out = view(&value, {}).c("loss");
+  in[1].extension = &loss;
+  EXPECT_EQ(pykd_run(loss.c(), in.data(), 2, nullptr, 0, &out, 1), PYKD_INVALID_VALUE);
+  expect_words(pykd_last_error(), {"extension of teacher_logits", "set every field"});
+  in[1].extension = nullptr;
+  out.extension = &loss;
+  EXPECT_EQ(pykd_run(loss.c(), in.data(), 2, nullptr, 0, &out, 1), PYKD_INVALID_VALUE);
+  expect_words(pykd_last_error(), {"extension of loss"});
+}
+
+TEST_F(Api, WritesNoConstMemory) {
+  const Loss loss = Loss::load(folder.path());
+  const float fixed = 5;
+  float value = 5;
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run(inputs(), {{"loss", view(&fixed, {})}}), "\"loss\"", "const memory");
+  const std::vector<float> gradient(6);
+  EXPECT_ERROR(PYKD_INVALID_VALUE,
+               loss.run(inputs(), {{"loss", view(&value, {})}, {"grad_student_logits", view(gradient, {2, 3})}}),
+               "grad_student_logits");
+  EXPECT_EQ(value, 5) << "written before the other output was looked at";
+  loss.run(inputs(), {{"loss", view(&value, {})}});
+  EXPECT_NE(value, 5);
+}
+
+TEST_F(Api, SaysWhatWasMovedFrom) {
+  Loss loss = Loss::load(folder.path());
+  Result result = loss.value(inputs());
+  const Result kept = std::move(result);
+  EXPECT_ERROR(PYKD_INVALID_VALUE, result.value("loss"), "moved from");  // NOLINT(bugprone-use-after-move)
+  EXPECT_NO_THROW(kept.value("loss"));
+  Tensor tensor = view(student, {2, 3});
+  const Tensors good = {{"student_logits", std::move(tensor)}, {"teacher_logits", view(teacher, {2, 3})}};
+  Tensors bad = good;
+  bad["student_logits"] = std::move(tensor);  // NOLINT(bugprone-use-after-move)
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.value(bad), "student_logits");
+
+  const Loss moved = std::move(loss);
+  EXPECT_NO_THROW(moved.value(good));
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.value(good), "moved from");  // NOLINT(bugprone-use-after-move)
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.value_and_gradient(good), "moved from");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run(good, {}), "moved from");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.inputs(), "moved from");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.outputs(), "moved from");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.parameters(), "moved from");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.metadata(), "moved from");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.engine(), "moved from");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.passed_over(), "moved from");
+}
+
+template <class Argument, class = void>
+struct CanBeViewed : std::false_type {};
+template <class Argument>
+struct CanBeViewed<Argument, std::void_t<decltype(view(std::declval<Argument>(), std::vector<std::int64_t>{}))>>
+    : std::true_type {};
+
+TEST(Views, AreOfMemoryThatStays) {
+  static_assert(CanBeViewed<std::vector<float>&>::value && CanBeViewed<const std::vector<double>&>::value);
+  static_assert(!CanBeViewed<std::vector<float>>::value && !CanBeViewed<const std::vector<float>>::value);
+  static_assert(CanBeViewed<float*>::value && CanBeViewed<const std::int64_t*>::value);
+  std::vector<float> values(2);
+  const std::vector<float>& fixed = values;
+  EXPECT_FALSE(view(values, {2}).read_only());
+  EXPECT_FALSE(view(values.data(), {2}).read_only());
+  EXPECT_TRUE(view(fixed, {2}).read_only());
+  EXPECT_TRUE(view(fixed.data(), {2}).read_only());
+  EXPECT_TRUE(Tensor::of_const(fixed.data(), PYKD_FLOAT32, {2}).read_only());
 }
 
 TEST(Views, CheckTheirSize) {

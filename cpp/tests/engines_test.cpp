@@ -3,7 +3,10 @@
 //
 // An engine that has been opened stays for the life of the process. The tests therefore run in the
 // order in which they stand here: first what cannot be opened, then what can.
+#include <dlfcn.h>
+
 #include <cstdlib>
+#include <filesystem>
 
 #include "pykd/pykd.hpp"
 #include "support.h"
@@ -22,6 +25,33 @@ json torchscript_metadata() {
   }
   return metadata;
 }
+
+// An environment variable for the length of a scope; nullptr: it is not set.
+class Variable {
+ public:
+  Variable(const char* name, const char* value) : name_(name) {
+    const char* before = std::getenv(name);
+    was_set_ = before != nullptr;
+    if (was_set_) before_ = before;
+    set(value);
+  }
+  Variable(const Variable&) = delete;
+  Variable& operator=(const Variable&) = delete;
+  ~Variable() { set(was_set_ ? before_.c_str() : nullptr); }
+
+ private:
+  void set(const char* value) const {
+    if (value == nullptr) {
+      ::unsetenv(name_);
+    } else {
+      ::setenv(name_, value, 1);
+    }
+  }
+
+  const char* name_;
+  bool was_set_;
+  std::string before_;
+};
 
 class Engines : public testing::Test {
  protected:
@@ -54,7 +84,7 @@ TEST_F(Engines, SaysThatLibpykdTorchCannotBeOpened) {
 
 TEST_F(Engines, SaysThatLibpykdTorchIsOfAnotherVersion) {
   torchscript.torch_library = FAKE_TORCH_OLD;
-  EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "interface version 2", "got 3", "one build");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "interface version 3", "got 4", "one build");
   torchscript.torch_library = FAKE_TORCH_EMPTY;
   EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "a library without one", "one build");
 }
@@ -76,11 +106,32 @@ TEST_F(Engines, SaysThatOnnxRuntimeIsNotThere) {
   EXPECT_ERROR(PYKD_UNAVAILABLE, load(onnxruntime), "OrtGetApiBase");
 }
 
-TEST_F(Engines, SaysWhyNeitherCanBeHad) {
+// A name is used, or it is an error: TorchScript, which could be had, is not taken instead.
+TEST_F(Engines, NeverPassesOverALibraryThatIsNamed) {
+  const Variable torch("PYKD_TORCH_LIBRARY", FAKE_TORCH_GOOD);
   LoadOptions options;
   options.onnxruntime_library = folder.path("libonnxruntime.so");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(options), "libonnxruntime.so", "the load options");
+  options.onnxruntime_library = FAKE_ONNXRUNTIME;
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(options), "1.21 or newer", "1.20.3");
+  const Variable variable("PYKD_ONNXRUNTIME_LIBRARY", folder.path("libonnxruntime.so").c_str());
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load({}), "libonnxruntime.so", "PYKD_ONNXRUNTIME_LIBRARY");
+}
+
+TEST_F(Engines, TakesTheEngineWhoseLibraryIsNamed) {
+  LoadOptions options;
   options.torch_library = folder.path("libpykd_torch.so");
-  EXPECT_ERROR(PYKD_UNAVAILABLE, load(options), "one of the two engines", "onnxruntime:", "torchscript:");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(options), "libpykd_torch.so", "no file at");
+  std::filesystem::remove(folder.path("loss.pt"));
+  EXPECT_ERROR(PYKD_NOT_FOUND, load(options), "\"torchscript\"", "ONNX alone");
+}
+
+TEST_F(Engines, SaysWhyNeitherCanBeHad) {
+  if (::dlopen("libonnxruntime.so", RTLD_LAZY) != nullptr) GTEST_SKIP() << "this system has an ONNX Runtime";
+  const Variable onnxruntime_variable("PYKD_ONNXRUNTIME_LIBRARY", nullptr);
+  const Variable torch("PYKD_TORCH_LIBRARY", FAKE_TORCH_REFUSING);
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load({}), "one of the two engines", "onnxruntime:", "has loaded none",
+               "onnxruntime/capi", "the dynamic linker", "torchscript:", "torch is asleep");
 }
 
 TEST_F(Engines, ABadFileIsABadFileWithoutAnEngine) {
@@ -92,14 +143,19 @@ TEST_F(Engines, ABadFileIsABadFileWithoutAnEngine) {
 
 // From here on engines are opened.
 
-TEST_F(Engines, FallsBackToTorchScriptWhereTheEngineIsFree) {
-  LoadOptions options;
-  options.onnxruntime_library = folder.path("libonnxruntime.so");
-  options.torch_library = FAKE_TORCH_GOOD;
-  const Loss loss = load(options);
+TEST_F(Engines, PassesOverAnEngineThatCannotBeHadAndSaysWhy) {
+  if (::dlopen("libonnxruntime.so", RTLD_LAZY) != nullptr) GTEST_SKIP() << "this system has an ONNX Runtime";
+  const Variable variable("PYKD_ONNXRUNTIME_LIBRARY", nullptr);
+  const Variable torch("PYKD_TORCH_LIBRARY", FAKE_TORCH_GOOD);
+  const std::string old = folder.path("libonnxruntime.so.1.20.3");
+  std::filesystem::copy_file(FAKE_ONNXRUNTIME, old);
+  ASSERT_NE(::dlopen(old.c_str(), RTLD_NOW), nullptr) << ::dlerror();
+  const Loss loss = load({});
   EXPECT_EQ(loss.engine(), "torchscript");
   EXPECT_EQ(loss.engine_version(), "0.fake");
   EXPECT_EQ(loss.value(inputs()).value("loss"), 7.0);
+  expect_words(loss.passed_over(), {"onnxruntime: expected", "got ONNX Runtime 1.20.3", old.c_str()});
+  EXPECT_EQ(load(torchscript).passed_over(), "");
 }
 
 TEST_F(Engines, NeverFallsBackFromAnExplicitRequest) {
@@ -111,9 +167,8 @@ TEST_F(Engines, NeverFallsBackFromAnExplicitRequest) {
 TEST_F(Engines, NeverFallsBackFromABadFile) {
   folder.write("loss.onnx", "damaged");
   folder.write_manifest();
-  LoadOptions options;
-  options.torch_library = FAKE_TORCH_GOOD;
-  EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(options), "loss.onnx");
+  const Variable torch("PYKD_TORCH_LIBRARY", FAKE_TORCH_GOOD);
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, load({}), "loss.onnx");
 }
 
 TEST_F(Engines, RunsTorchScriptThroughItsLibrary) {
@@ -151,6 +206,7 @@ TEST_F(Engines, NeedsTheFilesOfTheEngineAlone) {
 TEST_F(Engines, PrefersOnnxRuntime) {
   const Loss loss = load({});
   EXPECT_EQ(loss.engine(), "onnxruntime");
+  EXPECT_EQ(loss.passed_over(), "");
   EXPECT_EQ(loss.value(inputs()).value("loss"), 0.0);
 }
 
@@ -161,6 +217,9 @@ TEST_F(Engines, UsesOneOnnxRuntimePerProcess) {
   if (path == nullptr) return;  // found by the dynamic linker
   onnxruntime.onnxruntime_library = path;
   EXPECT_EQ(load(onnxruntime).engine(), "onnxruntime");
+  EXPECT_EQ(load({}).engine(), "onnxruntime");
+  const Variable variable("PYKD_ONNXRUNTIME_LIBRARY", FAKE_ONNXRUNTIME);
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load({}), "PYKD_ONNXRUNTIME_LIBRARY", "uses already");
 }
 
 }  // namespace

@@ -6,12 +6,12 @@
  *     float student[2 * 3] = {1, 2, 3, 3, 2, 1}, teacher[2 * 3] = {0, 2, 4, 4, 2, 0}, temperature = 2;
  *     float weight[2] = {0.5f, 0.5f}, value[2], gradient[2 * 3];  // a mean over two rows: each weighs 1/2
  *     int64_t rows = 2, matrix[2] = {2, 3};
- *     pykd_tensor in[4] = {{"student", student, PYKD_FLOAT32, 2, matrix, NULL, PYKD_CPU, 0},
- *                          {"teacher", teacher, PYKD_FLOAT32, 2, matrix, NULL, PYKD_CPU, 0},
- *                          {"temperature", &temperature, PYKD_FLOAT32, 0, NULL, NULL, PYKD_CPU, 0},
- *                          {"soft_weight", weight, PYKD_FLOAT32, 1, &rows, NULL, PYKD_CPU, 0}};
- *     pykd_tensor out[2] = {{"soft", value, PYKD_FLOAT32, 1, &rows, NULL, PYKD_CPU, 0},
- *                           {"grad_student", gradient, PYKD_FLOAT32, 2, matrix, NULL, PYKD_CPU, 0}};
+ *     pykd_tensor in[4] = {{"student", student, PYKD_FLOAT32, 2, matrix, NULL, PYKD_CPU, 0, NULL},
+ *                          {"teacher", teacher, PYKD_FLOAT32, 2, matrix, NULL, PYKD_CPU, 0, NULL},
+ *                          {"temperature", &temperature, PYKD_FLOAT32, 0, NULL, NULL, PYKD_CPU, 0, NULL},
+ *                          {"soft_weight", weight, PYKD_FLOAT32, 1, &rows, NULL, PYKD_CPU, 0, NULL}};
+ *     pykd_tensor out[2] = {{"soft", value, PYKD_FLOAT32, 1, &rows, NULL, PYKD_CPU, 0, NULL},
+ *                           {"grad_student", gradient, PYKD_FLOAT32, 2, matrix, NULL, PYKD_CPU, 0, NULL}};
  *     if (pykd_kernel_run("soft_target", in, 4, NULL, 0, out, 2, NULL) != PYKD_OK) puts(pykd_last_error());
  *
  * The rules of pykd.h hold: errors, views, threads.

@@ -187,6 +187,7 @@ class KernelDescriptionReader {
 // Every kernel of the library that is running.
 inline const std::vector<KernelDescription>& kernels() {
   static const std::vector<KernelDescription> all = [] {
+    internal::check_version();
     std::vector<KernelDescription> read;
     for (std::size_t i = 0; i < pykd_num_kernels(); ++i) {
       read.push_back(internal::KernelDescriptionReader(pykd_kernel_description(i)).read());
@@ -299,7 +300,7 @@ class KernelCall {
   // an output of unknown shape would be.
   [[noreturn]] void refuse(const std::string& output) const {
     double unused = 0.0;
-    pykd_tensor wanted = {output.c_str(), &unused, dtype_of(output), 0, nullptr, nullptr, PYKD_CPU, 0};
+    pykd_tensor wanted = {output.c_str(), &unused, dtype_of(output), 0, nullptr, nullptr, PYKD_CPU, 0, nullptr};
     for (const pykd_tensor& given : inputs_) {
       const KernelArgument* argument = kernel_.input(given.name);
       if (argument == nullptr || argument->role == "number") continue;

@@ -9,13 +9,13 @@
  *     float student[2 * 3] = {1, 2, 3, 3, 2, 1}, teacher[2 * 3] = {0, 2, 4, 4, 2, 0};
  *     int64_t shape[2] = {2, 3};
  *     pykd_tensor in[2] = {
- *         {"student_logits", student, PYKD_FLOAT32, 2, shape, NULL, PYKD_CPU, 0},
- *         {"teacher_logits", teacher, PYKD_FLOAT32, 2, shape, NULL, PYKD_CPU, 0}};
+ *         {"student_logits", student, PYKD_FLOAT32, 2, shape, NULL, PYKD_CPU, 0, NULL},
+ *         {"teacher_logits", teacher, PYKD_FLOAT32, 2, shape, NULL, PYKD_CPU, 0, NULL}};
  *
  *     float value, gradient[2 * 3];
  *     pykd_tensor out[2] = {
- *         {"loss", &value, PYKD_FLOAT32, 0, NULL, NULL, PYKD_CPU, 0},
- *         {"grad_student_logits", gradient, PYKD_FLOAT32, 2, shape, NULL, PYKD_CPU, 0}};
+ *         {"loss", &value, PYKD_FLOAT32, 0, NULL, NULL, PYKD_CPU, 0, NULL},
+ *         {"grad_student_logits", gradient, PYKD_FLOAT32, 2, shape, NULL, PYKD_CPU, 0, NULL}};
  *     if (pykd_run(loss, in, 2, NULL, 0, out, 2) != PYKD_OK) puts(pykd_last_error());
  *     pykd_free(loss);
  *
@@ -29,6 +29,10 @@
  *    beyond the call.
  *  - A pykd_loss is immutable after pykd_load(). Any number of threads may run the same one at once.
  *  - No function prints, exits or aborts.
+ *  - Structs grow at their end. Those that start with struct_size tell their size: start from their
+ *    ..._INIT, and an older program runs with a newer library, and the other way round where the
+ *    newer fields are not set. A pykd_tensor, which comes in arrays, keeps its size: what a later
+ *    version says of a tensor hangs on its `extension`.
  *
  * C++ users want pykd/pykd.hpp (standard C++17) or pykd/torch.hpp (LibTorch); both sit on this file.
  */
@@ -38,7 +42,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(_WIN32)
+#if defined(PYKD_HIDDEN) /* a static libpykd, while it is compiled */
+#define PYKD_API
+#elif defined(_WIN32)
 #if defined(PYKD_BUILD)
 #define PYKD_API __declspec(dllexport)
 #else
@@ -53,8 +59,10 @@ extern "C" {
 #endif
 
 /* The version of this interface. It grows when a struct or a function changes its meaning; programs
- * built with one number run with libraries that answer the same number. */
-#define PYKD_ABI_VERSION 1
+ * built with one number run with libraries that answer the same number. It is the number in the name
+ * libpykd.so.2, by which the dynamic linker tells them apart; pykd_load() compares it, too, with that
+ * of the load options, and pykd.hpp with every load. */
+#define PYKD_ABI_VERSION 2
 
 /* What kind of thing went wrong. The Python module raises the exception named on the right. */
 typedef enum pykd_status {
@@ -89,6 +97,7 @@ typedef struct pykd_tensor {
                              Only contiguous tensors are taken; strides that say otherwise are an error. */
   pykd_device device;     /* where `data` lies */
   int32_t device_id;      /* which one, for PYKD_CUDA */
+  const void* extension;  /* NULL: this version knows none */
 } pykd_tensor;
 
 /* A value for one of the loss's parameters (a temperature, a weight): it replaces the default that
@@ -101,11 +110,12 @@ typedef struct pykd_parameter {
 /* How to load. Start from PYKD_LOAD_OPTIONS_INIT and change what you need. */
 typedef struct pykd_load_options {
   size_t struct_size;              /* sizeof(pykd_load_options); lets the struct grow */
-  const char* engine;              /* "onnxruntime", "torchscript", or NULL: the first of the two for
-                                      which the file is there and the engine can be opened */
+  const char* engine;              /* "onnxruntime", "torchscript", or NULL: the one whose library is named
+                                      below; else the first of the two for which the file is there and
+                                      the engine can be opened (pykd_passed_over() tells why not) */
   const char* device;              /* "cpu" (default when NULL), "cuda" or "cuda:<id>" */
   const char* onnxruntime_library; /* path of libonnxruntime.so; NULL: see pykd_load() */
-  const char* torch_library;       /* path of libpykd_torch.so; NULL: beside libpykd */
+  const char* torch_library;       /* path of libpykd_torch.so; NULL: see pykd_load() */
   int32_t threads;                 /* threads of one ONNX Runtime session; 0: one per core. LibTorch's
                                       threads belong to the process: at::set_num_threads() */
   int32_t skip_integrity_check;    /* not 0: accept a file that was changed after its export */
@@ -118,16 +128,19 @@ typedef struct pykd_load_options {
                                       computes on that device. "on": the same, and an error where there is
                                       none, or a node that no kernel computes. "off": the portable body that
                                       the file carries */
+  uint32_t abi_version;            /* PYKD_ABI_VERSION of the header that the program was built with */
 } pykd_load_options;
 
 #define PYKD_LOAD_OPTIONS_INIT \
-  { sizeof(pykd_load_options), NULL, NULL, NULL, NULL, 0, 0, NULL, NULL }
+  { sizeof(pykd_load_options), NULL, NULL, NULL, NULL, 0, 0, NULL, NULL, PYKD_ABI_VERSION }
 
 /* A loaded loss. */
 typedef struct pykd_loss pykd_loss;
 
-/* One input or output of a loss. All pointers live as long as the pykd_loss. */
+/* One input or output of a loss. All pointers live as long as the pykd_loss. Start from
+ * PYKD_TENSOR_INFO_INIT. */
 typedef struct pykd_tensor_info {
+  size_t struct_size; /* sizeof(pykd_tensor_info) */
   const char* name;
   int32_t rank;
   const char* const* axes; /* `rank` names; equal names mean equal lengths, across all tensors */
@@ -136,13 +149,20 @@ typedef struct pykd_tensor_info {
   int32_t has_gradient;    /* input: "grad_<name>" is among the outputs. output: it is such a gradient */
 } pykd_tensor_info;
 
-/* One parameter of a loss. */
+#define PYKD_TENSOR_INFO_INIT \
+  { sizeof(pykd_tensor_info), NULL, 0, NULL, 0, 0 }
+
+/* One parameter of a loss. Start from PYKD_PARAMETER_INFO_INIT. */
 typedef struct pykd_parameter_info {
+  size_t struct_size; /* sizeof(pykd_parameter_info) */
   const char* name;
   double default_value;
   double minimum;            /* -INFINITY where there is none */
   int32_t minimum_exclusive; /* not 0: the value must be greater than `minimum` */
 } pykd_parameter_info;
+
+#define PYKD_PARAMETER_INFO_INIT \
+  { sizeof(pykd_parameter_info), NULL, 0.0, 0.0, 0 }
 
 /* PYKD_ABI_VERSION of the library that is running, and its release, such as "0.1.0". */
 PYKD_API uint32_t pykd_abi_version(void);
@@ -155,10 +175,16 @@ PYKD_API const char* pykd_last_error(void);
 /* Loads a loss from `path`: a folder that pykd.export() wrote, or one of its files
  * (loss.onnx: the value alone; loss.grad.onnx: value and gradient; loss.pt: both).
  *
- * ONNX Runtime (1.21 or newer) is looked for at options->onnxruntime_library, else at the path in
- * the environment variable PYKD_ONNXRUNTIME_LIBRARY, else a libonnxruntime.so that this process has
- * loaded already, else where the dynamic linker finds libonnxruntime.so. The first of these that is
- * set decides. It is opened once per process; it stays open.
+ * A library that is named is used, or the load fails: ONNX Runtime's (1.21 or newer) by
+ * options->onnxruntime_library, else by the environment variable PYKD_ONNXRUNTIME_LIBRARY;
+ * libpykd_torch by options->torch_library, else by PYKD_TORCH_LIBRARY; libpykd_cuda by
+ * PYKD_CUDA_LIBRARY. The options name the engine with its library, the variables do not.
+ *
+ * Where ONNX Runtime is not named, the first that can be used of these is: a libonnxruntime.so that
+ * this process has loaded already; one in the folder of libpykd; that of a Python wheel onnxruntime
+ * installed beside pykd's (../../onnxruntime/capi, seen from the folder of libpykd); the one that the
+ * dynamic linker finds. The other two lie beside libpykd. Each is opened once per process and stays
+ * open.
  *
  * TorchScript files are programs: load them only from a source you trust. ONNX files are checked
  * before ONNX Runtime sees them: size, integrity, operators, no external data. */
@@ -181,6 +207,10 @@ PYKD_API const char* pykd_device_name(const pykd_loss* loss);
 /* The kernels that run it, with the dtype of their tensors, separated by spaces
  * ("soft_target_float32"); "" where it runs without. */
 PYKD_API const char* pykd_kernels_in_use(const pykd_loss* loss);
+
+/* Why it runs on its engine, or without kernels, where that was left to the library: what was tried
+ * before and could not be had, such as "onnxruntime: expected ..., got ...". "" where nothing was. */
+PYKD_API const char* pykd_passed_over(const pykd_loss* loss);
 
 /* The signature, by index. An index that is too large gives PYKD_INVALID_VALUE. Outputs come in the
  * order: "loss", the terms, the per-sample vectors, the gradients. */
@@ -218,10 +248,33 @@ PYKD_API pykd_status pykd_run(const pykd_loss* loss, const pykd_tensor* inputs, 
  * to touch for the first time as a loss to compute. Kept and in use together are never more than twice what was in use
  * at some time; at most 1 GiB is kept, and nothing that 64 large requests have passed by. Any thread may call them.
  * pykd_deallocate(NULL) does nothing. pykd_trim_memory() gives everything that is kept back to the system now. */
-#define PYKD_KEPT_FROM ((size_t)1 << 17) /* bytes; of smaller requests nothing is kept */
+#define PYKD_KEPT_FROM 131072 /* bytes; of smaller requests nothing is kept */
 PYKD_API void* pykd_allocate(size_t bytes);
 PYKD_API void pykd_deallocate(void* memory);
 PYKD_API void pykd_trim_memory(void);
+
+/* What a host program does itself, for the whole process. Start from PYKD_HOOKS_INIT. */
+typedef enum pykd_log_level { PYKD_LOG_INFO = 0, PYKD_LOG_WARNING = 1, PYKD_LOG_ERROR = 2 } pykd_log_level;
+
+typedef struct pykd_hooks {
+  size_t struct_size; /* sizeof(pykd_hooks) */
+  void* state;        /* the first argument of each function */
+  /* Memory for results and for the kernels' scratch: at least `bytes`, aligned to `alignment` (a power of two); NULL
+   * where there is none. Nothing is kept from step to step then, because such an allocator does that itself. Both
+   * functions or neither. Engines have their own memory. */
+  void* (*allocate)(void* state, size_t bytes, size_t alignment);
+  void (*deallocate)(void* state, void* memory, size_t bytes);
+  /* What happens at a load (the engine and its library, what was passed over), and what ONNX Runtime would print. One
+   * line without an end; it may be called from any thread, and must not call pykd. */
+  void (*log)(void* state, pykd_log_level level, const char* line);
+} pykd_hooks;
+
+#define PYKD_HOOKS_INIT \
+  { sizeof(pykd_hooks), NULL, NULL, NULL, NULL }
+
+/* Sets them; NULL sets none. Memory goes back to the allocator that it came from. Those who set it before the first
+ * load see everything. */
+PYKD_API pykd_status pykd_set_hooks(const pykd_hooks* hooks);
 
 #ifdef __cplusplus
 } /* extern "C" */

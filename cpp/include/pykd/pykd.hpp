@@ -11,13 +11,19 @@
 //     double value = result.value("loss");
 //     const float* gradient = result.data<float>("grad_student_logits");
 //
-// Tensors are views of your memory: contiguous, never copied, never kept. A Loss is immutable and may
-// be shared by many threads; it moves but does not copy. Whatever goes wrong is thrown as a
-// pykd::Error that says what was expected, what came, and what to do.
+// Tensors are views of your memory: contiguous, never copied, never kept; a view of const memory is for
+// inputs alone. A Loss is immutable and may be shared by many threads; it moves but does not copy, and
+// what was moved from says so when it is used. Whatever goes wrong is thrown as a pykd::Error that says
+// what was expected, what came, and what to do; programs without exceptions use pykd/pykd.h.
 //
 // To write gradients into memory of your own (a training loop's buffers, device memory), use run().
 #ifndef PYKD_PYKD_HPP_
 #define PYKD_PYKD_HPP_
+
+#if !defined(__cpp_exceptions) && !defined(__EXCEPTIONS) && !defined(_CPPUNWIND)
+#error \
+    "pykd/pykd.hpp reports errors by exceptions, and this file is compiled without: use pykd/pykd.h, which returns a status"
+#endif
 
 #include <cstddef>
 #include <cstdint>
@@ -26,6 +32,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -47,8 +54,21 @@ namespace internal {
 inline void check(pykd_status status) {
   if (status != PYKD_OK) throw Error(status, pykd_last_error());
 }
+// The library must be of the version that this header describes.
+inline void check_version() {
+  static const std::uint32_t running = pykd_abi_version();
+  if (running == PYKD_ABI_VERSION) return;
+  throw Error(PYKD_UNAVAILABLE, "expected a libpykd of interface version " + std::to_string(PYKD_ABI_VERSION) +
+                                    ", got one of version " + std::to_string(running) +
+                                    "; build this program with the headers of the library that it finds");
+}
 template <class T>
-struct dtype_of;  // float, double and std::int64_t; name other dtypes with view(void*, ...)
+struct dtype_of {
+  static_assert(sizeof(T) == 0,
+                "pykd has no such element type: it knows float, double and std::int64_t; for 16-bit floats name the "
+                "dtype: pykd::Tensor(data, PYKD_FLOAT16, shape); convert other types first");
+  static constexpr pykd_dtype value = PYKD_FLOAT32;
+};
 template <>
 struct dtype_of<float> {
   static constexpr pykd_dtype value = PYKD_FLOAT32;
@@ -104,17 +124,42 @@ class Tensor {
         strides_(std::move(strides)),
         device_(device),
         device_id_(device_id) {}
+  // The same for memory that may only be read: an input.
+  static Tensor of_const(const void* data, pykd_dtype dtype, std::vector<std::int64_t> shape,
+                         pykd_device device = PYKD_CPU, int device_id = 0, std::vector<std::int64_t> strides = {}) {
+    Tensor tensor(const_cast<void*>(data), dtype, std::move(shape), device, device_id, std::move(strides));
+    tensor.read_only_ = true;
+    return tensor;
+  }
+
+  Tensor(const Tensor&) = default;
+  Tensor& operator=(const Tensor&) = default;
+  // What was moved from views nothing: using it is an error.
+  Tensor(Tensor&& other) noexcept { *this = std::move(other); }
+  Tensor& operator=(Tensor&& other) noexcept {
+    data_ = std::exchange(other.data_, nullptr);
+    dtype_ = other.dtype_;
+    shape_ = std::move(other.shape_);
+    strides_ = std::move(other.strides_);
+    device_ = other.device_;
+    device_id_ = other.device_id_;
+    read_only_ = other.read_only_;
+    return *this;
+  }
+  ~Tensor() = default;
 
   const std::vector<std::int64_t>& shape() const { return shape_; }
   pykd_dtype dtype() const { return dtype_; }
   void* data() const { return data_; }
+  bool read_only() const { return read_only_; }
 
   // The view as the C interface wants it. It lives as long as this Tensor and `name` do.
   pykd_tensor c(const char* name) const {
     return {name,          data_,
             dtype_,        static_cast<std::int32_t>(shape_.size()),
             shape_.data(), strides_.empty() ? nullptr : strides_.data(),
-            device_,       device_id_};
+            device_,       device_id_,
+            nullptr};
   }
 
  private:
@@ -124,18 +169,24 @@ class Tensor {
   std::vector<std::int64_t> strides_;
   pykd_device device_ = PYKD_CPU;
   int device_id_ = 0;
+  bool read_only_ = false;
 };
 
-// A view of memory of a known type on the CPU. The library reads inputs and writes outputs only.
+// A view of memory of a known type on the CPU: of const memory, for an input alone.
 template <class T>
-Tensor view(const T* data, std::vector<std::int64_t> shape) {
-  return Tensor(const_cast<T*>(data), internal::dtype_of<T>::value, std::move(shape));
+Tensor view(T* data, std::vector<std::int64_t> shape) {
+  constexpr pykd_dtype dtype = internal::dtype_of<std::remove_cv_t<T>>::value;
+  if constexpr (std::is_const_v<T>) {
+    return Tensor::of_const(data, dtype, std::move(shape));
+  } else {
+    return Tensor(data, dtype, std::move(shape));
+  }
 }
 
-// The same for a container such as std::vector, whose size must be the product of `shape`.
+// The same for a container such as std::vector, whose size must be the product of `shape`. It must outlive the view: a
+// temporary one is refused.
 template <class Container>
-auto view(const Container& values, std::vector<std::int64_t> shape)
-    -> decltype(values.data(), values.size(), Tensor()) {
+auto view(Container& values, std::vector<std::int64_t> shape) -> decltype(values.data(), values.size(), Tensor()) {
   std::size_t count = 1;
   for (std::int64_t length : shape) count *= static_cast<std::size_t>(length);
   if (count != values.size()) {
@@ -145,6 +196,9 @@ auto view(const Container& values, std::vector<std::int64_t> shape)
   }
   return view(values.data(), std::move(shape));
 }
+template <class Container>
+auto view(const Container&& values, std::vector<std::int64_t> shape)
+    -> decltype(values.data(), values.size(), Tensor()) = delete;
 
 // A view of a DLTensor (dlpack.h is the caller's; any struct with its members will do).
 template <class DLTensor>
@@ -226,7 +280,9 @@ class Result {
     if (found == arrays_.end()) {
       std::string known;
       for (const auto& entry : arrays_) known += (known.empty() ? "" : ", ") + entry.first;
-      throw Error(PYKD_INVALID_VALUE, "expected one of the outputs " + known + ", got \"" + name + "\"");
+      throw Error(PYKD_INVALID_VALUE, arrays_.empty()
+                                          ? "expected the result of a run, got one that is empty or was moved from"
+                                          : "expected one of the outputs " + known + ", got \"" + name + "\"");
     }
     return found->second;
   }
@@ -235,9 +291,9 @@ class Result {
 
 // How to load; the fields are those of pykd_load_options.
 struct LoadOptions {
-  std::string engine;               // "onnxruntime", "torchscript"; empty: whichever is there
+  std::string engine;               // "onnxruntime", "torchscript"; empty: that of the library named here, or any
   std::string device = "cpu";       // "cpu", "cuda", "cuda:1"
-  std::string onnxruntime_library;  // path of libonnxruntime.so; empty: looked for
+  std::string onnxruntime_library;  // path of libonnxruntime.so; empty: looked for, as pykd_load() says
   std::string torch_library;        // path of libpykd_torch.so; empty: beside libpykd
   int threads = 0;                  // of one ONNX Runtime session; 0: one per core
   bool skip_integrity_check = false;
@@ -250,6 +306,7 @@ class Loss {
  public:
   // `path`: the folder that pykd.export() wrote, or one of its files. Throws Error.
   static Loss load(const std::string& path, const LoadOptions& options = {}) {
+    internal::check_version();
     pykd_loss* loss = nullptr;
     const pykd_load_options c = c_options(options);
     internal::check(pykd_load(path.c_str(), &c, &loss));
@@ -257,6 +314,7 @@ class Loss {
   }
   // One file that is in memory already.
   static Loss load_bytes(const void* bytes, std::size_t size, const LoadOptions& options = {}) {
+    internal::check_version();
     pykd_loss* loss = nullptr;
     const pykd_load_options c = c_options(options);
     internal::check(pykd_load_bytes(bytes, size, &c, &loss));
@@ -275,45 +333,50 @@ class Loss {
 
   // Writes the outputs named in `outputs` into the memory behind them; nothing is allocated for them.
   void run(const Tensors& inputs, const Tensors& outputs, const Parameters& parameters = {}) const {
+    for (const auto& entry : outputs) {
+      if (!entry.second.read_only()) continue;
+      throw Error(PYKD_INVALID_VALUE, "expected memory to write to for the output \"" + entry.first +
+                                          "\", got a view of const memory; make a view of a buffer that is not const");
+    }
     const std::vector<pykd_tensor> in = c_tensors(inputs), out = c_tensors(outputs);
     const std::vector<pykd_parameter> settings = c_parameters(parameters);
-    internal::check(
-        pykd_run(loss_.get(), in.data(), in.size(), settings.data(), settings.size(), out.data(), out.size()));
+    internal::check(pykd_run(c(), in.data(), in.size(), settings.data(), settings.size(), out.data(), out.size()));
   }
 
   // What the artefact says of itself, as JSON; the engine that runs it and that engine's version.
-  std::string metadata() const { return pykd_metadata(loss_.get()); }
-  std::string engine() const { return pykd_engine(loss_.get()); }
-  std::string engine_version() const { return pykd_engine_version(loss_.get()); }
-  std::string device() const { return pykd_device_name(loss_.get()); }
+  std::string metadata() const { return pykd_metadata(c()); }
+  std::string engine() const { return pykd_engine(c()); }
+  std::string engine_version() const { return pykd_engine_version(c()); }
+  std::string device() const { return pykd_device_name(c()); }
   // The fused kernels that run it ("soft_target_float32"), separated by spaces; empty: none.
-  std::string kernels_in_use() const { return pykd_kernels_in_use(loss_.get()); }
+  std::string kernels_in_use() const { return pykd_kernels_in_use(c()); }
+  // Why it is that engine, or no kernels, where the choice was free; empty where nothing was passed over.
+  std::string passed_over() const { return pykd_passed_over(c()); }
 
   // The signature. See pykd_tensor_info; its pointers live as long as the Loss.
   std::vector<pykd_tensor_info> inputs() const {
-    std::vector<pykd_tensor_info> all(pykd_num_inputs(loss_.get()));
-    for (std::size_t i = 0; i < all.size(); ++i) {
-      internal::check(pykd_input_info(loss_.get(), i, &all[i]));
-    }
+    std::vector<pykd_tensor_info> all(pykd_num_inputs(c()), PYKD_TENSOR_INFO_INIT);
+    for (std::size_t i = 0; i < all.size(); ++i) internal::check(pykd_input_info(c(), i, &all[i]));
     return all;
   }
   std::vector<pykd_tensor_info> outputs() const {
-    std::vector<pykd_tensor_info> all(pykd_num_outputs(loss_.get()));
-    for (std::size_t i = 0; i < all.size(); ++i) {
-      internal::check(pykd_output_info(loss_.get(), i, &all[i]));
-    }
+    std::vector<pykd_tensor_info> all(pykd_num_outputs(c()), PYKD_TENSOR_INFO_INIT);
+    for (std::size_t i = 0; i < all.size(); ++i) internal::check(pykd_output_info(c(), i, &all[i]));
     return all;
   }
   std::vector<pykd_parameter_info> parameters() const {
-    std::vector<pykd_parameter_info> all(pykd_num_parameters(loss_.get()));
-    for (std::size_t i = 0; i < all.size(); ++i) {
-      internal::check(pykd_get_parameter_info(loss_.get(), i, &all[i]));
-    }
+    std::vector<pykd_parameter_info> all(pykd_num_parameters(c()), PYKD_PARAMETER_INFO_INIT);
+    for (std::size_t i = 0; i < all.size(); ++i) internal::check(pykd_get_parameter_info(c(), i, &all[i]));
     return all;
   }
 
-  // The C handle; it stays with this Loss.
-  const pykd_loss* c() const { return loss_.get(); }
+  // The C handle; it stays with this Loss. Throws Error where that was moved from.
+  const pykd_loss* c() const {
+    if (loss_ == nullptr) {
+      throw Error(PYKD_INVALID_VALUE, "expected a loaded loss, got one that was moved from; use the one it moved to");
+    }
+    return loss_.get();
+  }
 
  private:
   explicit Loss(pykd_loss* loss) : loss_(loss, &pykd_free) {}
@@ -353,18 +416,18 @@ class Loss {
       Result::Array& array = result.arrays_[info.name];
       std::int64_t shape[8];
       std::int32_t rank = 0;
-      internal::check(pykd_output_shape(loss_.get(), in.data(), in.size(), info.name, shape, &rank, &array.dtype));
+      internal::check(pykd_output_shape(c(), in.data(), in.size(), info.name, shape, &rank, &array.dtype));
       array.shape.assign(shape, shape + rank);
       array.memory = internal::allocate(internal::bytes_of(array.dtype, shape, array.shape.size()));
-      out.push_back({info.name, array.memory.get(), array.dtype, rank, array.shape.data(), nullptr, PYKD_CPU, 0});
+      out.push_back(
+          {info.name, array.memory.get(), array.dtype, rank, array.shape.data(), nullptr, PYKD_CPU, 0, nullptr});
     }
     if (gradient && !any_gradient(out)) {
       throw Error(PYKD_INVALID_VALUE,
                   "expected an artefact with gradients, got one that holds the value alone; load "
                   "loss.grad.onnx, loss.pt or their folder");
     }
-    internal::check(
-        pykd_run(loss_.get(), in.data(), in.size(), settings.data(), settings.size(), out.data(), out.size()));
+    internal::check(pykd_run(c(), in.data(), in.size(), settings.data(), settings.size(), out.data(), out.size()));
     return result;
   }
   static bool any_gradient(const std::vector<pykd_tensor>& outputs) {

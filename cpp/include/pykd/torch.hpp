@@ -87,7 +87,7 @@ class TorchLoss {
 
   // The same and, detached, the terms and the per-sample vectors, by name; "loss" has autograd.
   TorchTensors terms(const TorchTensors& tensors, const Parameters& parameters = {}) const {
-    return run_with_autograd(tensors, parameters, state_->values);
+    return run_with_autograd(tensors, parameters, state()->values);
   }
 
   // Everything by name and detached: what terms() has, and "grad_<input>" for each input that receives
@@ -96,15 +96,15 @@ class TorchLoss {
   //     auto result = loss.value_and_gradient({{"student_logits", logits}, ...});
   //     logits.backward(result.at("grad_student_logits"));
   TorchTensors value_and_gradient(const TorchTensors& tensors, const Parameters& parameters = {}) const {
-    state_->require_gradients();
-    std::vector<std::string> names = state_->values;
-    names.insert(names.end(), state_->gradients.begin(), state_->gradients.end());
+    state()->require_gradients();
+    std::vector<std::string> names = state()->values;
+    names.insert(names.end(), state()->gradients.begin(), state()->gradients.end());
     const at::NoGradGuard no_grad;
-    return state_->run(tensors, parameters, names);
+    return state()->run(tensors, parameters, names);
   }
 
   // The loss without LibTorch: its signature, metadata, engine.
-  const Loss& loss() const { return state_->loss; }
+  const Loss& loss() const { return state()->loss; }
 
  private:
   // What all copies of a TorchLoss share.
@@ -257,24 +257,31 @@ class TorchLoss {
 
   TorchTensors run_with_autograd(const TorchTensors& tensors, const Parameters& parameters,
                                  const std::vector<std::string>& values) const {
-    Call call{state_, tensors, parameters, values, {}, false, {}};
+    Call call{state(), tensors, parameters, values, {}, false, {}};
     std::vector<at::Tensor> differentiable;
     if (at::GradMode::is_enabled()) {
       bool wanted = false;
       for (const auto& entry : tensors) wanted = wanted || (entry.second.defined() && entry.second.requires_grad());
-      if (wanted) state_->require_gradients();
-      for (std::size_t i = 0; i < state_->students.size(); ++i) {
-        const auto found = tensors.find(state_->students[i]);
+      if (wanted) state()->require_gradients();
+      for (std::size_t i = 0; i < state()->students.size(); ++i) {
+        const auto found = tensors.find(state()->students[i]);
         if (found == tensors.end() || !found->second.defined() || !found->second.requires_grad()) continue;
         differentiable.push_back(found->second);
-        call.gradients.push_back("grad_" + state_->students[i]);
+        call.gradients.push_back("grad_" + state()->students[i]);
         call.halves = call.halves || found->second.scalar_type() == at::kHalf;
       }
     }
-    if (differentiable.empty()) return state_->run(tensors, parameters, values);
+    if (differentiable.empty()) return state()->run(tensors, parameters, values);
     const at::Tensor loss = Function::apply(at::TensorList(differentiable), &call);
     call.results["loss"] = loss;
     return std::move(call.results);
+  }
+
+  const std::shared_ptr<const State>& state() const {
+    if (state_ == nullptr) {
+      throw Error(PYKD_INVALID_VALUE, "expected a loaded loss, got one that was moved from; use the one it moved to");
+    }
+    return state_;
   }
 
   std::shared_ptr<const State> state_;

@@ -88,7 +88,8 @@ inline pykd_tensor torch_view_of(const std::string& name, const at::Tensor& tens
           tensor.sizes().data(),
           tensor.strides().data(),
           tensor.is_cuda() ? PYKD_CUDA : PYKD_CPU,
-          tensor.is_cuda() ? static_cast<std::int32_t>(tensor.device().index()) : 0};
+          tensor.is_cuda() ? static_cast<std::int32_t>(tensor.device().index()) : 0,
+          nullptr};
 }
 
 // A new tensor for a result, not cleared. A large one on the CPU lies in memory that pykd keeps from step to step

@@ -1,0 +1,23 @@
+#include "hooks.h"
+
+#include <atomic>
+
+namespace pykd::kernels {
+namespace {
+
+constexpr pykd_hooks kNone = PYKD_HOOKS_INIT;
+std::atomic<const pykd_hooks*> the_hooks{&kNone};
+
+}  // namespace
+
+const pykd_hooks& hooks() { return *the_hooks.load(std::memory_order_acquire); }
+
+// The hooks before are not freed: another thread may be calling one of them.
+void set_hooks(const pykd_hooks& hooks) { the_hooks.store(new pykd_hooks(hooks), std::memory_order_release); }
+
+void log(pykd_log_level level, const std::string& text) noexcept {
+  const pykd_hooks& set = hooks();
+  if (set.log != nullptr) set.log(set.state, level, text.c_str());
+}
+
+}  // namespace pykd::kernels
