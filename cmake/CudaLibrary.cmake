@@ -1,11 +1,9 @@
 # libpykd_cuda: the kernels for CUDA, opened on demand by libpykd (cpp/kernels/cuda_loader.h). Included by
-# cpp/CMakeLists.txt. It is built where nvcc of CUDA 12 or later is found, which needs no GPU. The CUDA runtime is linked
-# into it, so that it loads on machines without CUDA too, and then says why it cannot be used.
+# cpp/CMakeLists.txt. PYKD_CUDA=AUTO builds it where nvcc of CUDA 12 or later is found, which needs no GPU. The CUDA
+# runtime is linked into it, so that it loads on machines without CUDA too, and then says why it cannot be used.
 #
 # Machine code for the compute capabilities 8.0 (it runs on 8.6 and 8.9 too), 9.0 and 10.0, and PTX of the newest, which
 # the driver compiles for later devices. CUDA before 12.8 does not know 10.0. Others: -DCMAKE_CUDA_ARCHITECTURES=...
-set(PYKD_CUDA AUTO CACHE STRING "Build libpykd_cuda, the kernels for CUDA: ON, OFF, or AUTO: where nvcc is found")
-set_property(CACHE PYKD_CUDA PROPERTY STRINGS AUTO ON OFF)
 if(NOT PYKD_CUDA)
   return()
 endif()

@@ -4,13 +4,16 @@
 # the CPU and the CUDA builds of one release.
 #
 # Looked for in CMAKE_PREFIX_PATH (a LibTorch folder, or torch.utils.cmake_prefix_path) and Torch_DIR,
-# then in the Python that CMake finds. Sets LibTorch_VERSION and LibTorch_LIBRARY_DIR and defines the
+# then in LibTorch_BESIDE, then in the Python that CMake finds. Sets LibTorch_VERSION and LibTorch_LIBRARY_DIR and defines the
 # target LibTorch::LibTorch.
 set(_hints "")
 if(Torch_DIR)
   list(APPEND _hints "${Torch_DIR}/../../..")
 endif()
 find_path(LibTorch_INCLUDE_DIR torch/script.h HINTS ${_hints} PATH_SUFFIXES include ../../include)
+if(NOT LibTorch_INCLUDE_DIR AND LibTorch_BESIDE)
+  find_path(LibTorch_INCLUDE_DIR torch/script.h PATHS "${LibTorch_BESIDE}" PATH_SUFFIXES include NO_DEFAULT_PATH)
+endif()
 if(NOT LibTorch_INCLUDE_DIR)
   find_package(Python QUIET COMPONENTS Interpreter)
   if(Python_EXECUTABLE)

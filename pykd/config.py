@@ -8,13 +8,17 @@ It imports neither torch nor the extension.
 
 import argparse
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pykd
 
-__all__ = ["cmake_dir", "includedir", "libdir", "onnxruntime_library", "onnxruntime_ops_path", "root", "torch_ops_path"]
+__all__ = [
+    "cmake_dir", "includedir", "libdir", "library", "onnxruntime_library", "onnxruntime_ops_path", "pkgconfig_dir",
+    "root", "torch_ops_path",
+]  # fmt: skip
 
 
 def root() -> Path:
@@ -43,8 +47,21 @@ def includedir() -> Path:
 
 
 def libdir() -> Path:
-    """The folder that holds ``libpykd.so``."""
+    """The folder that holds the libraries."""
     return root() / "lib"
+
+
+def library() -> Path:
+    """The file of libpykd, for programs that load it at run time: ``libpykd.so.<version of its interface>``."""
+    header = (includedir() / "pykd" / "pykd.h").read_text(encoding="utf-8")
+    version = re.search(r"^#define PYKD_ABI_VERSION (\d+)", header, re.MULTILINE)
+    assert version is not None, "pykd.h says which version it is"
+    return libdir() / f"libpykd.so.{version[1]}"
+
+
+def pkgconfig_dir() -> Path:
+    """The folder of ``pykd.pc``, for ``PKG_CONFIG_PATH``."""
+    return libdir() / "pkgconfig"
 
 
 def torch_ops_path() -> Path:
@@ -76,13 +93,14 @@ def onnxruntime_ops_path() -> str:
 
     The ops are for the CPU. It is a str because ONNX Runtime takes nothing else.
     """
-    return str(libdir() / "libpykd.so")
+    return str(library())
 
 
 def onnxruntime_library() -> Path:
     """The library inside the installed wheel ``onnxruntime`` (or ``onnxruntime-gpu``), which is not imported.
 
-    C++ programs take it from the environment variable ``PYKD_ONNXRUNTIME_LIBRARY``.
+    libpykd finds it by itself where pykd is installed in the same folder; elsewhere it takes it from the environment
+    variable ``PYKD_ONNXRUNTIME_LIBRARY``.
 
     Raises:
         FileNotFoundError: where no such wheel is installed.
@@ -101,8 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--cmake-dir": ("the folder of pykdConfig.cmake, for CMake's pykd_DIR", lambda: str(cmake_dir())),
         "--includedir": ("the folder of the headers", lambda: str(includedir())),
         "--libdir": ("the folder of the libraries", lambda: str(libdir())),
-        "--cflags": ("flags for the compiler", lambda: f"-I{includedir()}"),
+        "--cflags": ("flags for the compiler", lambda: f"-isystem {includedir()}"),
         "--libs": ("flags for the linker", lambda: f"-L{libdir()} -lpykd -Wl,-rpath,{libdir()}"),
+        "--library": ("libpykd itself, for dlopen()", lambda: str(library())),
+        "--pkgconfig-dir": ("the folder of pykd.pc, for PKG_CONFIG_PATH", lambda: str(pkgconfig_dir())),
         "--torch-ops": ("libpykd_torch_ops.so, the kernels as torch operators", lambda: str(torch_ops_path())),
         "--onnxruntime-library": ("libonnxruntime.so of the installed wheel", lambda: str(onnxruntime_library())),
     }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -42,23 +43,34 @@ def eager():
 def build(pykd_dir, folder, torch_too=False):
     """Builds tests/consumer against one pykd, in a folder outside the tree."""
     options = [f"-Dpykd_DIR={pykd_dir}", f"-DCONSUMER_TORCH={'ON' if torch_too else 'OFF'}"]
-    if torch_too:
-        options.append(f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")
-    run(["cmake", "-S", HERE / "consumer", "-B", folder, "-G", "Ninja", *options])
+    if torch_too:  # the one beside pykd is found, and not by asking a Python
+        options.append("-DCMAKE_DISABLE_FIND_PACKAGE_Python=ON")
+    return cmake(HERE / "consumer", folder, *options)
+
+
+def cmake(source, folder, *options):
+    """Configures and builds a project."""
+    run(["cmake", "-S", source, "-B", folder, "-G", "Ninja", *options])
     run(["cmake", "--build", folder])
     return folder
 
 
-def run(command, **environment):
+def run_for_both(command, **environment):
+    """What it prints to stdout, and to stderr. A variable that is None is not set."""
+    variables = {**os.environ, **environment}
     done = subprocess.run(
         [str(word) for word in command],
-        env={**os.environ, **environment},
+        env={name: value for name, value in variables.items() if value is not None},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    return done.stdout, done.stderr
+
+
+def run(command, **environment):
+    return run_for_both(command, **environment)[0]
 
 
 def bare_python():
@@ -77,9 +89,17 @@ def numbers(program, *arguments):
     return np.array(run([program, *arguments], PYKD_ONNXRUNTIME_LIBRARY=library).split(), float)
 
 
+def check_fast_route(program, artefact, eager):
+    """Nothing is set and nothing is named: ONNX Runtime's wheel beside pykd is found, and the kernels run."""
+    printed, said = run_for_both([program, artefact], PYKD_ONNXRUNTIME_LIBRARY=None, LD_LIBRARY_PATH=None)
+    np.testing.assert_allclose(np.array(printed.split(), float), eager, **CLOSE)
+    assert f"onnxruntime {version('onnxruntime')}, kernels: soft_target_float32\npassed over: \n" in said
+
+
 @pytest.mark.slow
 def test_a_project_outside_the_tree_finds_the_installed_package(artefact, eager, tmp_path):
     programs = build(config.cmake_dir(), tmp_path, torch_too=True)
+    check_fast_route(programs / "from_cpp", artefact, eager)
     np.testing.assert_allclose(numbers(programs / "from_c", artefact), eager, **CLOSE)
     np.testing.assert_allclose(numbers(programs / "from_cpp", artefact), eager, **CLOSE)
     np.testing.assert_allclose(numbers(programs / "from_cpp", artefact, "torchscript"), eager, **CLOSE)
@@ -109,6 +129,113 @@ def test_the_installed_package_can_be_moved(artefact, eager, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("library", ["shared", "static"])
+def test_a_project_may_take_the_sources_in(artefact, eager, tmp_path, library):
+    """As a subproject pykd builds libpykd, and changes and installs nothing of its host's."""
+    folder = tmp_path / "build"
+    options = [f"-DHOST_PYKD={HERE.parent}", "-DCMAKE_CXX_FLAGS_DEBUG=-O0", "-DCMAKE_BUILD_TYPE=Debug"]
+    options.append("-DHOST_FETCH=ON" if library == "shared" else "-DBUILD_SHARED_LIBS=OFF")
+    cmake(HERE / "subproject", folder, *options)
+    np.testing.assert_allclose(numbers(folder / "host", artefact), eager, **CLOSE)
+
+    cache = (folder / "CMakeCache.txt").read_text()
+    assert "CMAKE_BUILD_TYPE:STRING=Debug\n" in cache
+    for line in ("PYKD_INSTALL:BOOL=OFF", "PYKD_TORCH:BOOL=OFF", "PYKD_CUDA:STRING=OFF"):
+        assert f"{line}\n" in cache
+    assert "CMAKE_CUDA_COMPILER" not in cache and "PYKD_NVCC" not in cache
+    run(["cmake", "--install", folder, "--prefix", tmp_path / "prefix"])
+    installed = [path.name for path in (tmp_path / "prefix").rglob("*") if path.is_file()]
+    assert installed == ["host"]
+    if library == "static":
+        assert not exports(folder / "host") & {"pykd_load", "pykd_run"}
+        assert "libpykd" not in run(["ldd", folder / "host"])
+
+
+def test_a_subproject_leaves_the_build_type_to_its_host(tmp_path):
+    """Configured alone: an unset build type stays unset."""
+    options = ["-G", "Ninja", f"-DHOST_PYKD={HERE.parent}"]
+    run(["cmake", "-S", HERE / "subproject", "-B", tmp_path, *options], CMAKE_BUILD_TYPE=None)
+    cache = (tmp_path / "CMakeCache.txt").read_text()
+    assert "CMAKE_BUILD_TYPE:STRING=\n" in cache
+    assert "CMAKE_CUDA_COMPILER" not in cache
+    assert not (tmp_path / "compile_commands.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (BUILD_TREE / "pykdConfig.cmake").exists(), reason="pykd was not built by `make` in this tree")
+def test_a_static_library_is_found_by_cmake_and_by_pkg_config(artefact, eager, tmp_path):
+    prefix = tmp_path / "prefix"
+    options = ["-DPYKD_STATIC=ON", "-DPYKD_TORCH=OFF", "-DPYKD_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Debug"]
+    folder = cmake(HERE.parent, tmp_path / "pykd", *options, f"-DCMAKE_INSTALL_PREFIX={prefix}")
+    run(["cmake", "--install", folder])
+    moved = prefix.rename(tmp_path / "moved")
+    programs = build(moved / "lib" / "cmake" / "pykd", tmp_path / "build")
+    np.testing.assert_allclose(numbers(programs / "from_c", artefact), eager, **CLOSE)
+    np.testing.assert_allclose(numbers(programs / "from_cpp", artefact), eager, **CLOSE)
+    program = with_pkg_config(moved / "lib" / "pkgconfig", tmp_path / "from_pkg_config")
+    np.testing.assert_allclose(numbers(program, artefact), eager, **CLOSE)
+
+
+def with_pkg_config(folder, program):
+    """The C program, built with what pkg-config says."""
+    flags = run(["pkg-config", "--cflags", "--libs", "pykd"], PKG_CONFIG_PATH=str(folder)).split()
+    run(["cc", HERE / "consumer" / "main.c", "-o", program, *flags])
+    return program
+
+
+def test_pkg_config_finds_the_installed_package(artefact, eager, tmp_path):
+    program = with_pkg_config(config.pkgconfig_dir(), tmp_path / "from_c")
+    printed = run([program, artefact], LD_LIBRARY_PATH=str(config.libdir()), PYKD_ONNXRUNTIME_LIBRARY=None)
+    np.testing.assert_allclose(np.array(printed.split(), float), eager, **CLOSE)
+    said = run(["pkg-config", "--modversion", "pykd"], PKG_CONFIG_PATH=str(config.pkgconfig_dir()))
+    assert said.strip() == pykd.__version__
+
+
+def test_the_flags_of_config_are_enough(artefact, eager, tmp_path, capsys):
+    assert config.main(["--cflags", "--libs"]) == 0
+    flags = capsys.readouterr().out.split()
+    assert "-isystem" in flags
+    warnings = ["-Wall", "-Wextra", "-Wpedantic", "-Wold-style-cast", "-Werror"]
+    run(["c++", "-std=c++17", *warnings, HERE / "consumer" / "main.cpp", "-o", tmp_path / "from_cpp", *flags])
+    check_fast_route(tmp_path / "from_cpp", artefact, eager)
+
+
+def exports(library):
+    return {line.split()[-1] for line in run(["nm", "-D", "--defined-only", library]).splitlines()}
+
+
+def test_the_libraries_export_their_c_interface_alone():
+    names = exports(config.library())
+    assert {"pykd_load", "pykd_run", "pykd_kernel_run", "pykd_last_error", "RegisterCustomOps"} <= names
+    assert {name for name in names if not name.startswith("pykd_")} == {"RegisterCustomOps"}
+    assert exports(config.libdir() / "libpykd_torch.so") == {"pykd_torch_engine", "pykd_torch_interface_version"}
+    assert exports(config.torch_ops_path()) == set()
+
+
+def test_the_name_of_the_library_holds_the_version_of_its_interface():
+    header = (config.includedir() / "pykd" / "pykd.h").read_text()
+    abi = re.search(r"#define PYKD_ABI_VERSION (\d+)", header)[1]
+    assert config.library().name == f"libpykd.so.{abi}"
+    assert f"SONAME               {config.library().name}\n" in run(["objdump", "-p", config.library()])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (BUILD_TREE / "CMakeCache.txt").exists(), reason="pykd was not built by `make` in this tree")
+@pytest.mark.parametrize("language", ["c", "cpp"])
+def test_a_session_of_ones_own_runs_the_kernels(artefact, eager, tmp_path, language):
+    cache = (BUILD_TREE / "CMakeCache.txt").read_text()
+    headers = re.search(r"^ONNXRUNTIME_INCLUDE_DIR:PATH=(.*)$", cache, re.MULTILINE)[1]
+    library, program = config.onnxruntime_library(), tmp_path / "own_session"
+    compiler = ["cc", "-std=c99"] if language == "c" else ["c++", "-std=c++17"]
+    source = HERE.parent / "cpp" / "examples" / f"own_session.{language}"
+    run([*compiler, source, "-o", program, "-isystem", headers, library, f"-Wl,-rpath,{library.parent}"])
+    (tmp_path / library.name.rsplit(".", 2)[0]).symlink_to(library)  # its soname, which the wheel does not have
+    found = {"LD_LIBRARY_PATH": str(tmp_path)}
+    printed = run([program, artefact / "loss.grad.onnx", config.onnxruntime_ops_path()], **found)
+    np.testing.assert_allclose(np.array(printed.split(), float), eager, **CLOSE)
+
+
+@pytest.mark.slow
 def test_plain_onnxruntime_runs_the_files(artefact, eager, tmp_path):
     python = bare_python()
     np.savez(tmp_path / "tensors.npz", student_logits=STUDENT, teacher_logits=TEACHER)
@@ -126,6 +253,9 @@ def test_the_command_line_says_where_things_are(capsys):
     assert Path(capsys.readouterr().out.strip(), "pykd", "pykd.h").is_file()
     assert config.main(["--libdir"]) == 0
     assert Path(capsys.readouterr().out.strip(), "libpykd.so").is_file()
+    for option, file in (("--library", ""), ("--pkgconfig-dir", "pykd.pc")):
+        assert config.main([option]) == 0
+        assert Path(capsys.readouterr().out.strip(), file).is_file()
     assert config.main(["--cflags", "--libs"]) == 0
     assert " -lpykd " in capsys.readouterr().out
 

@@ -20,9 +20,9 @@
 
 namespace pykd::internal {
 
-// The exception of the library's inside. It is exported because libpykd_torch throws it into
-// libpykd.
-class PYKD_API Failure : public std::runtime_error {
+// The exception of the library's inside. libpykd_torch, which has a copy of this code, throws it into libpykd, too: on
+// Linux a handler knows an exception by the name of its type.
+class Failure : public std::runtime_error {
  public:
   Failure(pykd_status status, const std::string& what);
   ~Failure() override;
@@ -33,18 +33,18 @@ class PYKD_API Failure : public std::runtime_error {
 };
 
 // Throws a Failure that reads "expected <expected>, got <got>; <remedy>".
-[[noreturn]] PYKD_API void fail(pykd_status status, const std::string& expected, const std::string& got,
-                                const std::string& remedy);
+[[noreturn]] void fail(pykd_status status, const std::string& expected, const std::string& got,
+                       const std::string& remedy);
 
 // `text` in double quotes, fit for a message: bytes that are not printable ASCII are escaped and
 // anything longer than 100 bytes is cut, because the text may come from a hostile file.
-PYKD_API std::string in_quotes(std::string_view text);
+std::string in_quotes(std::string_view text);
 
 // The number with as many digits as a float32 has.
 std::string number_text(double number);
 
 // The name in `names` that a person who wrote `wrong` may have meant; empty where none is near.
-PYKD_API std::string nearest(std::string_view wrong, const std::vector<std::string>& names);
+std::string nearest(std::string_view wrong, const std::vector<std::string>& names);
 
 // The text behind pykd_last_error(), one per thread.
 const char* last_error() noexcept;

@@ -79,7 +79,7 @@ struct Signature {
 
 // Reads the metadata of one artefact. Throws Failure(PYKD_BAD_ARTEFACT) that names the field which
 // is missing, has the wrong type or contradicts another one.
-PYKD_API Signature parse_signature(std::string json);
+Signature parse_signature(std::string json);
 
 // Throws Failure(PYKD_BAD_ARTEFACT) where loss.onnx and loss.grad.onnx are not of one export: all that
 // both say is the same, so that the gradient's file has every input, parameter and output of the other.
@@ -119,7 +119,7 @@ void check_outputs(const Signature& signature, Device device, const Binding& bin
 // The index of the output `name`; throws Failure(PYKD_INVALID_VALUE) where there is none.
 std::size_t find_output(const Signature& signature, const char* name);
 // The dtype that an output has in a call with these inputs.
-PYKD_API pykd_dtype output_dtype(const OutputSpec& output, pykd_dtype float_dtype);
+pykd_dtype output_dtype(const OutputSpec& output, pykd_dtype float_dtype);
 
 }  // namespace pykd::internal
 

@@ -1,5 +1,5 @@
-// Runs an exported loss of two logits from C++: prints its signature to stderr, then the value and
-// d(loss)/d(student_logits). With "torchscript" as the second argument it takes that engine.
+// Runs an exported loss of two logits from C++: prints what runs it and its signature to stderr, then the value
+// and d(loss)/d(student_logits). With "torchscript" as the second argument it takes that engine.
 #include <cstdio>
 #include <pykd/pykd.hpp>
 #include <vector>
@@ -12,7 +12,9 @@ int main(int argc, char** argv) try {
   pykd::LoadOptions options;
   if (argc > 2) options.engine = argv[2];
   const pykd::Loss loss = pykd::Loss::load(argv[1], options);
-  std::fprintf(stderr, "%s %s\n", loss.engine().c_str(), loss.engine_version().c_str());
+  std::fprintf(stderr, "%s %s, kernels: %s\n", loss.engine().c_str(), loss.engine_version().c_str(),
+               loss.kernels_in_use().c_str());
+  std::fprintf(stderr, "passed over: %s\n", loss.passed_over().c_str());
   for (const pykd_tensor_info& info : loss.inputs()) {
     std::fprintf(stderr, "%s[", info.name);
     for (int axis = 0; axis < info.rank; ++axis) std::fprintf(stderr, " %s", info.axes[axis]);
