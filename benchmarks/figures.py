@@ -64,6 +64,8 @@ def table(result: Mapping[str, Any]) -> str:
         ]
         ratios = [f"{row['seconds'] / alone['seconds']:.1f} ×" if row else "–" for row in others]
         own = [_time(rows[route]["seconds"]) if route in rows else "–" for route in list(ROUTES)[:5]]
+        if "kernel alone, AVX2" in rows:
+            own[0] += f" ({_time(rows['kernel alone, AVX2']['seconds'])})"
         lines.append(f"| {case} | {' | '.join(own)} | {limit} | {' | '.join(ratios)} |")
     memory = [
         f"{case}: {_size(rows['kernel alone']['peak_bytes'])} for the kernel, {_size(eager['peak_bytes'])} eager"
@@ -73,6 +75,9 @@ def table(result: Mapping[str, Any]) -> str:
     if memory:
         lines.append("\nMemory that a call adds at its peak. " + "; ".join(memory) + ".")
     where = result["conditions"]
+    if "simd" in where:
+        in_brackets = "; in brackets with AVX2" if any("AVX2" in row["route"] for row in result["rows"]) else ""
+        lines.append(f"\nKernels with Highway's {_simd(where['simd'])}{in_brackets}.")
     lines.append(
         f"\n{where['cpu']}, {where['threads']} threads, torch {where['torch']}, ONNX Runtime {where['onnxruntime']}; medians of one run; "
         f"copy bandwidth {result['bandwidth'] / 1e9:.1f} GB/s, read and write."
@@ -111,6 +116,11 @@ def picture(result: Mapping[str, Any], path: Path = PICTURE) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _simd(target: str) -> str:
+    """An instruction set of Highway, and what processors call it."""
+    return f"{target} (AVX-512)" if target.startswith("AVX3") else target
 
 
 def _time(seconds: float) -> str:

@@ -24,6 +24,7 @@ from benchmarks import c_interface
 from benchmarks.losses import truth
 from benchmarks.measure import median_seconds
 from pykd import config, kernel_point
+from pykd import kernels as library
 from pykd.composition import Composition, as_composition
 from pykd.export.verification import LIMITS, errors
 
@@ -77,7 +78,11 @@ def comparisons() -> list[Comparison]:
     loss = pykd.SoftTarget(temperature=2.0)
     both = pykd.compose({"hard": (pykd.HardTarget(), 1.0), "soft": (loss, 0.5)})
     logits = [(256, 1000), (256, 32000), (64, 128000)]
-    cases = [Comparison("soft target, 8 × 10", loss, {"batch": 8, "classes": 10}, idiom=soft, calls=True)]
+    small = {"batch": 8, "classes": 10}
+    cases = [
+        Comparison("soft target, 8 × 10", loss, small, idiom=soft, calls=True),
+        Comparison("hard + soft, 8 × 10", both, small, layouts={"labels": "batch"}, idiom=_hard_and_soft, calls=True),
+    ]
     cases += [Comparison(f"soft target, {b} × {c:,}", loss, {"batch": b, "classes": c}, idiom=soft) for b, c in logits]
     large = {"batch": 256, "classes": 32000}
     cases += [
@@ -97,6 +102,12 @@ def routes(case: Comparison, folder: str, tensors: dict[str, Tensor]) -> Iterato
     wanted = [name for name, spec in graph.signature.inputs.items() if spec.grad]
 
     yield "kernel alone", bare(case, tensors)
+    if "AVX2" in library.simd_targets()[1:]:  # what machines without AVX-512 would do
+        library.use_simd("AVX2")
+        try:
+            yield "kernel alone, AVX2", bare(case, tensors)
+        finally:
+            library.use_simd(None)
     loss = pykd.load(folder, engine="onnxruntime", kernels="on")
     yield "pykd.load", lambda: loss.value_and_gradient(**tensors)
     yield "fused=True, backward()", by_autograd(fused(case), tensors, wanted)
@@ -148,8 +159,6 @@ def bare(case: Comparison, tensors: Mapping[str, Tensor]) -> Call:
 
     What lies around them, in the loss and in Python, is done before.
     """
-    from pykd import kernels as library
-
     graph = case.composition.graph(case.layouts, check=False, fused=True)
     assert graph.kernel_point is not None
     students = [name for name, spec in graph.signature.inputs.items() if spec.grad]

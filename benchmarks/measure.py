@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pykd import kernels
+
 
 def median_seconds(call: Callable[[], Any], budget: float = 0.5, rounds: int = 9, synchronize: bool = False) -> float:
     """Median time of one call: warmed up, in rounds long enough for the clock.
@@ -48,9 +50,14 @@ def copy_bandwidth(device: str = "cpu", bytes_: int = 1 << 28) -> float:
 
 def conditions(device: str = "cpu") -> dict[str, Any]:
     """Machine and versions, to be stored with every result."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         found["cpu"] = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "")
+    found["simd"] = kernels.simd_targets()[0]
     if device != "cpu":
         found["gpu"] = torch.cuda.get_device_name()
     for name in ("pykd", "torch", "onnxruntime", "onnxruntime-gpu", "numpy"):
