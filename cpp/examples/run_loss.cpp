@@ -23,6 +23,7 @@ int main(int argc, char** argv) try {
                                {"teacher_features_0", pykd::view(teacher_features, {2, 1, 4})}},
                               {{"logit_temperature", 4.0}});  // this call's alone; the file keeps its own
 
+  std::printf("%s, kernels: %s\n", loss.engine().c_str(), loss.kernels_in_use().c_str());
   std::printf("loss %.4f\nd(loss)/d(student_logits)", result.value("loss"));
   const float* gradient = result.data<float>("grad_student_logits");
   for (int i = 0; i < 6; ++i) std::printf(" %+.4f", gradient[i]);
