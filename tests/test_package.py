@@ -128,47 +128,36 @@ def test_the_installed_package_can_be_moved(artefact, eager, tmp_path):
     np.testing.assert_allclose(numbers(programs / "from_cpp", artefact), eager, **CLOSE)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("library", ["shared", "static"])
-def test_a_project_may_take_the_sources_in(artefact, eager, tmp_path, library):
-    """As a subproject pykd builds libpykd, and changes and installs nothing of its host's."""
-    folder = tmp_path / "build"
-    options = [f"-DHOST_PYKD={HERE.parent}", "-DCMAKE_CXX_FLAGS_DEBUG=-O0", "-DCMAKE_BUILD_TYPE=Debug"]
-    options.append("-DHOST_FETCH=ON" if library == "shared" else "-DBUILD_SHARED_LIBS=OFF")
-    cmake(HERE / "subproject", folder, *options)
-    np.testing.assert_allclose(numbers(folder / "host", artefact), eager, **CLOSE)
-
-    cache = (folder / "CMakeCache.txt").read_text()
-    assert "CMAKE_BUILD_TYPE:STRING=Debug\n" in cache
-    for line in ("PYKD_INSTALL:BOOL=OFF", "PYKD_TORCH:BOOL=OFF", "PYKD_CUDA:STRING=OFF"):
-        assert f"{line}\n" in cache
-    assert "CMAKE_CUDA_COMPILER" not in cache and "PYKD_NVCC" not in cache
-    run(["cmake", "--install", folder, "--prefix", tmp_path / "prefix"])
-    installed = [path.name for path in (tmp_path / "prefix").rglob("*") if path.is_file()]
-    assert installed == ["host"]
-    if library == "static":
-        assert not exports(folder / "host") & {"pykd_load", "pykd_run"}
-        assert "libpykd" not in run(["ldd", folder / "host"])
-
-
-def test_a_subproject_leaves_the_build_type_to_its_host(tmp_path):
-    """Configured alone: an unset build type stays unset."""
-    options = ["-G", "Ninja", f"-DHOST_PYKD={HERE.parent}"]
-    run(["cmake", "-S", HERE / "subproject", "-B", tmp_path, *options], CMAKE_BUILD_TYPE=None)
+@pytest.mark.parametrize("way", ["add_subdirectory", "FetchContent"])
+def test_a_project_that_takes_the_sources_in_stays_as_it_is(tmp_path, way):
+    """Configured alone: the build type stays unset, nothing is looked for that was not asked for, nothing is installed."""
+    options = [f"-DHOST_PYKD={HERE.parent}", f"-DHOST_FETCH={'ON' if way == 'FetchContent' else 'OFF'}"]
+    run(["cmake", "-S", HERE / "subproject", "-B", tmp_path, "-G", "Ninja", *options], CMAKE_BUILD_TYPE=None)
     cache = (tmp_path / "CMakeCache.txt").read_text()
-    assert "CMAKE_BUILD_TYPE:STRING=\n" in cache
-    assert "CMAKE_CUDA_COMPILER" not in cache
+    for line in (
+        "CMAKE_BUILD_TYPE:STRING=", "PYKD_INSTALL:BOOL=OFF", "PYKD_TORCH:BOOL=OFF", "PYKD_CUDA:STRING=OFF",
+        "PYKD_STATIC:BOOL=OFF",
+    ):  # fmt: skip
+        assert f"{line}\n" in cache
+    for word in ("CMAKE_CUDA_COMPILER", "PYKD_NVCC", "LibTorch_"):
+        assert word not in cache
     assert not (tmp_path / "compile_commands.json").exists()
+    scripts = "".join(path.read_text() for path in tmp_path.rglob("cmake_install.cmake"))
+    assert "libpykd" not in scripts and "pykd.h" not in scripts
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (BUILD_TREE / "pykdConfig.cmake").exists(), reason="pykd was not built by `make` in this tree")
-def test_a_static_library_is_found_by_cmake_and_by_pkg_config(artefact, eager, tmp_path):
-    prefix = tmp_path / "prefix"
-    options = ["-DPYKD_STATIC=ON", "-DPYKD_TORCH=OFF", "-DPYKD_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Debug"]
-    folder = cmake(HERE.parent, tmp_path / "pykd", *options, f"-DCMAKE_INSTALL_PREFIX={prefix}")
+def test_a_static_library_inside_a_project_and_installed_with_it(artefact, eager, tmp_path):
+    folder, prefix = tmp_path / "host", tmp_path / "prefix"
+    options = [f"-DHOST_PYKD={HERE.parent}", "-DBUILD_SHARED_LIBS=OFF", "-DPYKD_INSTALL=ON", "-DCMAKE_BUILD_TYPE=Debug"]
+    cmake(HERE / "subproject", folder, *options, "-DCMAKE_CXX_FLAGS_DEBUG=-O0", f"-DCMAKE_INSTALL_PREFIX={prefix}")
+    np.testing.assert_allclose(numbers(folder / "host", artefact), eager, **CLOSE)
+    assert not exports(folder / "host") & {"pykd_load", "pykd_run"}
+    assert "libpykd" not in run(["ldd", folder / "host"])
+
     run(["cmake", "--install", folder])
     moved = prefix.rename(tmp_path / "moved")
+    assert (moved / "lib" / "libpykd.a").is_file()
     programs = build(moved / "lib" / "cmake" / "pykd", tmp_path / "build")
     np.testing.assert_allclose(numbers(programs / "from_c", artefact), eager, **CLOSE)
     np.testing.assert_allclose(numbers(programs / "from_cpp", artefact), eager, **CLOSE)
