@@ -33,7 +33,7 @@ def product_or_zero(weight: Tensor, x: Tensor) -> Tensor:
     The gradient with respect to ``x`` is ``weight``, everywhere; with respect to ``weight`` it is ``x``, and 0 where
     the weight is 0.
     """
-    return weight * torch.where(weight == 0, torch.zeros_like(x), x)
+    return weight * torch.where(weight == 0, 0.0, x)
 
 
 def reduce(values: Tensor, weight: Tensor | None, reduction: str, count: Tensor | None = None) -> Tensor:
@@ -54,14 +54,14 @@ def reduce(values: Tensor, weight: Tensor | None, reduction: str, count: Tensor 
             return values.sum()
         return values
     weight = weight.to(values.dtype)
+    if reduction == "mean":  # each one's share, so that few operators are left; where nothing is kept all of them are 0
+        total = (weight if count is None else count.to(values.dtype)).sum()
+        nothing = total == 0
+        if count is not None:
+            weight = torch.where(nothing, 0.0, weight)
+        weight = weight / torch.where(nothing, 1.0, total)
     weighted = product_or_zero(weight, values)
-    if reduction == "none":
-        return weighted
-    if reduction == "sum":
-        return weighted.sum()
-    total = (weight if count is None else count.to(values.dtype)).sum()
-    kept = total != 0
-    return torch.where(kept, weighted.sum() / torch.where(kept, total, torch.ones_like(total)), torch.zeros_like(total))
+    return weighted if reduction == "none" else weighted.sum()
 
 
 def without_left_out(x: Tensor, weight: Tensor | None) -> Tensor:
