@@ -58,7 +58,8 @@ def resolve(name: str, tensor: Tensor, layouts: "Layouts") -> "Spec":
     for spec in layouts:
         if tensor.dim() == len(spec.names) and tensor.dtype in _dtypes(spec):
             return spec
-    wanted = " or ".join(f"{spec.dtype} with axes ({', '.join(spec.names)})" for spec in layouts)
+    kinds = {"weight": "float, bool or integers"}
+    wanted = " or ".join(f"{kinds.get(spec.dtype, spec.dtype)} with axes ({', '.join(spec.names)})" for spec in layouts)
     got = f"{tensor.dtype} with shape {list(tensor.shape)}"
     fits_rank = any(tensor.dim() == len(spec.names) for spec in layouts)
     error = TypeError if fits_rank else ValueError
@@ -133,7 +134,7 @@ def check_range(name: str, tensor: Tensor, limit: int, axis: str, ignore_index: 
         return  # the loss turns NaN there; see the docstring of the loss
     bad = (data < 0) | (data >= limit)
     if ignore_index is not None:
-        bad &= data != ignore_index
+        bad = bad & (data != ignore_index)
     if bool(bad.any()):
         value = int(data[bad][0])
         allowed = f"0 to {limit - 1}" + (f" or {ignore_index} (ignored)" if ignore_index is not None else "")
@@ -175,4 +176,6 @@ def check_ranges(specs: Mapping[str, "Spec"], tensors: Mapping[str, Tensor], ign
 
 
 def _dtypes(spec: "Spec") -> tuple[torch.dtype, ...]:
-    return {"float": _FLOATS, "weight": (*_FLOATS, torch.bool), "int64": (torch.int64,)}[spec.dtype]
+    if spec.dtype == "weight":
+        return (*_FLOATS, torch.bool, torch.uint8, torch.int32, torch.int64)
+    return _FLOATS if spec.dtype == "float" else (torch.int64,)

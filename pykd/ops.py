@@ -96,10 +96,10 @@ def weigh(kept: Tensor, sample_weight: Tensor | None) -> Tensor:
 
 
 def optional_weight(sample_weight: Tensor | None) -> Tensor | None:
-    """The user's weights (any floating type, or a mask of True and False) as constants of float32 at least, or None."""
+    """The user's weights (any floating type, integers, or a mask of True and False) as constants of float32 at least, or None."""
     if sample_weight is None:
         return None
-    if sample_weight.dtype == torch.bool:
+    if not sample_weight.is_floating_point():
         return sample_weight.float()
     return upcast(sample_weight.detach())
 

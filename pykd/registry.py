@@ -29,8 +29,8 @@ class Spec:
             The names become the dynamic axes of the ONNX file and the words of error messages.
         grad: whether the student is behind this tensor, so that it receives the gradient.
         dtype: ``"float"`` (any floating type, the same for all inputs of a call), ``"int64"``, or ``"weight"``: numbers of
-            at least 0 of any floating type, or a mask of True and False, whatever the type of the other inputs;
-            exported files take float32.
+            at least 0 of any floating type, or a mask of True and False (or of 1 and 0), whatever the type of the other
+            inputs; exported files take float32.
         index_of: for integers: the axis whose entries they count, such as ``"classes"``.
         optional: whether the input may be left out.
         draw: how examples and tests draw it: ``"normal"``, ``"probabilities"`` (sum to 1 along the last

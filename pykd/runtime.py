@@ -166,7 +166,7 @@ class Loss:
             tensors_and_parameters: every input of the signature by name, and any of its parameters as a
                 float, in place of its default. Tensors are NumPy arrays, torch tensors or other objects with
                 ``__dlpack__``; they are read where they lie, without a copy, and must be contiguous. Weights of samples
-                alone may be masks of True and False or any floating type, and are converted to float32.
+                alone may be masks, integers or any floating type, and are converted to float32.
                 Axes with equal names in the signature have equal lengths, at least 1.
 
         Returns:
@@ -355,10 +355,12 @@ def load(
 def _as_float32(weights: Any) -> Any:
     """Weights or a mask, of NumPy or torch, in the type that the file takes; anything else as it is, to be refused."""
     if isinstance(weights, np.ndarray):
-        return weights.astype(np.float32) if weights.dtype.kind in "bf" or weights.dtype.name == "bfloat16" else weights
+        return (
+            weights.astype(np.float32) if weights.dtype.kind in "bfiu" or weights.dtype.name == "bfloat16" else weights
+        )
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(weights, torch.Tensor):
-        return weights.to(torch.float32) if weights.is_floating_point() or weights.dtype == torch.bool else weights
+        return weights if weights.is_complex() else weights.to(torch.float32)
     return weights
 
 

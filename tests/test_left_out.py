@@ -161,7 +161,9 @@ def test_in_the_kernel_and_in_the_formula_behind_it(way):
         fused.run = run
 
 
-@pytest.mark.parametrize("by", [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "by", [torch.bool, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_masks_and_weights_of_any_type_go_with_logits_of_any_type(loss_class, dtype, by):
     if "sample_weight" not in loss_class.inputs:
@@ -192,6 +194,13 @@ def test_in_every_exported_form(subject, engine, kernels, dtype, exported):
     tensors = subject.draw({"batch": 6}, dtype=getattr(torch, dtype))
     like = tensors["sample_weight"]
     tensors["sample_weight"] = WEIGHTS.reshape(-1, *[1] * (like.dim() - 1)).expand_as(like).contiguous()
+    mask = (tensors["sample_weight"] > 0).float()
+    plain = loss.value(**{**tensors, "sample_weight": mask})
+    for kind in (torch.bool, torch.int64, torch.float16, torch.float64):
+        assert loss.value(**{**tensors, "sample_weight": mask.to(kind)})["loss"] == plain["loss"]
+    if dtype in ("float32", "float64"):
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        assert loss.value(**{**arrays, "sample_weight": mask.bool().numpy()})["loss"] == plain["loss"].numpy()
     want = loss.value_and_gradient(**subject.take(tensors, KEPT))
     for value in POISON:
         for name, spec in specs.items():

@@ -133,6 +133,7 @@ def test_labels_out_of_range_are_found_under_torch_func_and_are_nan_in_a_trace()
         torch.func.vmap(loss)(student, labels)
     with pytest.raises(ValueError, match="got 4"):
         torch.func.grad(loss)(student[1], labels[1])
+    torch.func.functionalize(loss)(student[0], labels[0])
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     assert torch.isnan(compiled(student[1], labels[1]))
     with pytest.raises(Exception, match="expected teacher_logits to have length 4"):

@@ -49,7 +49,7 @@ class Template(Loss):
     Inputs:
         student_logits: ``(batch, classes)``, any floating type; receives the gradient.
         teacher_logits: ``(batch, classes)``, same type; constant.
-        sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask of True and False; constant. A
+        sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask (bool or integers); constant. A
             sample of weight 0 has no part in value and gradient, whatever it holds.
 
     Returns:

@@ -36,7 +36,7 @@ class FeatureL1(FeatureDistance):
         student_features: ``(batch, tokens, channels)``, any floating type; receives the gradient. A
             convolutional map ``(batch, channels, height, width)`` is ``x.flatten(2).transpose(1, 2)``.
         teacher_features: ``(batch, tokens, channels)``, same type; constant.
-        sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask of True and False; constant. A
+        sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask (bool or integers); constant. A
             sample of weight 0 has no part in value and gradient, whatever it holds. With ``(batch, tokens)`` every token is a
             sample (of a sequence with padding, say); not together with ``spatial_avg``.
 

@@ -111,8 +111,8 @@ class HardTarget(Loss):
             receives the gradient. −inf masks a class.
         labels: class probabilities of the same shape and type, or class indices int64, ``(batch,)`` or
             ``(batch, tokens)``; constant.
-        sample_weight: optional ``(batch,)`` or ``(batch, tokens)``, at least 0, of any floating type, or a mask of True and
-            False; constant. A sample of weight 0 has no part in value and gradient, whatever it holds.
+        sample_weight: optional ``(batch,)`` or ``(batch, tokens)``, at least 0, of any floating type, or a mask (bool or
+            integers); constant. A sample of weight 0 has no part in value and gradient, whatever it holds.
         class_weight: optional ``(classes,)``, v, at least 0, of any floating type; constant; 1 where it is left out.
 
     Returns:

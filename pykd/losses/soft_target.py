@@ -119,8 +119,8 @@ class SoftTarget(Loss):
         student_logits: ``(batch, classes)``, or ``(batch, tokens, classes)``, where each token is a sample; any floating type;
             receives the gradient. −inf masks a class.
         teacher_logits: the same shape and type; constant.
-        sample_weight: optional ``(batch,)`` or ``(batch, tokens)``, at least 0, of any floating type, or a mask of True and
-            False, such as ``labels != -100``; constant. A sample of weight 0 has no part in value and gradient,
+        sample_weight: optional ``(batch,)`` or ``(batch, tokens)``, at least 0, of any floating type, or a mask (bool or
+            integers), such as ``labels != -100``; constant. A sample of weight 0 has no part in value and gradient,
             whatever it holds.
 
     Returns:
