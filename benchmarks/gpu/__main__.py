@@ -1,7 +1,6 @@
 """``scripts/gpu-check``: the check itself, or what has to be done before. See docs/gpu.md."""
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -67,12 +66,13 @@ def check(options: argparse.Namespace) -> int:
         if unknown := set(options.only) - known:
             sys.exit(f"gpu-check: expected stages among {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
         plan = tuple(stage for stage in plan if stage.name in options.only)
-    plan = tuple(dataclasses.replace(stage, limit=options.patience * stage.limit) for stage in plan)
-    variables = runner.environment(pack / "site", options.device, options.largest, pack, out)
+    plan = tuple(stage.with_patience(options.patience) for stage in plan)
+    more: dict[str, str] = {}
     if options.onnxruntime:
         from benchmarks.gpu import pack as packing
 
-        variables |= packing.unpack_onnxruntime(packing.ONNXRUNTIME_PACK)
+        pack, more = packing.unpack_onnxruntime(packing.ONNXRUNTIME_PACK)
+    variables = runner.environment(pack / "site", options.device, options.largest, pack, out) | more
     outcomes = runner.run(plan, out, variables, options.budget)
     print(f"\n{runner.summary(outcomes)}\nresults: {out / runner.RESULTS}")
     return 0 if all(outcome.outcome == "ok" for outcome in outcomes) else 1

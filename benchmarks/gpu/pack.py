@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,6 +33,7 @@ CACHE = ROOT / ".cache"
 ONNXRUNTIME_PACK = CACHE / "gpu-onnxruntime"
 ONNXRUNTIME = "1.31.1"  # onnxruntime-gpu for CUDA 13
 PROVIDERS = ("libonnxruntime.so", "libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so")
+PACK_FILE = "pack.tar.xz"
 # What travels to one machine is bounded, the tree included.
 MOST_BYTES = 60 << 20
 
@@ -214,36 +216,57 @@ def collect_folders(target: Path, folders: Iterable[Path]) -> None:
 
 
 def make_onnxruntime(pack: Path) -> None:
-    """ONNX Runtime's three libraries, with the machine code of other architectures taken out, compressed."""
+    """ONNX Runtime's libraries, with the machine code of other architectures taken out, and what the stage needs of the first pack:
+    all of it compressed, and enough by itself, because it fills what may travel."""
     from benchmarks.gpu.fatbin import keep_architectures
 
     shutil.rmtree(pack, ignore_errors=True)
     pack.mkdir(parents=True)
+    compress_pack(CACHE / "gpu", pack)
     wheel = download(f"onnxruntime-gpu=={ONNXRUNTIME}")
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            library = Path(name).name
-            if not library.startswith(PROVIDERS):
+            if not Path(name).name.startswith(PROVIDERS):
                 continue
-            data = bytearray(archive.read(name))
-            if "cuda" in library:
-                print(
-                    f"{library}: {keep_architectures(data, {int(ARCHITECTURES)}) / 2**20:.0f} MiB of other architectures"
-                )
-            (pack / f"{library}.xz").write_bytes(lzma.compress(bytes(data), preset=9 | lzma.PRESET_EXTREME))
+            library = bytearray(archive.read(name))
+            if "cuda" in name:
+                gone = keep_architectures(library, {int(ARCHITECTURES)})
+                print(f"{name}: {gone / 2**20:.0f} MiB of other architectures", flush=True)
+            compress(bytes(library), pack / f"{Path(name).name}.xz")
     wheel.unlink()
     finish(pack, onnxruntime=ONNXRUNTIME)
 
 
-def unpack_onnxruntime(pack: Path) -> dict[str, str]:
-    """Unpacks them on the machine; returns the variables with which pykd finds them."""
-    folder = ROOT / "build" / "gpu-onnxruntime"
-    folder.mkdir(parents=True, exist_ok=True)
-    for packed in sorted(pack.glob("*.xz")):
-        (folder / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
-    libraries = sorted(folder.glob("libonnxruntime.so*"))
-    if not libraries:
+def compress(content: bytes, target: Path, preset: int = 9 | lzma.PRESET_EXTREME) -> None:
+    # The first filter makes the addresses in x86 code alike: a few per cent less.
+    filters = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": preset}]
+    target.write_bytes(lzma.compress(content, filters=filters))
+
+
+def compress_pack(pack: Path, target: Path) -> None:
+    """pykd and the exported folders of the first pack, as one file."""
+    if not (pack / "pack.json").is_file():
+        sys.exit(f"gpu-check: expected a pack in {pack}, got none; scripts/gpu-check --pack makes it")
+
+    def wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        return None if "liger_kernel" in member.name else member
+
+    with tarfile.open(target / PACK_FILE, "w:xz") as archive:
+        for folder in ("site", "folders"):
+            archive.add(pack / folder, folder, filter=wanted)
+
+
+def unpack_onnxruntime(packed: Path) -> tuple[Path, dict[str, str]]:
+    """Unpacks it on the machine: (the pack, the variables with which pykd finds ONNX Runtime)."""
+    if not (packed / PACK_FILE).is_file():
         sys.exit(
-            f"gpu-check: expected libonnxruntime.so.xz in {pack}, got none; scripts/gpu-check --pack-onnxruntime makes it"
+            f"gpu-check: expected {PACK_FILE} in {packed}, got none; scripts/gpu-check --pack-onnxruntime makes it"
         )
-    return {"PYKD_ONNXRUNTIME_LIBRARY": str(libraries[-1])}
+    pack = ROOT / "build" / "gpu-onnxruntime"
+    shutil.rmtree(pack, ignore_errors=True)
+    with tarfile.open(packed / PACK_FILE) as archive:
+        archive.extractall(pack, filter="data")
+    for library in packed.glob("*.so*.xz"):
+        (pack / library.stem).write_bytes(lzma.decompress(library.read_bytes()))
+    runtime = max(pack.glob("libonnxruntime.so*"), key=lambda path: path.stat().st_size)
+    return pack, {"PYKD_ONNXRUNTIME_LIBRARY": str(runtime)}

@@ -24,10 +24,15 @@ class Stage:
     def title(self) -> str:
         return " ".join([self.name, *self.arguments.values()])
 
+    def with_patience(self, factor: float) -> "Stage":
+        """The same with `factor` times the limit."""
+        fallback = None if self.fallback is None else self.fallback.with_patience(factor)
+        return dataclasses.replace(self, limit=factor * self.limit, fallback=fallback)
+
 
 PLAN = (
-    Stage("facts", 30),
-    Stage("load", 60, fallback=Stage("build", 240)),
+    Stage("facts", 60),
+    Stage("load", 90, fallback=Stage("build", 240)),
     Stage("smoke", 40),
     Stage("parity", 100),
     Stage("capture", 40),
@@ -42,7 +47,7 @@ PLAN = (
 
 # The second run: ONNX Runtime with its CUDA provider, which has to be carried along.
 ONNXRUNTIME_PLAN = (
-    Stage("facts", 30),
-    Stage("load", 60),
+    Stage("facts", 60),
+    Stage("load", 90),
     Stage("onnxruntime_cuda", 240),
 )

@@ -7,7 +7,6 @@ NVIDIA's tools, which run what they are told to look at. The kernels are the CPU
 
 import argparse
 import json
-import lzma
 import shutil
 import subprocess
 import sys
@@ -66,10 +65,11 @@ def prepare(folder: Path) -> None:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
     pack.of_this_environment(tree / ".cache" / "gpu", exported_folders())
-    library = config.onnxruntime_library()  # without CUDA, in place of the one with
     second = tree / ".cache" / "gpu-onnxruntime"
     second.mkdir()
-    (second / f"{library.name}.xz").write_bytes(lzma.compress(library.read_bytes(), preset=0))
+    pack.compress_pack(tree / ".cache" / "gpu", second)
+    library = config.onnxruntime_library()  # without CUDA, in place of the one with
+    pack.compress(library.read_bytes(), second / f"{library.name}.xz", preset=0)
     python_of_the_machine(folder / "machine")
     for tool in ("ncu", "compute-sanitizer"):
         path = folder / "machine" / "bin" / tool

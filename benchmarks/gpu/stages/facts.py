@@ -1,6 +1,7 @@
 """What this machine has: the next plan is made from it."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -34,6 +35,8 @@ def run(context: Context) -> None:
     context.report(
         None, python=sys.version.split()[0], executable=sys.executable, system=platform.platform(), cores=os.cpu_count()
     )
+    packed = context.pack / "pack.json"
+    context.report(None, pack=json.loads(packed.read_text()) if packed.is_file() else None)
     context.report(None, packages={name: version for name in PACKAGES if (version := _version(name))})
     context.report(None, tools={name: shutil.which(name) for name in TOOLS})
     if context.device == "cuda":
