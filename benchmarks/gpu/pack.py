@@ -91,12 +91,7 @@ def interpreter() -> Path:
     folder = CACHE / f"gpu-python{PYTHON}"
     python = folder / "bin" / "python"
     if not python.exists():
-        base = os.environ.get("PYTHON_OF_GPU_MACHINE") or shutil.which(f"python{PYTHON}")
-        if base is None:
-            sys.exit(
-                f"gpu-check: expected python{PYTHON} on the PATH, got none; install it, or name it in PYTHON_OF_GPU_MACHINE"
-            )
-        run(base, "-m", "venv", folder)
+        run(base_interpreter(), "-m", "venv", folder)
     run(
         python,
         "-m",
@@ -109,6 +104,18 @@ def interpreter() -> Path:
         "ninja",
     )
     return python
+
+
+def base_interpreter() -> str:
+    """A Python of that version which runs: pyenv's on the PATH may be a stand-in for none."""
+    named = os.environ.get("PYTHON_OF_GPU_MACHINE")
+    of_pyenv = sorted(Path.home().glob(f".pyenv/versions/{PYTHON}.*/bin/python{PYTHON}"))
+    for candidate in [named] if named else [shutil.which(f"python{PYTHON}"), *map(str, of_pyenv)]:
+        if candidate and subprocess.run([candidate, "-c", ""], capture_output=True, check=False).returncode == 0:
+            return candidate
+    sys.exit(
+        f"gpu-check: expected a python{PYTHON}, got none that runs; install it, or name it in PYTHON_OF_GPU_MACHINE"
+    )
 
 
 def torch_headers() -> Path:

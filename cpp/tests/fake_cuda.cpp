@@ -1,5 +1,8 @@
 // Stand-ins for libpykd_cuda, so that opening it, its version check and a call through its table are tested without
 // CUDA. FAKE says which one this is.
+#include <dlfcn.h>
+
+#include <cstdint>
 #include <cstdlib>
 
 #include "cuda.h"
@@ -20,9 +23,18 @@ struct Record {
   void* stream;
 } record = {-1, nullptr};
 
+// As cudaSetDevice() would: contexts 100, 101, …, where a test has the driver's stand-in (fake_libcuda.c) loaded.
+void make_current(int device) {
+  void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
+  if (driver == nullptr) return;
+  const auto set = reinterpret_cast<int (*)(void*)>(dlsym(driver, "cuCtxSetCurrent"));
+  if (set != nullptr) set(reinterpret_cast<void*>(static_cast<std::uintptr_t>(100 + device)));
+}
+
 // values[0][b] = number * sum of row b of inputs[0]; the "device" is the host.
 const char* launch_row_sums(const Call& call, int device, void* stream) {
   record = {device, stream};
+  make_current(device);
   if (call.dtype != PYKD_FLOAT32) return "the fake kernel takes float32 alone";
   const Array& x = call.inputs[0];
   for (std::int64_t b = 0; b < x.length(0); ++b) {

@@ -1,6 +1,7 @@
 // The C interface on CUDA tensors, with a stand-in for libpykd_cuda (fake_cuda.cpp) whose device is the host.
 #include <dlfcn.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <vector>
 
@@ -41,6 +42,7 @@ class KernelsCuda : public testing::Test {
   static void SetUpTestSuite() {
     ASSERT_TRUE(registered);
     setenv("PYKD_CUDA_LIBRARY", FAKE_CUDA_GOOD, 1);
+    ASSERT_NE(dlopen(FAKE_LIBCUDA, RTLD_NOW), nullptr) << dlerror();  // before the driver is looked for
   }
 };
 
@@ -59,6 +61,21 @@ TEST_F(KernelsCuda, RunOnTheDeviceAndStreamOfTheCall) {
   ASSERT_NE(record, nullptr);
   EXPECT_EQ(record()->device, 3);
   EXPECT_EQ(record()->stream, &stream);
+}
+
+TEST_F(KernelsCuda, LeaveTheThreadsDeviceAsItWas) {
+  void* driver = dlopen(FAKE_LIBCUDA, RTLD_NOW);
+  ASSERT_NE(driver, nullptr) << dlerror();
+  const auto get = reinterpret_cast<int (*)(void**)>(dlsym(driver, "cuCtxGetCurrent"));
+  const auto set = reinterpret_cast<int (*)(void*)>(dlsym(driver, "cuCtxSetCurrent"));
+  for (const std::uintptr_t before : {std::uintptr_t{101}, std::uintptr_t{0}}) {
+    set(reinterpret_cast<void*>(before));
+    std::vector<float> sums(2);
+    ASSERT_EQ(run("row_sums", sums), PYKD_OK) << pykd_last_error();
+    void* after = nullptr;
+    get(&after);
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(after), before);
+  }
 }
 
 TEST_F(KernelsCuda, SayWhatTheDeviceSays) {
