@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pykd import kernel_point
 from pykd.composition import LossGraph
+from pykd.export import axes
 from pykd.kernel_point import Call
 
 DOMAIN = "pykd"
@@ -108,6 +109,8 @@ def write_bodies(
 
     _run(graph, wanted, tensors, numbers, 1.0, run)
     for site, body in zip(sites, bodies, strict=True):
+        given = {name: site.call.kernel.inputs[name].axes.split() for name in site.given if name in site.call.tensors}
+        axes.check_in_graph(body, given)
         site.body = body
 
 
@@ -139,6 +142,16 @@ def place(model: onnx.ModelProto, sites: Sequence[Site]) -> None:
         outputs = dict(zip(site.returned, node.output, strict=True))
         _set(node.output, [outputs.get(name, "") for name in site.call.kernel.outputs])
         _trim(node)
+
+
+def compared(model: onnx.ModelProto, sites: Sequence[Site]) -> list[set[str]]:
+    """Sets of inputs that reach one kernel as they are; it (and its formula) compares their axes."""
+    inputs = {item.name for item in model.graph.input}
+    return [
+        {name for name in node.input if name in inputs}
+        for node in filter(is_site, model.graph.node)
+        if sum(name in inputs for name in node.input) > 1
+    ]
 
 
 def live(nodes: Iterable[onnx.NodeProto], needed: set[str], sites: Sequence[Site]) -> list[onnx.NodeProto]:

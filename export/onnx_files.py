@@ -22,7 +22,7 @@ from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pykd.composition import Composition, LossGraph
-from pykd.export import integrity, kernel_nodes, metadata
+from pykd.export import axes, integrity, kernel_nodes, metadata
 from pykd.export.kernel_nodes import Site
 
 OPSET = 18
@@ -163,6 +163,9 @@ def _export(composition: Composition, graph: LossGraph, dtype: str) -> tuple[onn
     if sites:
         parameters = {name: scalars[name] for name in signature.parameters}
         kernel_nodes.write_bodies(sites, graph, gradients, examples, parameters, _to_onnx)
+    axes.check_in_graph(
+        model, {name: spec.names for name, spec in signature.inputs.items()}, kernel_nodes.compared(model, sites)
+    )
     for name, value in numbers.items():
         kind = onnx.TensorProto.DOUBLE if compute_dtype == torch.float64 else onnx.TensorProto.FLOAT
         model.graph.initializer.append(onnx.helper.make_tensor(name, kind, [], [value]))
