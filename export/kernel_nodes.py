@@ -144,7 +144,7 @@ def place(model: onnx.ModelProto, sites: Sequence[Site]) -> None:
         _trim(node)
 
 
-def compared(model: onnx.ModelProto, sites: Sequence[Site]) -> list[set[str]]:
+def compared(model: onnx.ModelProto) -> list[set[str]]:
     """Sets of inputs that reach one kernel as they are; it (and its formula) compares their axes."""
     inputs = {item.name for item in model.graph.input}
     return [

@@ -60,12 +60,14 @@ def build(
         )
     model, sites = _traced(composition, fused if has_kernel and kernels != "off" else graph, compute)
     _cast_ends(model, graph, sites, dtype)
+    names = {name: spec.names for name, spec in graph.signature.inputs.items()}
     gradients = [f"grad_{name}" for name in metadata.gradient_inputs(graph)]
     value = onnx.ModelProto()
     value.CopyFrom(model)
     for part, without in ((model, []), (value, [*gradients, metadata.GRAD_SCALE])):
         _remove(part, without, sites)
         kernel_nodes.name_nodes(part, sites, dtype)
+        axes.check_in_graph(part, names, kernel_nodes.compared(part))
         _hold_parameters(part, [*graph.signature.parameters, metadata.GRAD_SCALE], parameters_as)
     return {"value": value, "gradient": model}
 
@@ -163,9 +165,6 @@ def _export(composition: Composition, graph: LossGraph, dtype: str) -> tuple[onn
     if sites:
         parameters = {name: scalars[name] for name in signature.parameters}
         kernel_nodes.write_bodies(sites, graph, gradients, examples, parameters, _to_onnx)
-    axes.check_in_graph(
-        model, {name: spec.names for name, spec in signature.inputs.items()}, kernel_nodes.compared(model, sites)
-    )
     for name, value in numbers.items():
         kind = onnx.TensorProto.DOUBLE if compute_dtype == torch.float64 else onnx.TensorProto.FLOAT
         model.graph.initializer.append(onnx.helper.make_tensor(name, kind, [], [value]))
