@@ -469,6 +469,15 @@ TEST_F(ApiKernels, LeaveNodesThatTheyDoNotKnow) {
                "kernels \"auto\"");
 }
 
+TEST_F(ApiKernels, NeverPassOverALibraryThatIsNamed) {
+  const Variable variable("PYKD_CUDA_LIBRARY", folder.path("libpykd_cuda.so").c_str());
+  LoadOptions options;
+  options.device = "cuda";
+  options.engine = "onnxruntime";
+  EXPECT_ERROR(PYKD_UNAVAILABLE, Loss::load(folder.path("loss.onnx"), options), "no file at", "PYKD_CUDA_LIBRARY");
+  EXPECT_EQ(load("auto").kernels_in_use(), "soft_target_float32");  // on the CPU nobody needs it
+}
+
 TEST_F(ApiKernels, AreAnErrorWhereTheyAreAskedForAndMissing) {
   folder.write("loss.onnx", sealed(tiny_model(false).bytes()));
   EXPECT_EQ(load("auto").kernels_in_use(), "");

@@ -26,33 +26,6 @@ json torchscript_metadata() {
   return metadata;
 }
 
-// An environment variable for the length of a scope; nullptr: it is not set.
-class Variable {
- public:
-  Variable(const char* name, const char* value) : name_(name) {
-    const char* before = std::getenv(name);
-    was_set_ = before != nullptr;
-    if (was_set_) before_ = before;
-    set(value);
-  }
-  Variable(const Variable&) = delete;
-  Variable& operator=(const Variable&) = delete;
-  ~Variable() { set(was_set_ ? before_.c_str() : nullptr); }
-
- private:
-  void set(const char* value) const {
-    if (value == nullptr) {
-      ::unsetenv(name_);
-    } else {
-      ::setenv(name_, value, 1);
-    }
-  }
-
-  const char* name_;
-  bool was_set_;
-  std::string before_;
-};
-
 class Engines : public testing::Test {
  protected:
   void SetUp() override {

@@ -124,6 +124,19 @@ void expect_right_gradients(const pykd::TorchLoss& loss, at::ScalarType dtype) {
   }
 }
 
+TEST_P(TorchHpp, SaysThatItWasMovedFrom) {
+  const pykd::TorchLoss moved = std::move(loss);
+  const at::Tensor x = torch::ones({2, 3});
+  const pykd::TorchTensors tensors = {{"student_logits", x}, {"teacher_logits", x}};
+  EXPECT_EQ(moved(tensors).item<double>(), 0.0);
+  // NOLINTBEGIN(bugprone-use-after-move)
+  expect_words(error_of([&] { loss(tensors); }, PYKD_INVALID_VALUE), {"moved from"});
+  expect_words(error_of([&] { loss.terms(tensors); }, PYKD_INVALID_VALUE), {"moved from"});
+  expect_words(error_of([&] { loss.value_and_gradient(tensors); }, PYKD_INVALID_VALUE), {"moved from"});
+  expect_words(error_of([&] { loss.loss(); }, PYKD_INVALID_VALUE), {"moved from"});
+  // NOLINTEND(bugprone-use-after-move)
+}
+
 TEST_P(TorchHpp, GradientsMatchTheFormulaInEveryCallWhateverTheShapes) { expect_right_gradients(loss, at::kFloat); }
 
 TEST_F(TorchScript, GradientsMatchTheFormulaInFloat64) {
