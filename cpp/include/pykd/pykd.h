@@ -178,7 +178,9 @@ PYKD_API const char* pykd_last_error(void);
  * A library that is named is used, or the load fails: ONNX Runtime's (1.21 or newer) by
  * options->onnxruntime_library, else by the environment variable PYKD_ONNXRUNTIME_LIBRARY;
  * libpykd_torch by options->torch_library, else by PYKD_TORCH_LIBRARY; libpykd_cuda by
- * PYKD_CUDA_LIBRARY. The options name the engine with its library, the variables do not.
+ * PYKD_CUDA_LIBRARY. The options name the engine with its library (of both libraries it is ONNX
+ * Runtime's, where there is an ONNX file; an engine that is named makes the other's library of no
+ * account); the variables do not.
  *
  * Where ONNX Runtime is not named, the first that can be used of these is: a libonnxruntime.so that
  * this process has loaded already; one in the folder of libpykd; that of a Python wheel onnxruntime
