@@ -116,6 +116,19 @@ def test_class_weights_through_the_kernel(dtype):
         )
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_label_out_of_range_is_nan_whatever_the_weights_of_the_classes(smoothing):
+    """Where nobody checks: in a graph, as in a compiled or exported one."""
+    loss = compose({"hard": HardTarget(label_smoothing=smoothing)})
+    graph = loss.graph({"labels": "batch"}, ["class_weight"], check=False)
+    weight = torch.tensor([0.0, 1.0, 2.0])
+    for label in (3, -1):
+        values = graph(student_logits=torch.zeros(2, 3), labels=torch.tensor([1, label]), class_weight=weight)
+        assert torch.isnan(values["loss"])
+    ignored = graph(student_logits=torch.zeros(2, 3), labels=torch.tensor([1, -100]), class_weight=weight)
+    assert torch.isfinite(ignored["loss"])
+
+
 def language_model(dtype=torch.float64):
     generator = torch.Generator().manual_seed(3)
     tensors = {

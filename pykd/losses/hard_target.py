@@ -35,10 +35,11 @@ def _kept_weight(labels: Tensor, sample_weight: Tensor | None, ignore_index: int
     return ops.weigh(labels != ignore_index, sample_weight)
 
 
-def _weight_of_label(labels: Tensor, class_weight: Tensor) -> Tensor:
-    """The weight of the class that each label names; that of class 0 for labels out of range, which are NaN or ignored."""
+def _weight_of_label(labels: Tensor, class_weight: Tensor, kept: Tensor) -> Tensor:
+    """The weight of the class that each label names: NaN for a label out of range, 0 for a sample that is left out."""
     valid = (labels >= 0) & (labels < class_weight.size(0))
-    return class_weight[torch.where(valid, labels, torch.zeros_like(labels))]
+    weight = class_weight[torch.where(valid, labels, torch.zeros_like(labels))]
+    return torch.where(valid, weight, float("nan")).masked_fill(kept == 0, 0.0)
 
 
 def _smooth(values: Tensor, student: Tensor, class_weight: Tensor | None, label_smoothing: float) -> Tensor:
@@ -74,14 +75,14 @@ def hard_target(
     count = kept
     if classes is not None:
         dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-        count = kept.to(dtype) * _weight_of_label(labels, classes).to(dtype)
+        count = kept.to(dtype) * _weight_of_label(labels, classes, kept).to(dtype)
     if label_smoothing == 0.0:  # Σ w·v·ℓ / Σ w·v
         values = hard_target_rows(ops.without_left_out(student_logits, count), labels)
         return ops.reduce(values, count, reduction)
     student = ops.without_left_out(student_logits, kept)
     values = hard_target_rows(student, labels)
     if classes is not None:
-        values = ops.product_or_zero(_weight_of_label(labels, classes).to(values.dtype), values)
+        values = ops.product_or_zero(_weight_of_label(labels, classes, kept).to(values.dtype), values)
     return ops.reduce(_smooth(values, student, classes, label_smoothing), kept, reduction, count)
 
 
@@ -212,7 +213,9 @@ class HardTarget(Loss):
         values = kernel(KERNEL, "hard", hard_target_rows, tensors, {}, weight="hard_weight")
         weight = _kept_weight(labels, sample_weight, self.ignore_index)
         if class_weight is not None:
-            weight = weight * _weight_of_label(labels, ops.upcast(class_weight.detach()))
+            classes = ops.optional_weight(class_weight)
+            assert classes is not None
+            weight = weight * _weight_of_label(labels, classes, weight)
         return ops.reduce(values, weight, self.reduction)
 
     @staticmethod
