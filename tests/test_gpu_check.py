@@ -1,15 +1,18 @@
 """scripts/gpu-check without a GPU: the whole of it on the CPU, and that a stage which fails, hangs or crashes costs only itself."""
 
+import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +20,13 @@ import torch
 
 from benchmarks.gpu import __main__ as gpu_check
 from benchmarks.gpu import controls, fatbin, rehearse, runner, soft_target
+from benchmarks.gpu import device as device_module
 from benchmarks.gpu.device import CpuDevice, copies_are_counted, count_copies
 from benchmarks.gpu.plan import ONNXRUNTIME_PLAN, PLAN, Stage
 from benchmarks.gpu.soft_target import Case
 from benchmarks.gpu.stage import NOT_RUN, RESULTS, Context, NotRun
 from benchmarks.gpu.stage import run as run_stage
+from benchmarks.gpu.stages import torch_paths
 
 # ---- The runner, with stages made for it -------------------------------------------------------------
 
@@ -312,3 +317,90 @@ def test_cmake_needs_no_onnxruntime_to_configure_the_tests(tmp_path: Path) -> No
 
 def test_signals_have_names() -> None:
     assert runner._judge(-signal.SIGKILL, 1.0) == ("crashed", "SIGKILL")
+
+
+# ---- The code for the GPU, with stand-ins for torch.cuda ---------------------------------------------
+
+
+class LikeCuda(str):
+    """Where torch makes tensors, ``"cpu"``; to everyone who asks, ``"cuda"``."""
+
+    def __eq__(self, other: object) -> bool:
+        return other == "cuda"
+
+    def __ne__(self, other: object) -> bool:
+        return other != "cuda"
+
+    __hash__ = str.__hash__
+
+
+class StandInForCuda:
+    """torch.cuda as far as the check speaks to it: everything is done at once, on one stream or another."""
+
+    def __init__(self) -> None:
+        self.streams = [self.Stream()]
+
+    def synchronize(self) -> None:
+        pass
+
+    def current_stream(self, device: Any = None) -> Any:
+        return self.streams[-1]
+
+    @contextlib.contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.streams.append(stream or self.streams[-1])
+        yield
+        self.streams.pop()
+
+    def Stream(self) -> Any:
+        return SimpleNamespace(cuda_stream=64, wait_stream=lambda other: None, synchronize=lambda: None)
+
+    def Event(self, enable_timing: bool) -> Any:
+        assert enable_timing
+        return SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 0.25)
+
+    def CUDAGraph(self) -> Any:
+        return SimpleNamespace(replay=lambda: None)
+
+    def graph(self, graph: Any) -> Any:
+        return self.stream(self.Stream())
+
+    def _sleep(self, cycles: int) -> None:
+        pass
+
+    def memory_stats(self) -> dict[str, int]:
+        return {"allocation.all.allocated": 7}
+
+
+def nothing_is_counted(_: Any, call: Callable[[], Any]) -> list[str]:
+    call()
+    return []
+
+
+@pytest.mark.parametrize("stage", ["smoke", "capture", "speed", "torch_paths", "competitors", "onnxruntime_cuda"])
+def test_the_code_for_the_gpu_runs(stage: str, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The graphs of the stand-in replay nothing, and it has no copies to count: what is asked here is that the code runs, with
+    # the numbers right that do not hang on these.
+    context.device, context.pack = "cuda", context.out / "pack"
+    folder = rehearse.exported_folders()[0]
+    shutil.copytree(folder, context.pack / "folders" / folder.name)
+    cuda = StandInForCuda()
+    for name in (
+        "synchronize",
+        "current_stream",
+        "stream",
+        "Stream",
+        "Event",
+        "CUDAGraph",
+        "graph",
+        "_sleep",
+        "memory_stats",
+    ):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    monkeypatch.setattr(device_module.CudaDevice, "name", LikeCuda("cpu"))
+    monkeypatch.setattr(device_module, "events", nothing_is_counted)
+    monkeypatch.setattr(torch_paths, "events", nothing_is_counted)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    run_stage(stage, context)
+    wrong = [row for row in rehearse.rows(context.out) if "error" in row and isinstance(row["error"], str)]
+    assert wrong == []
