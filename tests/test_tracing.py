@@ -76,7 +76,7 @@ def test_functions_compile(loss_subject):
     torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="eager")(**tensors), step(**tensors))
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "strict"])
 def test_exports_with_a_free_batch(subject, strict):
     module = InADictionary(subject)
     tensors = subject.draw(seed=3)

@@ -69,7 +69,8 @@ class Template(Loss):
         Brier: Verification of Forecasts Expressed in Terms of Probability, Monthly Weather Review, 1950.
     """
 
-    # 3. The tensors in the order of forward(), with named axes; scalars that may change in every call;
+    # 3. The tensors in the order of forward(), with named axes (and sample_axes, where a sample may also be one token of a
+    #    sequence: soft_target.py has them); scalars that may change in every call;
     #    the settings to test, every one of them off its default somewhere.
     inputs = {
         "student_logits": Spec("batch classes", grad=True),
