@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -154,12 +155,18 @@ def _replace_one_by_one(made: Path, target: Path, names: Sequence[str]) -> None:
 
 def _sweep(target: Path, names: Sequence[str], mine: Path) -> None:
     """Removes the folders of exports that no longer run."""
-    for parent, prefix in ((target.parent, _prefix(target)), (target, _PREFIX)):
+    beside, inside = (
+        re.compile(re.escape(_prefix(target)) + "[0-9a-f]{12}"),
+        re.compile(re.escape(_PREFIX) + r"\w{8,12}"),
+    )
+    for parent, pattern in ((target.parent, beside), (target, inside)):
         with contextlib.suppress(OSError):
-            for name in [name for name in os.listdir(parent) if name.startswith(prefix)]:
-                left = parent / name
-                if left != mine and not left.is_symlink() and left.is_dir() and not _in_use(left):
-                    _remove(left, target, names)
+            for left in [parent / name for name in os.listdir(parent) if pattern.fullmatch(name)]:
+                if left == mine or left.is_symlink() or not left.is_dir() or _in_use(left):
+                    continue
+                if parent == target and not set(os.listdir(left)) <= set(names):
+                    continue  # somebody else's, which is called so
+                _remove(left, target, names)
 
 
 def _in_use(folder: Path) -> bool:

@@ -240,11 +240,22 @@ def test_one_that_runs_is_left_alone(tmp_path):
 
 
 def test_leftovers_of_earlier_releases_go(tmp_path):
-    left = tmp_path / "recipe" / ".export-abc123"
+    left = tmp_path / "recipe" / ".export-abc12_3z"
     left.mkdir(parents=True)
     (left / "loss.pt").write_bytes(b"half")
     replace(tmp_path / "recipe", "new")
     assert leftovers(tmp_path / "recipe") == [] and loaded_id(tmp_path / "recipe") == "new"
+
+
+def test_folders_that_are_only_called_so_stay(tmp_path):
+    target = tmp_path / "recipe"
+    mine = [target / ".export-settings" / "a", tmp_path / ".recipe.export-backup" / "loss.pt"]
+    for path in mine:
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+    for export_id in ("old", "new"):
+        replace(target, export_id)
+        assert loaded_id(target) == export_id and all(path.read_text() == "mine" for path in mine)
 
 
 def test_links_modes_and_the_current_folder_stay(tmp_path, monkeypatch):
