@@ -36,7 +36,9 @@ void make_current(std::uintptr_t context) {
 class CudaSession : public testing::Test {
  protected:
   static void SetUpTestSuite() {
-    setenv("PYKD_TEST_REAL_ONNXRUNTIME", std::getenv("PYKD_ONNXRUNTIME_LIBRARY"), 0);
+    const char* real = std::getenv("PYKD_ONNXRUNTIME_LIBRARY");
+    ASSERT_NE(real, nullptr) << "set PYKD_ONNXRUNTIME_LIBRARY";
+    setenv("PYKD_TEST_REAL_ONNXRUNTIME", real, 0);
     setenv("PYKD_ONNXRUNTIME_LIBRARY", FAKE_ONNXRUNTIME_CUDA, 1);
     ASSERT_NE(dlopen(FAKE_LIBCUDA, RTLD_NOW), nullptr) << dlerror();
   }
