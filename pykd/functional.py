@@ -54,6 +54,7 @@ def _with_fused(name: str) -> Callable[..., Any]:
         checks.check_call(loss, {**tensors, **numbers})
         return fusion.evaluate(loss, tensors, numbers)
 
+    call.__module__, call.__qualname__ = __name__, name  # where it is found again, by pickle as well
     # torch.jit.script takes the formula itself.
     call.__script_if_tracing_wrapper = True  # type: ignore[attr-defined]
     call.__original_fn = formula  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+import pykd
 from pykd.composition import Composition
 from tests.conftest import subjects
 
@@ -68,6 +69,11 @@ def test_copies_of_a_graph_compute_the_same(subject, way):
     assert made.signature == graph.signature and made.code == graph.code
     for name, value in graph(**tensors).items():
         torch.testing.assert_close(made(**tensors)[name], value, rtol=0, atol=0)
+
+
+def test_functions_are_sent_by_their_name(loss_class):
+    function = getattr(pykd.functional, loss_class.name)
+    assert pickle.loads(pickle.dumps(function)) is function
 
 
 def in_the_child(loss, tensors, results):
