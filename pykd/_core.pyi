@@ -7,24 +7,16 @@ version: str
 kept_from: int  # bytes from which on Memory is kept from call to call
 
 class Memory:
-    """Memory for a result: a buffer of bytes."""
+    """Memory for a result: a buffer of bytes. `allocate` makes it."""
 
-    def __init__(self, bytes: int) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+def allocate(bytes: int) -> Memory:
+    """Memory of that size, not cleared."""
+
 class Loss:
-    def __init__(
-        self,
-        path_or_bytes: str | bytes,
-        engine: str | None,
-        device: str,
-        onnxruntime_library: str | None,
-        torch_library: str | None,
-        threads: int,
-        check_integrity: bool,
-        cuda_stream: int,
-        kernels: str,
-    ) -> None: ...
+    """What `load` makes."""
+
     @property
     def metadata(self) -> str: ...
     @property
@@ -49,16 +41,30 @@ class Loss:
         """Per parameter: name, default, minimum, whether the minimum itself is excluded."""
     def output_shape(self, inputs: dict[str, Any], name: str) -> tuple[tuple[int, ...], str]:
         """The shape and dtype that an output has for these inputs."""
-    def run(self, inputs: dict[str, Any], parameters: dict[str, float], outputs: dict[str, Any]) -> None:
-        """Runs the loss and writes into the memory of `outputs`. Leave the dicts alone meanwhile."""
+    def run(self, inputs: dict[str, Any], parameters: dict[str, Any], outputs: dict[str, Any]) -> None:
+        """Runs the loss and writes into the memory of `outputs`."""
     def run_into_new(
         self,
         inputs: dict[str, Any],
-        parameters: dict[str, float],
+        parameters: dict[str, Any],
         names: tuple[str, ...],
         allocate: Callable[[tuple[int, ...], str], Any],
     ) -> dict[str, Any]:
         """The same, into what `allocate(shape, dtype)` returns for each of `names`."""
+
+def load(
+    path: bytes | None,
+    contents: bytes | None,
+    engine: str | None,
+    device: str | None,
+    onnxruntime_library: bytes | None,
+    torch_library: bytes | None,
+    threads: int,
+    check_integrity: bool,
+    cuda_stream: int,
+    kernels: str | None,
+) -> Loss:
+    """Loads an artefact from a path, as os.fsencode() gives it, or from the bytes of a file."""
 
 def kernel_descriptions() -> list[str]:
     """One JSON object per kernel, as ``pykd/kernels.h`` says."""
@@ -71,7 +77,7 @@ def run_kernel(
     threads: int = 0,
     cuda_stream: int = 0,
 ) -> None:
-    """Runs a kernel and writes into the memory of `outputs`. Leave the dicts alone meanwhile."""
+    """Runs a kernel and writes into the memory of `outputs`."""
 
 def simd_targets() -> str:
     """Names separated by spaces, best first."""

@@ -212,12 +212,12 @@ class Loss:
         torch_device = None
         any_bfloat16 = False
         inputs: dict[str, Any] = {}
-        parameters: dict[str, float] = {}
+        parameters: dict[str, Any] = {}
         for name, argument in arguments.items():
             if name in self._weights:
                 argument = _as_float32(argument)
             if name in self._parameters:
-                parameters[name] = _number(name, argument)
+                parameters[name] = argument
             elif name in self._fixed:
                 raise ValueError(self._fixed_parameter(name, argument))
             elif type(argument) is np.ndarray:
@@ -260,13 +260,13 @@ class Loss:
         torch: Any,
         device: Any,
         inputs: dict[str, Any],
-        parameters: dict[str, float],
+        parameters: dict[str, Any],
         names: tuple[str, ...],
     ) -> dict[str, Any]:
         def new_tensor(shape: tuple[int, ...], dtype: str) -> Any:
             kind = getattr(torch, dtype)
             if device.type == "cpu" and (size := math.prod(shape) * kind.itemsize) >= _core.kept_from:
-                return torch.frombuffer(_core.Memory(size), dtype=kind).view(shape)
+                return torch.frombuffer(_core.allocate(size), dtype=kind).view(shape)
             return torch.empty(shape, dtype=kind, device=device)
 
         if device.type != "cuda" or self.engine == "torchscript":  # which uses torch's current stream
@@ -339,8 +339,8 @@ def load(
         >>> loss = pykd.load("build/losses/hard_soft", engine="onnxruntime", threads=1)
         >>> print(loss.signature)
     """
-    source = bytes(path) if isinstance(path, (bytes, bytearray, memoryview)) else os.fspath(path)
-    named = None if onnxruntime_library is None else os.fspath(onnxruntime_library)
+    source = bytes(path) if isinstance(path, (bytes, bytearray, memoryview)) else os.fsdecode(path)
+    named = None if onnxruntime_library is None else os.fsdecode(onnxruntime_library)
     if named is None and engine != "torchscript" and _has(source, onnx=True):
         named = _onnxruntime_elsewhere()
     if engine == "torchscript" or (engine is None and named is None and _may_come_to_torch(source)):
@@ -348,7 +348,18 @@ def load(
     if cuda_stream == _DEFAULT_STREAM:
         cuda_stream = 0
     handle = 0 if cuda_stream is None else cuda_stream or _DEFAULT_STREAM
-    core = _core.Loss(source, engine, device, named, None, threads, check_integrity, handle, kernels)
+    core = _core.load(
+        None if isinstance(source, bytes) else os.fsencode(source),
+        source if isinstance(source, bytes) else None,
+        engine,
+        device,
+        None if named is None else os.fsencode(named),
+        None,
+        threads,
+        check_integrity,
+        handle,
+        kernels,
+    )
     return Loss(core, cuda_stream)
 
 
@@ -408,15 +419,6 @@ def _import_torch() -> None:
         importlib.import_module("torch")
 
 
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"expected a number for the parameter {name}, got {type(value).__name__}; pass a float"
-        ) from error
-
-
 _DTYPES = {name: np.dtype(name) for name in ("float16", "float32", "float64", "int64")}
 _UINT16 = np.dtype(np.uint16)
 _empty: Callable[..., Any] = np.empty
@@ -432,7 +434,7 @@ def _new(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     size = math.prod(shape) * dtype.itemsize
     if size < _core.kept_from:
         return _empty(shape, dtype)
-    return np.frombuffer(memoryview(_core.Memory(size)), dtype).reshape(shape)
+    return np.frombuffer(memoryview(_core.allocate(size)), dtype).reshape(shape)
 
 
 def _bfloat16_as_uint16(array: Any) -> Any:

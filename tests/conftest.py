@@ -99,3 +99,16 @@ def exported() -> Any:
         return prepare(subject, dtype, root)
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small artefact in every format, made by hand in tests/test_runtime.py."""
+    from tests.test_runtime import onnx_artefact, torchscript_artefact, write_manifest
+
+    path = tmp_path_factory.mktemp("squares")
+    (path / "loss.onnx").write_bytes(onnx_artefact("value"))
+    (path / "loss.grad.onnx").write_bytes(onnx_artefact("gradient"))
+    torchscript_artefact(path / "loss.pt")
+    write_manifest(path)
+    return path

@@ -116,16 +116,6 @@ def write_manifest(path: Path) -> None:
     (path / "manifest.json").write_text(json.dumps({"format": "pykd", "format_version": 1, "files": files}))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("squares")
-    (path / "loss.onnx").write_bytes(onnx_artefact("value"))
-    (path / "loss.grad.onnx").write_bytes(onnx_artefact("gradient"))
-    torchscript_artefact(path / "loss.pt")
-    write_manifest(path)
-    return path
-
-
 @pytest.fixture(scope="module", params=["onnxruntime", "torchscript"])
 def loss(request: pytest.FixtureRequest, folder: Path) -> runtime.Loss:
     return runtime.load(folder, request.param, threads=1)

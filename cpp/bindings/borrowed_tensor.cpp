@@ -1,5 +1,7 @@
 #include "borrowed_tensor.h"
 
+#include "interpreter.h"
+
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -9,10 +11,8 @@ namespace {
 
 namespace py = pybind11;
 
-std::string type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
-
 // "int32" and the like.
-std::string text_of(const dlpack::DataType& dtype) {
+std::string dtype_text(const dlpack::DataType& dtype) {
   const std::string bits = std::to_string(dtype.bits);
   switch (dtype.code) {
     case dlpack::kInt:
@@ -41,8 +41,9 @@ pykd_dtype dtype_of(const dlpack::DataType& dtype, bool bfloat16_as_uint16, cons
     if (dtype.code == dlpack::kFloat && dtype.bits == 16) return PYKD_FLOAT16;
     if (dtype.code == dlpack::kBfloat && dtype.bits == 16) return PYKD_BFLOAT16;
   }
+  const std::string lanes = dtype.lanes == 1 ? "" : " in vectors of " + std::to_string(dtype.lanes);
   throw py::type_error("expected float16, bfloat16, float32, float64 or int64 for " + std::string(name) + ", got " +
-                       text_of(dtype) + "; cast it first");
+                       dtype_text(dtype) + lanes + "; cast it first");
 }
 
 // What is asked of a type once, because asking takes longer than borrowing a tensor.
@@ -65,7 +66,11 @@ Facts facts_of(PyTypeObject* type) {
           static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kExchangeCapsule));
     }
   }
-  while (facts.exchange != nullptr && facts.exchange->major != dlpack::kMajor) facts.exchange = facts.exchange->older;
+  // Versions of the table, newest first; nobody has many.
+  for (int older = 0; facts.exchange != nullptr && facts.exchange->major != dlpack::kMajor; ++older) {
+    facts.exchange = older < 16 ? facts.exchange->older : nullptr;
+  }
+  if (facts.exchange != nullptr && facts.exchange->from_object == nullptr) facts.exchange = nullptr;
   if (known->size() < 64) {  // programs that make types without end are left with the slower way
     Py_INCREF(type);         // so that its address stays its own
     known->emplace(type, facts);
@@ -75,7 +80,11 @@ Facts facts_of(PyTypeObject* type) {
 
 // Memory that does not hold the values is shared all the same by `__dlpack__`.
 void refuse_lazy_values(py::handle object, const char* name) {
-  if (!py::cast<bool>(object.attr("is_neg")())) return;
+  static PyObject* const method = PyUnicode_InternFromString("is_neg");
+  const auto negated =
+      py::reinterpret_steal<py::object>(in_python([&] { return PyObject_CallMethodNoArgs(object.ptr(), method); }));
+  if (!negated) throw py::error_already_set();
+  if (negated.ptr() == Py_False) return;
   throw py::type_error("expected a dense tensor for " + std::string(name) +
                        ", got a lazily negated one; call .resolve_neg() first");
 }
@@ -84,9 +93,15 @@ void refuse_lazy_values(py::handle object, const char* name) {
 dlpack::VersionedTensor* exchanged(py::handle object, const Facts& facts) {
   if (facts.exchange == nullptr) return nullptr;
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-  if (facts.is_torchs && py::cast<bool>(object.attr(py::handle(requires_grad)))) return nullptr;
+  if (facts.is_torchs) {
+    const auto required =
+        py::reinterpret_steal<py::object>(in_python([&] { return PyObject_GetAttr(object.ptr(), requires_grad); }));
+    if (!required) throw py::error_already_set();
+    if (required.ptr() != Py_False) return nullptr;
+  }
   dlpack::VersionedTensor* tensor = nullptr;
-  if (facts.exchange->from_object(object.ptr(), &tensor) != 0) {
+  const int failed = in_python([&] { return facts.exchange->from_object(object.ptr(), &tensor); });
+  if (failed != 0 || tensor == nullptr) {
     PyErr_Clear();
     return nullptr;
   }
@@ -107,10 +122,13 @@ py::object ask(py::handle object, const Facts& facts, const char* name) {
   static PyObject* const version = py::make_tuple(1, 0).release().ptr();
   static PyObject* const no_stream = PyLong_FromLong(-1);
   PyObject* arguments[3] = {object.ptr(), version, no_stream};
-  PyObject* capsule = PyObject_VectorcallMethod(method, arguments, 1, facts.is_torchs ? two_keywords : one_keyword);
+  const auto call = [&arguments](PyObject* names) {
+    return in_python([&] { return PyObject_VectorcallMethod(method, arguments, 1, names); });
+  };
+  PyObject* capsule = call(facts.is_torchs ? two_keywords : one_keyword);
   if (capsule == nullptr && PyErr_ExceptionMatches(PyExc_TypeError)) {
     PyErr_Clear();
-    capsule = PyObject_VectorcallMethod(method, arguments, 1, nullptr);
+    capsule = call(nullptr);
   }
   if (capsule != nullptr) return py::reinterpret_steal<py::object>(capsule);
 
@@ -122,7 +140,7 @@ py::object ask(py::handle object, const Facts& facts, const char* name) {
   }
   if (error.matches(PyExc_BufferError) || error.matches(PyExc_TypeError) || error.matches(PyExc_ValueError) ||
       error.matches(PyExc_RuntimeError)) {
-    const std::string reason = py::str(error.value());
+    const std::string reason = printable(error.value());
     py::raise_from(
         error, PyExc_TypeError,
         ("expected a tensor for " + std::string(name) + " whose memory can be shared, got " + type_name(object) +

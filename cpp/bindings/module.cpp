@@ -1,15 +1,17 @@
 // pykd._core: libpykd for Python. Tensors cross by DLPack, so that neither NumPy nor torch is needed to
 // build it. pykd/runtime.py is the face that users see.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
-#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "borrowed_tensor.h"
+#include "interpreter.h"
 #include "pykd/kernels.h"
 #include "pykd/pykd.hpp"
 
@@ -35,15 +37,7 @@ PyObject* exception_of(pykd_status status) {
 
 // Throws what libpykd reported on this thread.
 void check(pykd_status status) {
-  if (status == PYKD_OK) return;
-  PyErr_SetString(exception_of(status), pykd_last_error());
-  throw py::error_already_set();
-}
-
-const char* text_of(py::handle name) {
-  const char* text = PyUnicode_AsUTF8(name.ptr());
-  if (text == nullptr) throw py::error_already_set();
-  return text;
+  if (status != PYKD_OK) raise(exception_of(status), pykd_last_error());
 }
 
 const char* dtype_name(pykd_dtype dtype) {
@@ -62,41 +56,61 @@ const char* dtype_name(pykd_dtype dtype) {
   return "unknown";
 }
 
-// A dict of tensors, borrowed for one call.
+constexpr char kNameOfTensor[] = "the name of a tensor";
+
+// Tensors by name, borrowed for one call.
 class Borrowed {
  public:
-  Borrowed(const py::dict& tensors, bool writable) {
-    reserve(tensors.size());
-    for (const auto& entry : tensors) add(entry.first, entry.second, writable);
+  Borrowed(const py::dict& tensors, bool writable) : items_(items_of(tensors, kNameOfTensor)) {
+    reserve(items_.size());
+    for (const Item& item : items_) add(item.name, item.value, writable);
   }
   Borrowed() = default;
   void reserve(std::size_t count) {
     tensors_.reserve(count);
     views_.reserve(count);
   }
-  // `name` is a str that outlives this object.
-  void add(py::handle name, py::handle tensor, bool writable) {
-    tensors_.emplace_back(text_of(name), tensor, writable);
+  // `name` outlives this object.
+  void add(const char* name, py::handle tensor, bool writable) {
+    tensors_.emplace_back(name, tensor, writable);
     views_.push_back(tensors_.back().view());
   }
   const pykd_tensor* data() const { return views_.data(); }
   std::size_t size() const { return views_.size(); }
 
  private:
+  std::vector<Item> items_;
   std::vector<BorrowedTensor> tensors_;
   std::vector<pykd_tensor> views_;
 };
 
-std::vector<pykd_parameter> parameters_of(const py::dict& parameters) {
-  std::vector<pykd_parameter> all;
-  all.reserve(parameters.size());
-  for (const auto& entry : parameters) {
-    const double value = PyFloat_AsDouble(entry.second.ptr());
-    if (value == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    all.push_back({text_of(entry.first), value});
+// Numbers and settings by name, for one call.
+class Settings {
+ public:
+  Settings(const py::dict& settings, const char* what) : items_(items_of(settings, what)) {}
+
+  std::vector<pykd_parameter> parameters() const {
+    std::vector<pykd_parameter> all;
+    all.reserve(items_.size());
+    for (const Item& item : items_) {
+      all.push_back({item.name, number_of(item.value, std::string("the parameter ") + item.name)});
+    }
+    return all;
   }
-  return all;
-}
+  std::vector<pykd_kernel_attribute> attributes() const {
+    std::vector<pykd_kernel_attribute> all;
+    all.reserve(items_.size());
+    for (const Item& item : items_) {
+      const bool is_choice = PyUnicode_Check(item.value.ptr());
+      all.push_back({item.name, is_choice ? 0.0 : number_of(item.value, std::string("the attribute ") + item.name),
+                     is_choice ? text_of(item.value, item.name) : nullptr});
+    }
+    return all;
+  }
+
+ private:
+  std::vector<Item> items_;
+};
 
 // Memory for a result: a buffer of bytes. What is made of it (an array, a tensor) keeps it alive.
 class Memory {
@@ -115,35 +129,7 @@ class Memory {
 // A loaded loss. Immutable; the GIL is released while it loads and runs.
 class CoreLoss {
  public:
-  CoreLoss(const py::object& path_or_bytes, const std::optional<std::string>& engine, const std::string& device,
-           const std::optional<std::string>& onnxruntime_library, const std::optional<std::string>& torch_library,
-           int threads, bool check_integrity, std::uintptr_t cuda_stream, const std::string& kernels) {
-    const auto text = [](const std::optional<std::string>& value) {
-      return value.has_value() ? value->c_str() : nullptr;
-    };
-    pykd_load_options options = PYKD_LOAD_OPTIONS_INIT;
-    options.engine = text(engine);
-    options.device = device.c_str();
-    options.onnxruntime_library = text(onnxruntime_library);
-    options.torch_library = text(torch_library);
-    options.threads = threads;
-    options.skip_integrity_check = check_integrity ? 0 : 1;
-    options.cuda_stream = reinterpret_cast<void*>(cuda_stream);
-    options.kernels = kernels.c_str();
-
-    pykd_status status;
-    if (PyBytes_Check(path_or_bytes.ptr())) {
-      const char* bytes = PyBytes_AS_STRING(path_or_bytes.ptr());
-      const auto size = static_cast<std::size_t>(PyBytes_GET_SIZE(path_or_bytes.ptr()));
-      const py::gil_scoped_release release;
-      status = pykd_load_bytes(bytes, size, &options, &loss_);
-    } else {
-      const char* path = text_of(path_or_bytes);
-      const py::gil_scoped_release release;
-      status = pykd_load(path, &options, &loss_);
-    }
-    check(status);
-  }
+  explicit CoreLoss(pykd_loss* loss) : loss_(loss) {}
   CoreLoss(const CoreLoss&) = delete;
   CoreLoss& operator=(const CoreLoss&) = delete;
   ~CoreLoss() { pykd_free(loss_); }
@@ -167,9 +153,9 @@ class CoreLoss {
     return all;
   }
 
-  py::tuple output_shape(const py::dict& inputs, const std::string& name) const {
+  py::tuple output_shape(const py::dict& inputs, const py::object& name) const {
     const Borrowed in(inputs, false);
-    return shape_of(in, name.c_str());
+    return shape_of(in, text_of(name, kNameOfTensor));
   }
 
   void run(const py::dict& inputs, const py::dict& parameters, const py::dict& outputs) const {
@@ -183,11 +169,14 @@ class CoreLoss {
     Borrowed out;
     out.reserve(names.size());
     py::dict results;
-    for (const py::handle name : names) {
-      const py::tuple shape = shape_of(in, text_of(name));
-      const py::object array = allocate(shape[0], shape[1]);
+    for (const py::handle key : names) {
+      const char* name = text_of(key, kNameOfTensor);
+      const py::tuple shape = shape_of(in, name);
+      const auto array = py::reinterpret_steal<py::object>(
+          in_python([&] { return PyObject_Call(allocate.ptr(), shape.ptr(), nullptr); }));
+      if (!array) throw py::error_already_set();
       out.add(name, array, true);
-      results[name] = PyTuple_CheckExact(array.ptr()) ? py::object(array[py::int_(0)]) : array;
+      results[key] = PyTuple_CheckExact(array.ptr()) ? py::object(array[py::int_(0)]) : array;
     }
     run_borrowed(in, parameters, out);
     return results;
@@ -195,12 +184,12 @@ class CoreLoss {
 
  private:
   void run_borrowed(const Borrowed& in, const py::dict& parameters, const Borrowed& out) const {
-    const std::vector<pykd_parameter> settings = parameters_of(parameters);
-    pykd_status status;
-    {
-      const py::gil_scoped_release release;
-      status = pykd_run(loss_, in.data(), in.size(), settings.data(), settings.size(), out.data(), out.size());
-    }
+    const Settings settings(parameters, "the name of a parameter");
+    const std::vector<pykd_parameter> numbers = settings.parameters();
+    pykd_status status = PYKD_INTERNAL;
+    without_gil([&] {
+      status = pykd_run(loss_, in.data(), in.size(), numbers.data(), numbers.size(), out.data(), out.size());
+    });
     check(status);
   }
 
@@ -239,37 +228,69 @@ class CoreLoss {
   pykd_loss* loss_ = nullptr;
 };
 
-// ---- Kernels -------------------------------------------------------------------------------------
+constexpr std::int64_t kLeastInt = std::numeric_limits<std::int32_t>::min();
+constexpr std::int64_t kMostInt = std::numeric_limits<std::int32_t>::max();
 
-std::vector<pykd_kernel_attribute> attributes_of(const py::dict& attributes) {
-  std::vector<pykd_kernel_attribute> all;
-  all.reserve(attributes.size());
-  for (const auto& entry : attributes) {
-    pykd_kernel_attribute attribute = {text_of(entry.first), 0.0, nullptr};
-    if (PyUnicode_Check(entry.second.ptr())) {
-      attribute.choice = text_of(entry.second);
-    } else {
-      attribute.value = PyFloat_AsDouble(entry.second.ptr());
-      if (attribute.value == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    }
-    all.push_back(attribute);
-  }
-  return all;
+void* stream_of(const py::object& cuda_stream) {
+  const std::int64_t address = integer_of(cuda_stream, "cuda_stream", 0, std::numeric_limits<std::int64_t>::max());
+  return reinterpret_cast<void*>(static_cast<std::uintptr_t>(address));
 }
 
-void run_kernel(const std::string& name, const py::dict& inputs, const py::dict& attributes, const py::dict& outputs,
-                int threads, std::uintptr_t cuda_stream) {
-  const Borrowed in(inputs, false), out(outputs, true);
-  const std::vector<pykd_kernel_attribute> settings = attributes_of(attributes);
-  pykd_kernel_host host = PYKD_KERNEL_HOST_INIT;
-  host.threads = threads;
-  host.cuda_stream = reinterpret_cast<void*>(cuda_stream);
-  pykd_status status;
-  {
-    const py::gil_scoped_release release;
-    status = pykd_kernel_run(name.c_str(), in.data(), in.size(), settings.data(), settings.size(), out.data(),
-                             out.size(), &host);
+// From a path, or from the bytes of a file where that is None. Texts are str, paths bytes.
+std::unique_ptr<CoreLoss> load(const py::object& path, const py::object& contents, const py::object& engine,
+                               const py::object& device, const py::object& onnxruntime_library,
+                               const py::object& torch_library, const py::object& threads,
+                               const py::object& check_integrity, const py::object& cuda_stream,
+                               const py::object& kernels) {
+  pykd_load_options options = PYKD_LOAD_OPTIONS_INIT;
+  options.engine = text_or_null(engine, "engine");
+  options.device = text_or_null(device, "device");
+  options.onnxruntime_library = path_or_null(onnxruntime_library, "onnxruntime_library");
+  options.torch_library = path_or_null(torch_library, "torch_library");
+  options.threads = static_cast<std::int32_t>(integer_of(threads, "threads", kLeastInt, kMostInt));
+  options.skip_integrity_check = bool_of(check_integrity, "check_integrity") ? 0 : 1;
+  options.cuda_stream = stream_of(cuda_stream);
+  options.kernels = text_or_null(kernels, "kernels");
+
+  const char* file = path_or_null(path, "the path of an artefact");
+  if (file == nullptr && !PyBytes_Check(contents.ptr())) {
+    throw py::type_error("expected the bytes of an artefact, got " + type_name(contents) + "; pass a path or bytes");
   }
+  pykd_loss* loss = nullptr;
+  pykd_status status = PYKD_INTERNAL;
+  without_gil([&] {
+    status = file != nullptr
+                 ? pykd_load(file, &options, &loss)
+                 : pykd_load_bytes(PyBytes_AS_STRING(contents.ptr()),
+                                   static_cast<std::size_t>(PyBytes_GET_SIZE(contents.ptr())), &options, &loss);
+  });
+  check(status);
+  return std::make_unique<CoreLoss>(loss);
+}
+
+// A method for Python, to which None is no object of the class.
+template <class Result, class... Arguments>
+auto method(Result (CoreLoss::*function)(Arguments...) const) {
+  return [function](const CoreLoss& loss, Arguments... arguments) {
+    return (loss.*function)(std::forward<Arguments>(arguments)...);
+  };
+}
+
+// ---- Kernels -------------------------------------------------------------------------------------
+
+void run_kernel(const py::object& name, const py::dict& inputs, const py::dict& attributes, const py::dict& outputs,
+                const py::object& threads, const py::object& cuda_stream) {
+  const char* kernel = text_of(name, "the name of a kernel");
+  const Borrowed in(inputs, false), out(outputs, true);
+  const Settings settings(attributes, "the name of an attribute");
+  const std::vector<pykd_kernel_attribute> chosen = settings.attributes();
+  pykd_kernel_host host = PYKD_KERNEL_HOST_INIT;
+  host.threads = static_cast<std::int32_t>(integer_of(threads, "threads", kLeastInt, kMostInt));
+  host.cuda_stream = stream_of(cuda_stream);
+  pykd_status status = PYKD_INTERNAL;
+  without_gil([&] {
+    status = pykd_kernel_run(kernel, in.data(), in.size(), chosen.data(), chosen.size(), out.data(), out.size(), &host);
+  });
   check(status);
 }
 
@@ -279,16 +300,14 @@ py::list kernel_descriptions() {
   return all;
 }
 
-void use_simd(std::optional<std::string> target) {
-  check(pykd_kernel_use_simd(target.has_value() ? target->c_str() : nullptr));
-}
+void use_simd(const py::object& target) { check(pykd_kernel_use_simd(text_or_null(target, "a SIMD target"))); }
 
 }  // namespace
 }  // namespace pykd::bindings
 
 PYBIND11_MODULE(_core, module) {
   namespace py = pybind11;
-  using pykd::bindings::CoreLoss;
+  using namespace pykd::bindings;
   module.doc() = "libpykd for Python; pykd.runtime is the face of it.";
   module.attr("version") = pykd_version();
   module.attr("kept_from") = PYKD_KEPT_FROM;
@@ -297,31 +316,34 @@ PYBIND11_MODULE(_core, module) {
                            std::to_string(pykd_abi_version()) +
                            "; install pykd again, so that _core and libpykd are of one build");
   }
-  py::class_<pykd::bindings::Memory>(module, "Memory", py::buffer_protocol())
-      .def(py::init<std::size_t>(), py::arg("bytes"))
-      .def_buffer(&pykd::bindings::Memory::buffer);
-  py::class_<CoreLoss>(module, "Loss")
-      .def(py::init<const py::object&, std::optional<std::string>, std::string, std::optional<std::string>,
-                    std::optional<std::string>, int, bool, std::uintptr_t, std::string>(),
-           py::arg("path_or_bytes"), py::arg("engine"), py::arg("device"), py::arg("onnxruntime_library"),
-           py::arg("torch_library"), py::arg("threads"), py::arg("check_integrity"), py::arg("cuda_stream"),
-           py::arg("kernels"))
-      .def_property_readonly("metadata", &CoreLoss::metadata)
-      .def_property_readonly("engine", &CoreLoss::engine)
-      .def_property_readonly("engine_version", &CoreLoss::engine_version)
-      .def_property_readonly("device", &CoreLoss::device)
-      .def_property_readonly("kernels_in_use", &CoreLoss::kernels_in_use)
-      .def_property_readonly("passed_over", &CoreLoss::passed_over)
-      .def_property_readonly("inputs", &CoreLoss::inputs)
-      .def_property_readonly("outputs", &CoreLoss::outputs)
-      .def_property_readonly("parameters", &CoreLoss::parameters)
-      .def("output_shape", &CoreLoss::output_shape, py::arg("inputs"), py::arg("name"))
-      .def("run", &CoreLoss::run, py::arg("inputs"), py::arg("parameters"), py::arg("outputs"))
-      .def("run_into_new", &CoreLoss::run_into_new, py::arg("inputs"), py::arg("parameters"), py::arg("names"),
+  py::class_<Memory> memory(module, "Memory", py::buffer_protocol());
+  memory.def_buffer(&Memory::buffer);
+  seal(memory);
+  module.def(
+      "allocate", [](std::size_t bytes) { return std::make_unique<Memory>(bytes); }, py::arg("bytes"));
+
+  py::class_<CoreLoss> loss(module, "Loss");
+  loss.def_property_readonly("metadata", method(&CoreLoss::metadata))
+      .def_property_readonly("engine", method(&CoreLoss::engine))
+      .def_property_readonly("engine_version", method(&CoreLoss::engine_version))
+      .def_property_readonly("device", method(&CoreLoss::device))
+      .def_property_readonly("kernels_in_use", method(&CoreLoss::kernels_in_use))
+      .def_property_readonly("passed_over", method(&CoreLoss::passed_over))
+      .def_property_readonly("inputs", method(&CoreLoss::inputs))
+      .def_property_readonly("outputs", method(&CoreLoss::outputs))
+      .def_property_readonly("parameters", method(&CoreLoss::parameters))
+      .def("output_shape", method(&CoreLoss::output_shape), py::arg("inputs"), py::arg("name"))
+      .def("run", method(&CoreLoss::run), py::arg("inputs"), py::arg("parameters"), py::arg("outputs"))
+      .def("run_into_new", method(&CoreLoss::run_into_new), py::arg("inputs"), py::arg("parameters"), py::arg("names"),
            py::arg("allocate"));
-  module.def("kernel_descriptions", &pykd::bindings::kernel_descriptions);
-  module.def("run_kernel", &pykd::bindings::run_kernel, py::arg("name"), py::arg("inputs"), py::arg("attributes"),
-             py::arg("outputs"), py::arg("threads") = 0, py::arg("cuda_stream") = 0);
+  seal(loss);
+  module.def("load", &pykd::bindings::load, py::arg("path"), py::arg("contents"), py::arg("engine"), py::arg("device"),
+             py::arg("onnxruntime_library"), py::arg("torch_library"), py::arg("threads"), py::arg("check_integrity"),
+             py::arg("cuda_stream"), py::arg("kernels"));
+
+  module.def("kernel_descriptions", &kernel_descriptions);
+  module.def("run_kernel", &run_kernel, py::arg("name"), py::arg("inputs"), py::arg("attributes"), py::arg("outputs"),
+             py::arg("threads") = 0, py::arg("cuda_stream") = 0);
   module.def("simd_targets", [] { return std::string(pykd_kernel_simd()); });
-  module.def("use_simd", &pykd::bindings::use_simd, py::arg("target"));
+  module.def("use_simd", &use_simd, py::arg("target"));
 }

@@ -191,6 +191,7 @@ void check(const Kernel& kernel, const Call& call) {
            "give every input that is not optional");
     }
     check_dtype(kernel, argument, array, call);
+    internal::check_alignment(argument.name, array.data, array.dtype);
     lengths.bind(argument, array);
   }
   bool any = false;
@@ -199,6 +200,7 @@ void check(const Kernel& kernel, const Call& call) {
     if (!array.given()) continue;
     any = true;
     check_dtype(kernel, kernel.outputs[i], array, call);
+    internal::check_alignment(kernel.outputs[i].name, array.data, array.dtype);
     lengths.bind(kernel.outputs[i], array);
   }
   if (!any) {

@@ -147,7 +147,7 @@ const std::vector<Kernel>& all();
 const Kernel* find(const std::string& name);
 
 // Throws pykd::internal::Failure, with a message that names the argument, where the arrays do not fit the description.
-// Of the arrays it looks at everything but the data; of numbers and labels at nothing.
+// Of the arrays it looks at everything but what lies in their memory, numbers and labels included.
 void check(const Kernel& kernel, const Call& call);
 
 }  // namespace pykd::kernels

@@ -12,14 +12,42 @@ namespace {
 constexpr std::size_t kMaxMessage = 4096;
 thread_local char last_message[kMaxMessage] = "";
 
-void set_last_error(const char* text) noexcept {
-  std::size_t length = std::strlen(text);
-  if (length >= kMaxMessage) {
-    length = kMaxMessage - 1;
-    // Do not cut inside a UTF-8 character: Python decodes this text.
-    while (length > 0 && (static_cast<unsigned char>(text[length]) & 0xC0) == 0x80) --length;
+constexpr char kDigits[] = "0123456789abcdef";
+
+// The bytes of the UTF-8 character at the start of `text`; 0 where there is none.
+std::size_t character_length(std::string_view text) {
+  const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
+  const auto follows = [&](std::size_t i, unsigned least = 0x80, unsigned most = 0xBF) {
+    return byte(i) >= least && byte(i) <= most;
+  };
+  const unsigned first = byte(0);
+  if (first < 0x80) return text.empty() ? 0 : 1;
+  if (first >= 0xC2 && first <= 0xDF) return follows(1) ? 2 : 0;
+  if (first >= 0xE0 && first <= 0xEF) {  // the bounds leave out long forms and surrogates
+    return follows(1, first == 0xE0 ? 0xA0 : 0x80, first == 0xED ? 0x9F : 0xBF) && follows(2) ? 3 : 0;
   }
-  std::memcpy(last_message, text, length);
+  if (first >= 0xF0 && first <= 0xF4) {
+    return follows(1, first == 0xF0 ? 0x90 : 0x80, first == 0xF4 ? 0x8F : 0xBF) && follows(2) && follows(3) ? 4 : 0;
+  }
+  return 0;
+}
+
+// Keeps as much of the two texts as there is room for. What comes out is UTF-8, whatever bytes (of a path, of another
+// library's message) go in: others are written as \xNN.
+void set_last_error(std::string_view text, std::string_view more = "") noexcept {
+  std::size_t length = 0;
+  for (std::string_view rest : {text, more}) {
+    while (!rest.empty()) {
+      const std::size_t bytes = character_length(rest);
+      const auto byte = static_cast<unsigned char>(rest.front());
+      const char escape[] = {'\\', 'x', kDigits[byte >> 4], kDigits[byte & 15]};
+      const std::string_view next = bytes > 0 ? rest.substr(0, bytes) : std::string_view(escape, sizeof escape);
+      if (length + next.size() >= kMaxMessage) break;
+      std::memcpy(last_message + length, next.data(), next.size());
+      length += next.size();
+      rest.remove_prefix(std::max<std::size_t>(bytes, 1));
+    }
+  }
   last_message[length] = '\0';
 }
 
@@ -49,7 +77,6 @@ void fail(pykd_status status, const std::string& expected, const std::string& go
 
 std::string in_quotes(std::string_view text) {
   constexpr std::size_t kMaxQuoted = 100;
-  constexpr char kDigits[] = "0123456789abcdef";
   std::string result = "\"";
   for (char c : text.substr(0, kMaxQuoted)) {
     const auto byte = static_cast<unsigned char>(c);
@@ -98,8 +125,7 @@ pykd_status record_exception() noexcept {
     set_last_error("expected enough memory for this call, got none; free some or use smaller tensors");
     return PYKD_UNAVAILABLE;
   } catch (const std::exception& error) {
-    set_last_error("a mistake in pykd itself, please report it: ");
-    std::strncat(last_message, error.what(), kMaxMessage - std::strlen(last_message) - 1);
+    set_last_error("a mistake in pykd itself, please report it: ", error.what());
     return PYKD_INTERNAL;
   } catch (...) {
     set_last_error("a mistake in pykd itself, please report it: an exception of unknown type");

@@ -70,6 +70,7 @@ Array array_of(const pykd_tensor& tensor) {
     fail(PYKD_INVALID_VALUE, std::string(tensor.name) + " with its " + std::to_string(tensor.rank) + " lengths",
          "NULL for its shape", "set shape");
   }
+  check_axes_pointers(tensor.name, tensor);
   check_data(tensor.name, tensor);
   return {tensor.data, tensor.dtype, tensor.rank, tensor.shape};
 }

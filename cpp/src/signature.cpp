@@ -385,6 +385,7 @@ void check_device(const TensorSpec& spec, const pykd_tensor& tensor, Device devi
 }
 
 void check_rank(const TensorSpec& spec, const pykd_tensor& tensor) {
+  check_axes_pointers(spec.name, tensor);
   const bool has_shape = tensor.shape != nullptr || tensor.rank == 0;
   if (tensor.rank == static_cast<std::int32_t>(spec.rank()) && has_shape) return;
   std::string got = "rank " + std::to_string(tensor.rank);

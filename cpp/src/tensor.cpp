@@ -91,6 +91,25 @@ void check_data(std::string_view name, const pykd_tensor& tensor) {
     fail(PYKD_INVALID_VALUE, std::string(name) + " with a pointer to its data", "NULL",
          "set data to the first element");
   }
+  check_alignment(name, tensor.data, tensor.dtype);
+}
+
+void check_alignment(std::string_view name, const void* data, pykd_dtype dtype) {
+  const std::size_t alignment = dtype_size(dtype), over = reinterpret_cast<std::uintptr_t>(data) % alignment;
+  if (over == 0) return;
+  fail(PYKD_INVALID_VALUE,
+       std::string(name) + " at an address that " + std::to_string(alignment) + " divides, as " + dtype_name(dtype) +
+           " needs it",
+       "an address " + std::to_string(over) + " beyond one", "copy it into memory of its own");
+}
+
+void check_axes_pointers(std::string_view name, const pykd_tensor& tensor) {
+  if (tensor.rank <= 0) return;
+  for (const std::int64_t* lengths : {tensor.shape, tensor.strides}) {
+    if (reinterpret_cast<std::uintptr_t>(lengths) % alignof(std::int64_t) == 0) continue;
+    fail(PYKD_INVALID_VALUE, std::string(name) + " with its shape and strides at addresses that 8 divides", "others",
+         "keep them in arrays of int64_t");
+  }
 }
 
 void check_extension(const pykd_tensor& tensor) {

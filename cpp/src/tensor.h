@@ -71,7 +71,11 @@ std::size_t check_size(std::string_view name, const pykd_tensor& tensor);
 // Contiguity in the sense of pykd.h: the step along an axis of length 1 is never taken. The size
 // has been checked.
 void check_strides(std::string_view name, const pykd_tensor& tensor);
+// Where the data lie: somewhere, and where the processor may read elements of that dtype.
 void check_data(std::string_view name, const pykd_tensor& tensor);
+PYKD_API void check_alignment(std::string_view name, const void* data, pykd_dtype dtype);
+// Where the lengths and steps lie, before any of them is read. A rank of 0 or below has none.
+void check_axes_pointers(std::string_view name, const pykd_tensor& tensor);
 
 // The memory of a tensor.
 struct Extent {

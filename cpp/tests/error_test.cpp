@@ -40,6 +40,22 @@ TEST(Guard, CutsLongMessagesBetweenCharacters) {
   }
 }
 
+TEST(Guard, WritesBytesThatAreNoUtf8AsEscapes) {
+  const auto kept = [](const std::string& text) {
+    guarded([&] { throw Failure(PYKD_NOT_FOUND, text); });
+    return std::string(last_error());
+  };
+  EXPECT_EQ(kept("caf\xC3\xA9 \xE2\x82\xAC \xF0\x9F\x98\x80"), "caf\xC3\xA9 \xE2\x82\xAC \xF0\x9F\x98\x80");
+  EXPECT_EQ(kept("caf\xE9"), "caf\\xe9");
+  EXPECT_EQ(kept("\x80 \xC0\xAF \xFF"), "\\x80 \\xc0\\xaf \\xff");
+  EXPECT_EQ(kept("\xED\xA0\x80"), "\\xed\\xa0\\x80");           // a surrogate
+  EXPECT_EQ(kept("\xF4\x90\x80\x80"), "\\xf4\\x90\\x80\\x80");  // beyond Unicode
+  EXPECT_EQ(kept("\xE2\x82"), "\\xe2\\x82");                    // cut off
+  guarded([] { throw std::logic_error("caf\xE9"); });
+  tests::expect_words(last_error(), {"caf\\xe9"});
+  EXPECT_LT(kept(std::string(4000, '\xFF')).size(), 4096u);
+}
+
 TEST(Message, QuotesHostileText) {
   EXPECT_EQ(in_quotes("a\"b\\\n\x80"), "\"a\\\"b\\\\\\x0a\\x80\"");
   EXPECT_LT(in_quotes(std::string(1000, '\0')).size(), 500u);

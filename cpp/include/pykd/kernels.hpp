@@ -211,7 +211,7 @@ inline const KernelDescription& kernel(const std::string& name) {
   for (const KernelDescription& known : kernels()) {
     if (known.name == name) return known;
   }
-  internal::fail_as_library_does(pykd_kernel_run(name.c_str(), nullptr, 0, nullptr, 0, nullptr, 0, nullptr));
+  internal::fail_as_library_does(pykd_kernel_run(internal::c_text(name), nullptr, 0, nullptr, 0, nullptr, 0, nullptr));
 }
 
 // One call on its way: inputs and attributes go in, then shape_of() tells the shape of each output
@@ -271,7 +271,7 @@ class KernelCall {
   }
 
  private:
-  const char* keep(const std::string& text) { return texts_.emplace_back(text).c_str(); }
+  const char* keep(const std::string& text) { return internal::c_text(texts_.emplace_back(text)); }
 
   pykd_tensor named(const std::string& name, pykd_tensor tensor) {
     tensor.name = keep(name);
@@ -300,7 +300,8 @@ class KernelCall {
   // an output of unknown shape would be.
   [[noreturn]] void refuse(const std::string& output) const {
     double unused = 0.0;
-    pykd_tensor wanted = {output.c_str(), &unused, dtype_of(output), 0, nullptr, nullptr, PYKD_CPU, 0, nullptr};
+    pykd_tensor wanted = {
+        internal::c_text(output), &unused, dtype_of(output), 0, nullptr, nullptr, PYKD_CPU, 0, nullptr};
     for (const pykd_tensor& given : inputs_) {
       const KernelArgument* argument = kernel_.input(given.name);
       if (argument == nullptr || argument->role == "number") continue;

@@ -89,7 +89,7 @@ typedef enum pykd_device { PYKD_CPU = 0, PYKD_CUDA = 1 } pykd_device;
 /* A named view of a tensor. It owns nothing. */
 typedef struct pykd_tensor {
   const char* name;       /* as in the artefact: "student_logits", "loss", "grad_student_logits" */
-  void* data;             /* first element; may be NULL only where the tensor has no elements */
+  void* data;             /* first element, aligned for its dtype; never NULL */
   pykd_dtype dtype;       /* what lies at `data` */
   int32_t rank;           /* number of axes; 0 is a scalar */
   const int64_t* shape;   /* `rank` lengths; may be NULL for a scalar */

@@ -95,6 +95,12 @@ inline std::size_t size_of(pykd_dtype dtype) {
   throw Error(PYKD_INVALID_TYPE,
               "expected one of the values of pykd_dtype, got " + std::to_string(static_cast<int>(dtype)));
 }
+// For C, to which a NUL is the end of a text.
+inline const char* c_text(const std::string& text) {
+  if (text.find('\0') == std::string::npos) return text.c_str();
+  throw Error(PYKD_INVALID_VALUE, "expected a name or path without NUL, got \"" + text.substr(0, text.find('\0')) +
+                                      "\", a NUL and more; correct it");
+}
 inline std::size_t bytes_of(pykd_dtype dtype, const std::int64_t* shape, std::size_t rank) {
   std::size_t bytes = size_of(dtype);
   for (std::size_t axis = 0; axis < rank; ++axis) bytes *= static_cast<std::size_t>(shape[axis]);
@@ -309,7 +315,7 @@ class Loss {
     internal::check_version();
     pykd_loss* loss = nullptr;
     const pykd_load_options c = c_options(options);
-    internal::check(pykd_load(path.c_str(), &c, &loss));
+    internal::check(pykd_load(internal::c_text(path), &c, &loss));
     return Loss(loss);
   }
   // One file that is in memory already.
@@ -382,7 +388,7 @@ class Loss {
   explicit Loss(pykd_loss* loss) : loss_(loss, &pykd_free) {}
 
   static pykd_load_options c_options(const LoadOptions& options) {
-    auto text = [](const std::string& value) { return value.empty() ? nullptr : value.c_str(); };
+    auto text = [](const std::string& value) { return value.empty() ? nullptr : internal::c_text(value); };
     pykd_load_options c = PYKD_LOAD_OPTIONS_INIT;
     c.engine = text(options.engine);
     c.device = text(options.device);
@@ -397,12 +403,12 @@ class Loss {
   static std::vector<pykd_tensor> c_tensors(const Tensors& tensors) {
     std::vector<pykd_tensor> all;
     all.reserve(tensors.size());
-    for (const auto& entry : tensors) all.push_back(entry.second.c(entry.first.c_str()));
+    for (const auto& entry : tensors) all.push_back(entry.second.c(internal::c_text(entry.first)));
     return all;
   }
   static std::vector<pykd_parameter> c_parameters(const Parameters& parameters) {
     std::vector<pykd_parameter> all;
-    for (const auto& entry : parameters) all.push_back({entry.first.c_str(), entry.second});
+    for (const auto& entry : parameters) all.push_back({internal::c_text(entry.first), entry.second});
     return all;
   }
 

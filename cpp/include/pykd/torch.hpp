@@ -139,14 +139,15 @@ class TorchLoss {
         if (entry.second.is_cuda()) device = entry.second.device();
       }
       std::vector<pykd_parameter> settings;
-      for (const auto& entry : parameters) settings.push_back({entry.first.c_str(), entry.second});
+      for (const auto& entry : parameters) settings.push_back({internal::c_text(entry.first), entry.second});
 
       TorchTensors results;
       for (const std::string& name : names) {
         std::int64_t shape[8];
         std::int32_t rank = 0;
         pykd_dtype dtype;
-        internal::check(pykd_output_shape(loss.c(), in.data(), in.size(), name.c_str(), shape, &rank, &dtype));
+        internal::check(
+            pykd_output_shape(loss.c(), in.data(), in.size(), internal::c_text(name), shape, &rank, &dtype));
         at::Tensor& result = results[name];
         result = internal::torch_new(at::IntArrayRef(shape, static_cast<std::size_t>(rank)), dtype, device);
         out.push_back(internal::torch_view_of(name, result));

@@ -80,8 +80,8 @@ inline pykd_tensor torch_view_of(const std::string& name, const at::Tensor& tens
     throw Error(PYKD_INVALID_TYPE, "expected a tensor on the CPU or a CUDA device for " + name + ", got " +
                                        tensor.device().str() + "; copy it over first");
   }
-  static char nothing;  // stands for the elements of an empty tensor; the library refuses those
-  return {name.c_str(),
+  alignas(8) static char nothing;  // stands for the elements of an empty tensor; the library refuses those
+  return {c_text(name),
           tensor.numel() == 0 ? &nothing : tensor.data_ptr(),
           torch_dtype_of(name, tensor.scalar_type()),
           static_cast<std::int32_t>(tensor.dim()),

@@ -273,7 +273,7 @@ class Node {
     void* data = nullptr;
     require(api_.GetTensorMutableData(const_cast<OrtValue*>(slot.value), &data));
     // A tensor without elements may have no memory; it is given all the same, and check() says what is wrong with it.
-    static char nothing;
+    alignas(8) static char nothing;
     array = {data == nullptr ? &nothing : data, dtype_of(op_.kernel.inputs[index].role, op_.dtype),
              static_cast<std::int32_t>(rank), slot.shape};
   }

@@ -155,7 +155,7 @@ pykd_tensor view_of(const std::string& name, const Tensor& tensor) {
   if (!cuda && !tensor.is_cpu()) {
     fail("expected " + name + " on the CPU or a CUDA device, got a tensor that lies elsewhere; copy it over first");
   }
-  static char nothing;  // stands for the elements of an empty tensor; the library refuses those
+  alignas(8) static char nothing;  // stands for the elements of an empty tensor; the library refuses those
   // Inputs are only read, and outputs are our own.
   void* data = const_cast<void*>(tensor.const_data_ptr());
   return {nullptr,
