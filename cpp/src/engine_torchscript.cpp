@@ -18,6 +18,7 @@
 //    of a scalar to the CPU does, as any such copy.
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/jit/frontend/error_report.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
 #include <torch/cuda.h>
 #include <torch/script.h>
@@ -32,6 +33,8 @@
 
 #include <cstdio>
 #include <memory>
+#include <new>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -60,6 +63,47 @@ std::string version_text(std::uint64_t abi_version, int parts) {
 }
 
 std::uint64_t running_version() { return aoti_torch_abi_version == nullptr ? 0 : aoti_torch_abi_version(); }
+
+// ---- Exceptions of LibTorch ----------------------------------------------------------------------
+
+// What has been written into a report. Its what() adds the place in the source, which it reads from the file as late as
+// then: in a damaged one that throws, out of a function that must not, and the process ends.
+struct ReportText {
+  std::string* text;
+};
+std::ostream& operator<<(std::ostream& report, const ReportText& wanted) {
+  if (const auto* stream = dynamic_cast<std::stringstream*>(&report)) *wanted.text = stream->str();
+  return report;
+}
+std::string text_of(const torch::jit::ErrorReport& report) {
+  std::string text;
+  report << ReportText{&text};
+  return text;
+}
+
+// Calls `body`; hands what LibTorch throws to `refuse(text)`, which throws a Failure. No exception of LibTorch's own
+// may reach libpykd, which would ask for its what().
+template <class Body, class Refuse>
+auto in_torch(const Body& body, const Refuse& refuse) -> decltype(body()) {
+  std::string text;
+  try {
+    return body();
+  } catch (const Failure&) {
+    throw;
+  } catch (const std::bad_alloc&) {
+    throw;
+  } catch (const torch::jit::ErrorReport& report) {
+    text = text_of(report);
+  } catch (const c10::Error& error) {
+    text = error.what_without_backtrace();
+  } catch (const std::exception& error) {
+    text = error.what();
+  } catch (...) {
+    text = "an exception of unknown type";
+  }
+  refuse(text);
+  __builtin_unreachable();
+}
 
 // ---- Thread state --------------------------------------------------------------------------------
 
@@ -130,11 +174,8 @@ class TorchScriptSession final : public Session {
   }
 
   void run(const Request& request) const override {
-    try {
-      run_unwrapped(request);
-    } catch (const c10::Error& error) {
-      throw Failure(PYKD_ENGINE_FAILURE, std::string("TorchScript: ") + error.what_without_backtrace());
-    }
+    in_torch([&] { run_unwrapped(request); },
+             [](const std::string& text) { throw Failure(PYKD_ENGINE_FAILURE, "TorchScript: " + text); });
   }
 
  private:
@@ -310,38 +351,34 @@ class TorchScriptEngine final : public Engine {
   std::string version() const override { return version_text(running_version(), 3); }
 
   std::string metadata(const void* bytes, std::size_t size) override {
-    try {
-      caffe2::serialize::PyTorchStreamReader reader(
-          std::make_shared<caffe2::serialize::MemoryReadAdapter>(bytes, static_cast<off_t>(size)));
-      const std::string record = std::string("extra/") + kMetadataFile;
-      if (!reader.hasRecord(record)) {
-        fail(PYKD_BAD_ARTEFACT, std::string("a TorchScript file with the extra file ") + kMetadataFile, "one without",
-             "write it with pykd.export()");
-      }
-      const auto data = reader.getRecord(record);
-      return {static_cast<const char*>(std::get<0>(data).get()), std::get<1>(data)};
-    } catch (const c10::Error& error) {
-      fail_unreadable(error.what_without_backtrace());
-    }
+    return in_torch(
+        [&]() -> std::string {
+          caffe2::serialize::PyTorchStreamReader reader(
+              std::make_shared<caffe2::serialize::MemoryReadAdapter>(bytes, static_cast<off_t>(size)));
+          const std::string record = std::string("extra/") + kMetadataFile;
+          if (!reader.hasRecord(record)) {
+            fail(PYKD_BAD_ARTEFACT, std::string("a TorchScript file with the extra file ") + kMetadataFile,
+                 "one without", "write it with pykd.export()");
+          }
+          const auto data = reader.getRecord(record);
+          return {static_cast<const char*>(std::get<0>(data).get()), std::get<1>(data)};
+        },
+        fail_unreadable);
   }
 
   std::unique_ptr<Session> open(const void* bytes, std::size_t size, const Signature& signature,
                                 const EngineOptions& options) override {
     if (options.device.kind == PYKD_CUDA) require_cuda(options.device.id);
-    try {
-      const c10::InferenceMode no_inference_mode(false);
-      torch::jit::Module module =
-          torch::jit::load(std::make_shared<caffe2::serialize::MemoryReadAdapter>(bytes, static_cast<off_t>(size)),
-                           torch_device(options.device.kind, options.device.id));
-      module.eval();
-      return std::make_unique<TorchScriptSession>(module, signature, options.device);
-    } catch (const Failure&) {
-      throw;
-    } catch (const c10::Error& error) {
-      fail_unreadable(error.what_without_backtrace());
-    } catch (const std::exception& error) {  // TorchScript's own: unknown operators, syntax
-      fail_unreadable(error.what());
-    }
+    return in_torch(
+        [&]() -> std::unique_ptr<Session> {
+          const c10::InferenceMode no_inference_mode(false);
+          torch::jit::Module module =
+              torch::jit::load(std::make_shared<caffe2::serialize::MemoryReadAdapter>(bytes, static_cast<off_t>(size)),
+                               torch_device(options.device.kind, options.device.id));
+          module.eval();
+          return std::make_unique<TorchScriptSession>(module, signature, options.device);
+        },
+        fail_unreadable);
   }
 };
 
