@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,11 @@ from pykd._version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code (0: fine, 1: a disagreement, 2: a wrong call)."""
+    """Runs one command; returns the exit code.
+
+    0: fine. 1: a disagreement. 2: something is wrong with the call, a file or this machine; the one line on stderr says
+    what was expected, what came, and what to do. 130: interrupted. 141: whoever read the output has gone.
+    """
     parser = argparse.ArgumentParser(
         prog="pykd", description="Knowledge-distillation losses: one definition, every engine."
     )
@@ -34,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     verify = commands.add_parser("verify", help="run exported files on every engine here and compare with float64")
     verify.add_argument("directory", type=Path, help="what `pykd export` wrote")
-    verify.add_argument("--seed", type=int, default=0, help="for the random inputs (default 0)")
+    verify.add_argument("--seed", type=_seed, default=0, help="for the random inputs (default 0)")
     verify.add_argument("--trust", action="store_true", help="run loss.pt, too: it is a program, and may do anything")
 
     table = commands.add_parser("table", help="the generated parts of the README")
@@ -48,10 +53,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     options = parser.parse_args(arguments)
     try:
-        return int(_COMMANDS[options.command](options) or 0)
-    except (ValueError, TypeError, FileNotFoundError, RuntimeError, ModuleNotFoundError) as error:
-        print(f"pykd {options.command}: {error}", file=sys.stderr)
+        code = int(_COMMANDS[options.command](options) or 0)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at the end
+        return 141
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, MemoryError) as error:
+        print(f"pykd {options.command}: {_said(error)}", file=sys.stderr)
         return 2
+
+
+def _said(error: Exception) -> str:
+    """What went wrong in three parts, for exceptions of Python itself, too."""
+    if isinstance(error, OSError) and error.errno is not None:
+        where = " and ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
+        return (
+            f"expected to read or write {where or 'a file'}, got {error.strerror!r}; check the path, and who may use it"
+        )
+    if isinstance(error, ArithmeticError):
+        return f"expected numbers that can be computed with, got {str(error)!r}; check the settings"
+    if isinstance(error, MemoryError):
+        return "expected enough memory, got too little; free some, or use smaller tensors"
+    return str(error)
+
+
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > 18:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 0 of at most 18 digits, got {text[:40]!r}; pass another seed"
+        )
+    return int(text)
 
 
 def _list(options: argparse.Namespace) -> None:
