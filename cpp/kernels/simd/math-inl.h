@@ -7,8 +7,9 @@
 //     exp(d, x)   e^x for x <= 88; exactly 1 at 0, exactly 0 below about -87.3
 //     log(d, x)   ln x for normal x > 0; exactly 0 at 1
 //
-// NaN stays NaN; exp and exp2 of -inf are 0. Relative errors: exp2 below 2e-7, exp below 3e-7, log below 2e-7
-// (kernels_simd_test.cpp). Results are never subnormal: those are slow, and no loss needs them.
+// NaN stays NaN; exp and exp2 of -inf are 0, and raise no floating-point exception. Relative errors: exp2 below 2e-7,
+// exp below 3e-7, log below 2e-7 (kernels_simd_test.cpp). Results are never subnormal: those are slow, and no loss
+// needs them.
 #if defined(PYKD_KERNELS_SIMD_MATH_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef PYKD_KERNELS_SIMD_MATH_INL_H_
 #undef PYKD_KERNELS_SIMD_MATH_INL_H_
@@ -36,7 +37,18 @@ HWY_INLINE V exp2_polynomial(D d, V r) {
   return hn::MulAdd(p, r, hn::Set(d, 1.0f));
 }
 
-// Multiplies p in [1/2, 2] by 2^n, n a whole number as a float; 0 where x, the exponent before rounding, is below -126.
+// The larger of x and `least`, x where it is NaN. So differences between very low entries stay numbers.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V at_least(D d, float least, V x) {
+#if HWY_ARCH_X86 && HWY_TARGET != HWY_SCALAR && HWY_TARGET != HWY_EMU128
+  return hn::Max(hn::Set(d, least), x);  // of which x86 takes the second where one is NaN
+#else
+  return hn::IfThenElse(hn::Lt(x, hn::Set(d, least)), hn::Set(d, least), x);
+#endif
+}
+
+// Multiplies p in [1/2, 2] by 2^n, n a whole number from -127 as a float; 0 where x, the exponent before rounding, is
+// below -126.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V scale_by_power_of_2(D d, V p, V n, V x) {
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
@@ -53,12 +65,14 @@ HWY_INLINE V scale_by_power_of_2(D d, V p, V n, V x) {
 
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V exp2(D d, V x) {
+  x = at_least(d, -127.0f, x);
   const V n = hn::Round(x);
   return scale_by_power_of_2(d, exp2_polynomial(d, hn::Sub(x, n)), n, x);
 }
 
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE V exp(D d, V x) {
+  x = at_least(d, -88.0f, x);
   // ln 2 in two parts, the first with few bits, so that n times it is exact: x - n ln 2 keeps the digits of x.
   const V y = hn::Mul(x, hn::Set(d, kLog2E));
   const V n = hn::Round(y);

@@ -207,18 +207,20 @@ struct Lane {
 
   HWY_INLINE void clear() { student = teacher = hard = forward = reverse = labels = label_scores = hn::Zero(D()); }
 
+  // `present(e)` is e, less what lies in lanes without a class.
+  template <class Present>
   HWY_INLINE void add(const BlockScales& scales, V student_logits, V teacher_logits, V label_probs,
-                      float* HWY_RESTRICT student_out, float* HWY_RESTRICT teacher_out,
+                      const Present& present, float* HWY_RESTRICT student_out, float* HWY_RESTRICT teacher_out,
                       float* HWY_RESTRICT difference_out, float* HWY_RESTRICT hard_out) {
     const D d;
     const V above = hn::Sub(student_logits, hn::Set(d, scales.student_top));
     const V student_y = hn::Mul(above, hn::Set(d, scales.student));
-    const V student_e = exp2(d, student_y);
+    const V student_e = present(exp2(d, student_y));
     student = hn::Add(student, student_e);
     hn::Store(student_e, d, student_out);
     if constexpr (Terms::kTeacher) {
       const V teacher_y = hn::Mul(hn::Sub(teacher_logits, hn::Set(d, scales.teacher_top)), hn::Set(d, scales.teacher));
-      const V teacher_e = exp2(d, teacher_y);
+      const V teacher_e = present(exp2(d, teacher_y));
       teacher = hn::Add(teacher, teacher_e);
       hn::Store(teacher_e, d, teacher_out);
       if constexpr (Terms::kForward) {
@@ -235,7 +237,7 @@ struct Lane {
     V hard_y = student_y;
     if constexpr (Hard::kSeparate) {
       hard_y = hn::Mul(above, hn::Set(d, kLog2E));
-      const V hard_e = exp2(d, hard_y);
+      const V hard_e = present(exp2(d, hard_y));
       hard = hn::Add(hard, hard_e);
       hn::Store(hard_e, d, hard_out);
     }
@@ -282,9 +284,10 @@ HWY_NOINLINE void add_part(const PartInput& part, size_t count, const BlockScale
   const auto add_vector = [&](Lane<Terms, Hard> & lane, size_t i) __attribute__((always_inline)) {
     hwy::Prefetch(in.student_ahead + i * in.width);
     if constexpr (Terms::kTeacher) hwy::Prefetch(in.teacher_ahead + i * in.width);
-    lane.add(scales, load(d, in.student + i), Terms::kTeacher ? load(d, in.teacher + i) : none,
-             Hard::kProbs ? load(d, in.probs + i) : none, student_out + i, teacher_out + i, difference_out + i,
-             hard_out + i);
+    lane.add(
+        scales, load(d, in.student + i), Terms::kTeacher ? load(d, in.teacher + i) : none,
+        Hard::kProbs ? load(d, in.probs + i) : none, [](V e) HWY_ATTR { return e; }, student_out + i, teacher_out + i,
+        difference_out + i, hard_out + i);
   };
   size_t i = 0;
   for (; i + 2 * lanes <= count; i += 2 * lanes) {
@@ -295,12 +298,15 @@ HWY_NOINLINE void add_part(const PartInput& part, size_t count, const BlockScale
     add_vector(even, i);
     i += lanes;
   }
-  if (i < count) {  // classes that are not there are masked out
+  if (i < count) {  // classes that are not there have the largest logit, with which all is finite, and probability 0
     const size_t rest = count - i;
-    odd.add(scales, load(d, in.student + i, rest, -kInfinity),
-            Terms::kTeacher ? load(d, in.teacher + i, rest, -kInfinity) : none,
-            Hard::kProbs ? load(d, in.probs + i, rest, 0.0f) : none, student_out + i, teacher_out + i,
-            difference_out + i, hard_out + i);
+    const auto present = hn::FirstN(d, rest);
+    odd.add(
+        scales, load(d, in.student + i, rest, scales.student_top),
+        Terms::kTeacher ? load(d, in.teacher + i, rest, scales.teacher_top) : none,
+        Hard::kProbs ? load(d, in.probs + i, rest, 0.0f) : none,
+        [present](V e) HWY_ATTR { return hn::IfThenElseZero(present, e); }, student_out + i, teacher_out + i,
+        difference_out + i, hard_out + i);
   }
   sums.student += sum_of_lanes(hn::Add(even.student, odd.student));
   if constexpr (Terms::kTeacher) sums.teacher += sum_of_lanes(hn::Add(even.teacher, odd.teacher));
@@ -332,8 +338,9 @@ HWY_NOINLINE void add_mixture(const Scratch& scratch, size_t begin, size_t end, 
       const V q = hn::Mul(hn::Load(d, scratch.student + i), hn::Set(d, student_factor));
       const V p = hn::Mul(hn::Load(d, scratch.teacher + i), hn::Set(d, teacher_factor));
       const V log_q_over_p = hn::MulAdd(hn::Load(d, scratch.difference + i), ln2, hn::Set(d, log_ratio));
-      // Relative to the larger of the two, so that nothing overflows. Equal ones give exactly 0.
-      const V larger = hn::Max(p, q);
+      // Relative to the larger of the two, so that nothing overflows. Equal ones give exactly 0; where both are 0, or
+      // next to it, whatever the logarithm is, it counts for nothing.
+      const V larger = hn::Max(hn::Max(p, q), hn::Set(d, std::numeric_limits<float>::min()));
       const V mixture = hn::MulAdd(hn::Set(d, beta), hn::Sub(p, q), q);
       const V log_m = log(d, hn::Div(mixture, larger));
       const V log_q = unless_zero(q, hn::Sub(hn::Min(log_q_over_p, zero), log_m));
@@ -729,6 +736,11 @@ const char* refuse(const Call& call) {
   if (!has_hard && (in(kHardWeight) || out(kHard))) return "hard_weight and hard need labels or label_probs";
   if (out(kGradStudent) && !in(kSoftWeight) && !in(kHardWeight)) {
     return "grad_student needs soft_weight or hard_weight";
+  }
+  if (in(kTeacher)) {
+    const float temperature = call.number(kTemperature);
+    const bool good = temperature >= std::numeric_limits<float>::min() && std::isfinite(temperature);
+    if (!good) return "temperature is above 0, and a number of full precision in float32 (from 1.2e-38)";
   }
   const double beta = call.attributes[kBeta];
   if (call.choice(kForm) == static_cast<int>(Form::kJsd) && !(beta > 0 && beta < 1)) {
