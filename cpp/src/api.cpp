@@ -95,6 +95,7 @@ const char* pykd_version(void) { return PYKD_VERSION; }
 pykd_status pykd_load(const char* path, const pykd_load_options* options, pykd_loss** loss) {
   return guarded([&] {
     check_pointer(path, "the path of an artefact");
+    if (*path == '\0') fail(PYKD_NOT_FOUND, "the path of an artefact", "an empty one", "name a folder or a file");
     check_pointer(loss, "a pykd_loss* to write to");
     *loss = wrap_loss(load_path(path, pykd::internal::read_options(options)));
   });
@@ -108,7 +109,10 @@ pykd_status pykd_load_bytes(const void* bytes, size_t size, const pykd_load_opti
   });
 }
 
-void pykd_free(pykd_loss* loss) { delete loss; }
+void pykd_free(pykd_loss* loss) {
+  // In a child of fork() its engine would wait for threads that are not there: what the parent made is left alone.
+  if (loss != nullptr && loss->loss->of_this_process()) delete loss;
+}
 
 void* pykd_allocate(size_t bytes) { return pykd::kernels::KeptMemory::instance().allocate(bytes); }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -130,7 +131,9 @@ class OnnxRuntimeSession : public Session {
 
   void check_run(OrtStatus* status) const {
     if (status == nullptr) return;
-    throw Failure(PYKD_ENGINE_FAILURE, "ONNX Runtime reported: " + take_message(api_, status));
+    const std::string message = take_message(api_, status);
+    if (tells_of_memory(message)) throw std::bad_alloc();
+    throw Failure(PYKD_ENGINE_FAILURE, "ONNX Runtime reported: " + message);
   }
 
   OrtValue* wrap(const pykd_tensor& tensor) const {
@@ -210,9 +213,11 @@ class OnnxRuntimeSession : public Session {
   void check_open(const OnnxRuntime& runtime, OrtStatus* status) const {
     if (status == nullptr) return;
     const bool not_here = options_.device.kind == PYKD_CUDA || api_.GetErrorCode(status) == ORT_NOT_IMPLEMENTED;
+    const std::string message = take_message(api_, status);
+    if (tells_of_memory(message)) throw std::bad_alloc();
     fail(not_here ? PYKD_UNAVAILABLE : PYKD_BAD_ARTEFACT,
          "an ONNX file that ONNX Runtime " + runtime.version + " can run on " + device_name(options_.device),
-         "its error \"" + take_message(api_, status) + "\"",
+         "its error \"" + message + "\"",
          "use a newer ONNX Runtime, another dtype or device, or export the loss again");
   }
 

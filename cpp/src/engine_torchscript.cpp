@@ -24,6 +24,7 @@
 #include <torch/script.h>
 #include <torch/version.h>
 
+#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/InferenceMode.h>
@@ -31,6 +32,9 @@
 #include <caffe2/serialize/in_memory_adapter.h>
 #include <caffe2/serialize/inline_container.h>
 
+#include <pthread.h>
+
+#include <atomic>
 #include <cstdio>
 #include <memory>
 #include <new>
@@ -81,11 +85,17 @@ std::string text_of(const torch::jit::ErrorReport& report) {
   return text;
 }
 
+// Whether this is a child of fork() in which nothing has run yet.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+
 // Calls `body`; hands what LibTorch throws to `refuse(text)`, which throws a Failure. No exception of LibTorch's own
 // may reach libpykd, which would ask for its what().
 template <class Body, class Refuse>
 auto in_torch(const Body& body, const Refuse& refuse) -> decltype(body()) {
   std::string text;
+  // A child of fork() has none of LibTorch's threads, and would wait for them: it computes alone.
+  if (forked.exchange(false, std::memory_order_relaxed)) at::set_num_threads(1);
   try {
     return body();
   } catch (const Failure&) {
@@ -101,6 +111,7 @@ auto in_torch(const Body& body, const Refuse& refuse) -> decltype(body()) {
   } catch (...) {
     text = "an exception of unknown type";
   }
+  if (tells_of_memory(text)) throw std::bad_alloc();
   refuse(text);
   __builtin_unreachable();
 }

@@ -1,7 +1,7 @@
 #include "error.h"
 
 #include <algorithm>
-#include <cstdio>
+#include <charconv>
 #include <cstring>
 #include <new>
 
@@ -92,8 +92,24 @@ std::string in_quotes(std::string_view text) {
 
 std::string number_text(double number) {
   char text[32];
-  std::snprintf(text, sizeof text, "%.9g", number);
-  return text;
+  const auto end = std::to_chars(text, text + sizeof text, number, std::chars_format::general, 9);
+  return {text, end.ptr};
+}
+
+bool tells_of_memory(std::string_view message) {
+  // std::bad_alloc; ONNX Runtime's arena; LibTorch's allocator; CUDA; our own kernels (custom_ops.cpp)
+  for (const std::string_view words :
+       {"bad_alloc", "Failed to allocate memory", "can't allocate memory", "out of memory", "expected enough memory"}) {
+    if (message.find(words) != std::string_view::npos) return true;
+  }
+  return false;
+}
+
+void check_threads(std::int32_t threads) {
+  constexpr std::int32_t kMost = 1024;
+  if (threads >= 0 && threads <= kMost) return;
+  fail(PYKD_INVALID_VALUE, "from 0 to " + std::to_string(kMost) + " threads", std::to_string(threads),
+       "use 0 for one per core");
 }
 
 std::string nearest(std::string_view wrong, const std::vector<std::string>& names) {
@@ -122,7 +138,7 @@ pykd_status record_exception() noexcept {
     set_last_error(failure.what());
     return failure.status();
   } catch (const std::bad_alloc&) {
-    set_last_error("expected enough memory for this call, got none; free some or use smaller tensors");
+    set_last_error("expected enough memory for this call, got too little; free some or use smaller tensors");
     return PYKD_UNAVAILABLE;
   } catch (const std::exception& error) {
     set_last_error("a mistake in pykd itself, please report it: ", error.what());

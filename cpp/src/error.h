@@ -11,6 +11,7 @@
 #ifndef PYKD_SRC_ERROR_H_
 #define PYKD_SRC_ERROR_H_
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -40,8 +41,14 @@ class Failure : public std::runtime_error {
 // anything longer than 100 bytes is cut, because the text may come from a hostile file.
 std::string in_quotes(std::string_view text);
 
-// The number with as many digits as a float32 has.
-std::string number_text(double number);
+// The number with as many digits as a float32 has, in the same words whatever the locale says.
+PYKD_API std::string number_text(double number);
+
+// Whether an engine's message says that it got no memory.
+PYKD_API bool tells_of_memory(std::string_view message);
+
+// Throws where nobody can mean that many threads (pykd.h).
+void check_threads(std::int32_t threads);
 
 // The name in `names` that a person who wrote `wrong` may have meant; empty where none is near.
 std::string nearest(std::string_view wrong, const std::vector<std::string>& names);

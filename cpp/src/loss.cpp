@@ -8,6 +8,7 @@
 #include "custom_ops.h"
 #include "engines.h"
 #include "error.h"
+#include "fork.h"
 #include "shared_library.h"
 #include "struct_size.h"
 
@@ -183,14 +184,25 @@ LoadOptions read_options(const pykd_load_options* options) {
   result.engine_options.cuda_stream = given.cuda_stream;
   result.kernels = parse_kernels(text_or(given.kernels, "auto"));
   check_engine_name(result.engine);
-  if (given.threads < 0) {
-    fail(PYKD_INVALID_VALUE, "0 or more threads", std::to_string(given.threads), "use 0 for one per core");
-  }
+  check_threads(given.threads);
   return result;
 }
 
 Loss::Loss(const LoadOptions& options, std::string engine)
-    : device_(options.engine_options.device), engine_(std::move(engine)), device_name_(options.device) {}
+    : device_(options.engine_options.device),
+      generation_(fork_generation()),
+      has_threads_(device_.kind != PYKD_CPU || (engine == "onnxruntime" && options.engine_options.threads != 1)),
+      engine_(std::move(engine)),
+      device_name_(options.device) {}
+
+bool Loss::of_this_process() const { return generation_ == fork_generation(); }
+
+void Loss::check_process() const {
+  if (!has_threads_ || of_this_process()) return;
+  fail(PYKD_UNAVAILABLE, "a loss that this process has loaded",
+       "one from before fork(), whose threads and devices stayed with the parent",
+       "load it in the child, or with threads = 1 for the CPU, or start processes by spawn or forkserver");
+}
 
 std::unique_ptr<Loss> Loss::load(Artefact& artefact, const LoadOptions& options) {
   if (!options.skip_integrity_check) check_sizes(artefact);
@@ -310,6 +322,7 @@ Binding Loss::check_inputs(const pykd_tensor* inputs, std::size_t num_inputs, st
 
 void Loss::run(const pykd_tensor* inputs, std::size_t num_inputs, const pykd_parameter* parameters,
                std::size_t num_parameters, const pykd_tensor* outputs, std::size_t num_outputs) const {
+  check_process();
   Request request;
   const Binding binding = check_inputs(inputs, num_inputs, request.inputs);
   check_parameters(signature_, binding, parameters, num_parameters, request.parameters);

@@ -43,6 +43,8 @@ class Loss {
   const std::string& device_name() const { return device_name_; }
   const std::string& kernels() const { return kernels_; }
   const std::string& passed_over() const { return passed_over_; }
+  // False in a child of fork(), where its threads are not: it must not be destroyed there.
+  bool of_this_process() const;
 
   Binding check_inputs(const pykd_tensor* inputs, std::size_t num_inputs, std::vector<pykd_tensor>& ordered) const;
   void run(const pykd_tensor* inputs, std::size_t num_inputs, const pykd_parameter* parameters,
@@ -64,11 +66,14 @@ class Loss {
 
   void add_part(Engine& engine, const ArtefactFile& file, Signature signature, const EngineOptions& options);
   void connect_parts();
+  void check_process() const;
   bool wants_gradient(const Request& request) const;
   void run_part(const Part& part, const Request& request) const;
 
   Signature signature_;
   Device device_;
+  unsigned generation_;  // fork_generation() when it was loaded
+  bool has_threads_;     // of its own, or work on a device, which a child of fork() does not inherit
   std::string engine_, engine_version_, device_name_, kernels_, passed_over_;
   // One part; or two, of which the first has the values alone. The last has all of signature_.
   std::vector<std::unique_ptr<Part>> parts_;

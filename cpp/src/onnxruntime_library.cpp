@@ -1,6 +1,7 @@
 #include "onnxruntime_library.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <mutex>
 #include <string_view>
@@ -10,6 +11,7 @@
 
 #include "custom_ops.h"
 #include "error.h"
+#include "fork.h"
 #include "hooks.h"
 
 namespace pykd::internal {
@@ -47,6 +49,9 @@ OnnxRuntime start(SharedLibrary library, const std::string& name) {
          kInstall);
   }
   const OrtLoggingLevel level = kernels::hooks().log == nullptr ? ORT_LOGGING_LEVEL_FATAL : ORT_LOGGING_LEVEL_WARNING;
+  // Telemetry is a thread that sends usage home, in builds that have it: none of a library's business. Nor does a child
+  // of fork() get past it at its end. Who sets the variable decides.
+  ::setenv("ORT_DISABLE_TELEMETRY", "1", /*overwrite=*/0);
   OrtStatus* status = runtime.api->CreateEnvWithCustomLogger(forward_log, nullptr, level, "pykd", &runtime.env);
   if (status != nullptr) unavailable(take_message(*runtime.api, status));
   return runtime;
@@ -151,9 +156,9 @@ OnnxRuntime search() {
 }  // namespace
 
 const OnnxRuntime& open_onnxruntime(const std::string& named) {
-  static std::mutex mutex;
+  static StaticMutex& mutex = *new StaticMutex;
   static const OnnxRuntime* opened = nullptr;  // never freed: sessions may outlive static destructors
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<StaticMutex> lock(mutex);
   const Name name = name_of(named);
   if (opened == nullptr) {
     opened = new OnnxRuntime(name.path.empty() ? search() : open_named(name));

@@ -1,9 +1,11 @@
 // Opens libpykd_torch, which holds the TorchScript engine.
 #include <filesystem>
 #include <mutex>
+#include <string_view>
 
 #include "engines.h"
 #include "error.h"
+#include "fork.h"
 #include "shared_library.h"
 
 namespace pykd::internal {
@@ -58,6 +60,9 @@ TorchLibrary open_torch_library(const std::string& path) {
   }
   char message[512] = "";
   result.engine = make_engine(message, sizeof message);
+  if (result.engine == nullptr && std::string_view(message).substr(0, 9) == "expected ") {  // it says everything
+    throw Failure(PYKD_UNAVAILABLE, message);
+  }
   if (result.engine == nullptr) {
     unavailable("a LibTorch that works", message, "check the installation of torch");
   }
@@ -67,9 +72,9 @@ TorchLibrary open_torch_library(const std::string& path) {
 }  // namespace
 
 Engine& torchscript_engine(const std::string& library) {
-  static std::mutex mutex;
+  static StaticMutex& mutex = *new StaticMutex;
   static TorchLibrary* opened = nullptr;  // never freed: its engine lives until the process ends
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<StaticMutex> lock(mutex);
   const std::string named = named_library(library);
   if (opened == nullptr) {
     opened = new TorchLibrary(open_torch_library(named.empty() ? default_path() : named));

@@ -33,6 +33,9 @@
  *    ..._INIT, and an older program runs with a newer library, and the other way round where the
  *    newer fields are not set. A pykd_tensor, which comes in arrays, keeps its size: what a later
  *    version says of a tensor hangs on its `extension`.
+ *  - In a child of fork() a loss of the parent runs on the CPU alone: with ONNX Runtime if it was loaded with threads = 1
+ *    (else that is an error), with TorchScript on one thread. pykd_free() leaves it alone there. What the child loads
+ *    itself is as everywhere. A process may end while threads are at work in here.
  *
  * C++ users want pykd/pykd.hpp (standard C++17) or pykd/torch.hpp (LibTorch); both sit on this file.
  */
@@ -116,7 +119,7 @@ typedef struct pykd_load_options {
   const char* device;              /* "cpu" (default when NULL), "cuda" or "cuda:<id>" */
   const char* onnxruntime_library; /* path of libonnxruntime.so; NULL: see pykd_load() */
   const char* torch_library;       /* path of libpykd_torch.so; NULL: see pykd_load() */
-  int32_t threads;                 /* threads of one ONNX Runtime session; 0: one per core. LibTorch's
+  int32_t threads;                 /* threads of one ONNX Runtime session, up to 1024; 0: one per core. LibTorch's
                                       threads belong to the process: at::set_num_threads() */
   int32_t skip_integrity_check;    /* not 0: accept a file that was changed after its export */
   void* cuda_stream;               /* the cudaStream_t that ONNX Runtime's work is queued on; CUDA's

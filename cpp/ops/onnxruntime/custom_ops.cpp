@@ -12,6 +12,7 @@
 
 #include "cuda_loader.h"
 #include "error.h"
+#include "fork.h"
 #include "kernel.h"
 #include "tensor.h"
 
@@ -368,7 +369,7 @@ struct Ops {
   std::map<const OrtApi*, OrtCustomOpDomain*> domains;
 };
 
-std::mutex ops_mutex;
+StaticMutex& ops_mutex = *new StaticMutex;
 
 // A function has one body, so a file that needs a kernel with several bodies counts its names on. The exporter
 // (SLOTS in export/kernel_nodes.py) stops where this does.
@@ -414,7 +415,7 @@ Ops& cuda_ops() {
 Ops& ops_for(Device device) { return device.kind == PYKD_CPU ? cpu_ops() : cuda_ops(); }
 
 void add_to(const OrtApi& api, OrtSessionOptions* options, Ops& ops) {
-  const std::lock_guard<std::mutex> lock(ops_mutex);
+  const std::lock_guard<StaticMutex> lock(ops_mutex);
   OrtCustomOpDomain*& domain = ops.domains[&api];
   if (domain == nullptr) {
     OrtCustomOpDomain* made = nullptr;
