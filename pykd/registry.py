@@ -88,7 +88,16 @@ class Scalar:
             if self.minimum == float("-inf"):
                 bound = "that is finite"
             raise ValueError(f"expected {name} to be a number {bound}, got {number:g}; pass another {name}")
+        if number != 0 and not _LEAST <= abs(number) <= _MOST:
+            raise ValueError(
+                f"expected {name} to be 0 or from {_LEAST:g} to {_MOST:g} but for its sign, as float32 holds "
+                f"numbers in full precision, got {number:g}; pass another {name}"
+            )
         return number
+
+
+# What float32 holds in full precision, but for 0.
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)

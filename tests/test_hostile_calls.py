@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -374,7 +375,6 @@ def test_paths_that_are_no_text(folder: Path, tmp_path: Path) -> None:
     for option in ({}, {"onnxruntime_library": f"{folder}\0x"}):
         with pytest.raises(ValueError, match="without NUL, got "):
             runtime.load(folder if option else f"{folder}\0x", **option)
-    import os
     import shutil
 
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 \xff")
@@ -393,6 +393,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception]]] = [
     (dict(device=b"cpu"), TypeError),
     (dict(kernels=True), TypeError),
     (dict(threads=-1), ValueError),
+    (dict(threads=1025), ValueError),
+    (dict(threads=100000), ValueError),
     (dict(threads=2**31), ValueError),
     (dict(threads=2**70), ValueError),
     (dict(threads=1.5), TypeError),
@@ -416,6 +418,9 @@ BAD_NUMBERS: list[tuple[Any, type[Exception]]] = [
     (1j, TypeError),
     (10**400, ValueError),
     (float("inf"), ValueError),
+    (1e300, ValueError),
+    (1e-40, ValueError),
+    (1e-300, ValueError),
 ]
 
 
@@ -423,3 +428,65 @@ BAD_NUMBERS: list[tuple[Any, type[Exception]]] = [
 def test_numbers_that_are_none(loss: runtime.Loss, number: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"expected a .*number.* the parameter weight, got .*; "):
         loss.value(**GOOD, weight=number)
+
+
+@pytest.mark.parametrize("number", [1e-40, 1e-300, 1e300, float("nan")])
+def test_temperatures_that_float32_does_not_hold(number: float) -> None:
+    import torch
+
+    import pykd
+
+    with pytest.raises(ValueError, match="temperature"):
+        pykd.SoftTarget(temperature=number)
+    student, teacher = torch.randn(2, 3, 4)
+    composition = pykd.compose({"soft": (pykd.SoftTarget(), 1.0)})
+    with pytest.raises(ValueError, match="temperature"):
+        composition(student_logits=student, teacher_logits=teacher, soft_temperature=number)
+    if number <= 1e300:
+        with pytest.raises(ValueError, match="temperature is above 0"), np.errstate(over="ignore"):
+            kernels.run(
+                "soft_target",
+                {"student": student, "teacher": teacher, "temperature": number},
+                {},
+                {"soft": np.zeros(3, np.float32)},
+            )
+
+
+def test_messages_in_another_locale(folder: Path, tmp_path: Path) -> None:
+    """Numbers are written with a point, whatever LC_NUMERIC says."""
+    import shutil
+    import subprocess
+    import sys
+
+    if shutil.which("localedef") is None:
+        pytest.skip("no localedef to make a locale with")
+    made = subprocess.run(
+        ["localedef", "-i", "de_DE", "-f", "UTF-8", str(tmp_path / "de_DE.UTF-8")], capture_output=True, check=False
+    )
+    if not (tmp_path / "de_DE.UTF-8").exists():
+        pytest.skip(f"localedef has no de_DE here: {made.stderr!r}")
+    code = """
+import locale, sys, numpy as np, pykd
+from pykd import kernels
+locale.setlocale(locale.LC_ALL, "de_DE.UTF-8")
+assert locale.localeconv()["decimal_point"] == ","
+loss = pykd.load(sys.argv[1], sys.argv[2])
+a = np.ones((2, 3), np.float32)
+print(loss.value(student=a, teacher=0 * a, labels=np.array([0, 1]), weight=1.25)["loss"], loss.metadata["parameters"][0])
+try:
+    loss.value(student=a, teacher=a, labels=np.array([0, 1]), weight=-1.5)
+except ValueError as error:
+    print(error)
+print(kernels.descriptions()["soft_target"]["attributes"][2]["default"])
+"""
+    for engine in ("onnxruntime", "torchscript"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder), engine],
+            env={**os.environ, "LOCPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        first, second, third = done.stdout.splitlines()
+        assert first.startswith("1.25 ") and "'default': 1.5" in first, done
+        assert "got -1.5;" in second and third == "0.5"

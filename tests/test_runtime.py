@@ -400,10 +400,10 @@ def test_the_default_stream_is_named_to_the_engine(
     seen = []
 
     def open_loss(*arguments: Any) -> Any:
-        seen.append(arguments[7])
+        seen.append(arguments[8])
         raise RuntimeError("enough")
 
-    monkeypatch.setattr(runtime._core, "Loss", open_loss)
+    monkeypatch.setattr(runtime._core, "load", open_loss)
     with pytest.raises(RuntimeError, match="enough"):
         runtime.load(folder, "onnxruntime", "cuda", cuda_stream=given)
     assert seen == [handle]
@@ -454,7 +454,7 @@ def test_calls_are_put_in_order_with_torch(
         default_stream=lambda device: StandInStream(0, log),
         ExternalStream=external,
     )
-    monkeypatch.setattr(runtime._core, "Loss", lambda *_: Core())
+    monkeypatch.setattr(runtime._core, "load", lambda *_: Core())
     loss = runtime.load(folder, "onnxruntime", "cuda", cuda_stream=given)
     loss._run_torch(SimpleNamespace(cuda=cuda), SimpleNamespace(type="cuda"), {}, {}, ())
     assert log == order

@@ -155,7 +155,7 @@ void check_attributes(const Kernel& kernel, const double* values) {
          (attribute.choices.empty() ? std::string("a finite number")
                                     : "the index of one of " + std::to_string(attribute.choices.size()) + " choices") +
              " for the attribute " + attribute.name,
-         std::to_string(value), "correct it");
+         internal::number_text(value), "correct it");
   }
 }
 

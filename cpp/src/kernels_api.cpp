@@ -202,18 +202,36 @@ pykd_kernel_host host_of(const pykd_kernel_host* given) {
   if (given == nullptr) return defaults;
   const pykd_kernel_host host =
       copy_sized(*given, defaults, sizeof defaults, "a pykd_kernel_host", "PYKD_KERNEL_HOST_INIT");
-  if (host.threads < 0) {
-    fail(PYKD_INVALID_VALUE, "0 or more threads", std::to_string(host.threads), "use 0 for one per core");
-  }
+  check_threads(host.threads);
   return host;
 }
 
 // ---- A call
 // --------------------------------------------------------------------------------------
 
+// The threads of the host, whose exceptions are no mistake of ours.
+struct HostThreads {
+  const pykd_kernel_host& host;
+
+  static void run(void* self, std::int64_t count, void (*task)(void*, std::int64_t), void* state) {
+    const pykd_kernel_host& host = static_cast<const HostThreads*>(self)->host;
+    std::string got;
+    try {
+      return host.parallel(host.pool, count, task, state);
+    } catch (const std::exception& error) {
+      got = std::string("the exception \"") + error.what() + '"';
+    } catch (...) {
+      got = "an exception of unknown type";
+    }
+    fail(PYKD_ENGINE_FAILURE, "parallel() of the pykd_kernel_host to run every task and return", got,
+         "mend that function; it may throw nothing");
+  }
+};
+
 void run_on_cpu(const Kernel& kernel, Call& call, const pykd_kernel_host& host) {
   Parallel parallel = kernels::own_threads(host.threads);
-  if (host.parallel != nullptr) parallel = {parallel.threads, host.parallel, host.pool};
+  const HostThreads threads{host};
+  if (host.parallel != nullptr) parallel = {parallel.threads, &HostThreads::run, const_cast<HostThreads*>(&threads)};
   call.parallel = &parallel;
   kernel.cpu(call);
 }

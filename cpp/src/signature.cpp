@@ -641,14 +641,9 @@ void check_parameters(const Signature& signature, const Binding& binding, const 
     for (std::size_t j = 0; j < i; ++j) {
       if (std::strcmp(parameters[j].name, given.name) == 0) given_twice(given.name);
     }
-    // The loss computes in float32 except for float64 tensors: 1e-50 must not pass as "above 0".
     const ParameterSpec& spec = signature.parameters[id];
-    const double value =
-        binding.float_dtype == PYKD_FLOAT64 ? given.value : static_cast<double>(static_cast<float>(given.value));
-    if (!std::isfinite(value)) {
-      fail(PYKD_INVALID_VALUE, "a finite number for the parameter " + spec.name, number_text(given.value),
-           "give a number that the loss can compute with");
-    }
+    const double value = given.value;
+    check_number("the parameter " + spec.name, value, binding.float_dtype);
     if (value < spec.minimum || (spec.minimum_exclusive && value == spec.minimum)) {
       fail(PYKD_INVALID_VALUE,
            "the parameter " + spec.name + (spec.minimum_exclusive ? " greater than " : " at least ") +

@@ -19,7 +19,8 @@ namespace pykd::internal {
 inline void check_struct_size(std::size_t given, std::size_t first, std::size_t ours, const std::string& what,
                               const char* init) {
   constexpr std::size_t kMaxSize = 4096;
-  if (given >= first && given <= kMaxSize) return;
+  const bool whole = given % alignof(std::size_t) == 0;  // as the size of a struct that holds one is
+  if (whole && given >= first && given <= kMaxSize) return;
   fail(PYKD_INVALID_VALUE, what + " of " + std::to_string(ours) + " bytes, as struct_size tells", std::to_string(given),
        std::string("start from ") + init);
 }

@@ -1,5 +1,8 @@
 #include "tensor.h"
 
+#include <cmath>
+#include <limits>
+
 namespace pykd::internal {
 
 std::string dtype_name(pykd_dtype dtype) {
@@ -117,6 +120,16 @@ void check_extension(const pykd_tensor& tensor) {
   fail(PYKD_INVALID_VALUE, std::string("NULL for the extension of ") + tensor.name,
        "another pointer, which this library knows nothing of",
        "set every field of a pykd_tensor, or use the libpykd that belongs to the header");
+}
+
+void check_number(const std::string& name, double value, pykd_dtype tensors) {
+  const bool wide = tensors == PYKD_FLOAT64;
+  const double least = wide ? std::numeric_limits<double>::min() : double{std::numeric_limits<float>::min()};
+  const double most = wide ? std::numeric_limits<double>::max() : double{std::numeric_limits<float>::max()};
+  if (value == 0 || (std::fabs(value) >= least && std::fabs(value) <= most)) return;
+  fail(PYKD_INVALID_VALUE, "a finite number for " + name, number_text(value),
+       std::string("give one that ") + (wide ? "float64" : "float32") + " holds in full precision: 0, or from " +
+           number_text(least) + " to " + number_text(most) + " but for its sign");
 }
 
 void check_no_overlap(const Extent& written, const Extent& other) {

@@ -77,6 +77,10 @@ PYKD_API void check_alignment(std::string_view name, const void* data, pykd_dtyp
 // Where the lengths and steps lie, before any of them is read. A rank of 0 or below has none.
 void check_axes_pointers(std::string_view name, const pykd_tensor& tensor);
 
+// A setting of a loss whose tensors have that dtype: 0, or a number of full precision where it is computed, in float32
+// or float64. What is smaller has lost digits, and its reciprocal may be infinite.
+void check_number(const std::string& name, double value, pykd_dtype tensors);
+
 // The memory of a tensor.
 struct Extent {
   std::string_view name;

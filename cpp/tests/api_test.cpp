@@ -256,6 +256,7 @@ TEST_F(Api, GivesNanForNan) {
 TEST_F(Api, ReportsWrongCallsWithoutWriting) {
   const Loss loss = load();
   float value = 42.0f;
+  alignas(8) char odd[64] = {};
   const Tensors out = {{"loss", view(&value, {})}};
   EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run({{"student_logits", view(student, {2, 3})}}, out), "teacher_logits");
   EXPECT_ERROR(PYKD_INVALID_VALUE,
@@ -267,6 +268,14 @@ TEST_F(Api, ReportsWrongCallsWithoutWriting) {
   EXPECT_ERROR(PYKD_INVALID_TYPE,
                loss.run({{"student_logits", view(wide, {2, 3})}, {"teacher_logits", view(teacher, {2, 3})}}, out),
                "student_logits of dtype float32", "float64");
+  EXPECT_ERROR(
+      PYKD_INVALID_VALUE,
+      loss.run({{"student_logits", Tensor(odd + 1, PYKD_FLOAT32, {2, 3})}, {"teacher_logits", view(teacher, {2, 3})}},
+               out),
+      "student_logits at an address that 4 divides", "1 beyond");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run(inputs(), {{"loss", Tensor(odd + 2, PYKD_FLOAT32, {})}}),
+               "loss at an address that 4 divides");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run(inputs(), out, {{std::string("a\0b", 3), 1}}), "without NUL");
   EXPECT_EQ(value, 42.0f);
 }
 
@@ -346,13 +355,19 @@ TEST_F(Api, RefusesWrongOptions) {
     EXPECT_ERROR(PYKD_INVALID_VALUE, load(options), device);
   }
   options = {};
-  options.threads = -1;
-  EXPECT_ERROR(PYKD_INVALID_VALUE, load(options), "threads");
+  for (int threads : {-1, 1025, 100000}) {
+    options.threads = threads;
+    EXPECT_ERROR(PYKD_INVALID_VALUE, load(options), "from 0 to 1024 threads");
+  }
+  EXPECT_ERROR(PYKD_NOT_FOUND, Loss::load(""), "the path of an artefact, got an empty one");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, Loss::load(std::string("a\0b", 3)), "without NUL, got \"a\"");
 
   pykd_loss* loss = nullptr;
   pykd_load_options c = PYKD_LOAD_OPTIONS_INIT;
-  c.struct_size = 0;
-  EXPECT_EQ(pykd_load(folder.path().c_str(), &c, &loss), PYKD_INVALID_VALUE);
+  for (const std::size_t size : {std::size_t{0}, std::size_t{4}, sizeof c - 4, sizeof c + 4, SIZE_MAX - 3}) {
+    c.struct_size = size;
+    EXPECT_EQ(pykd_load(folder.path().c_str(), &c, &loss), PYKD_INVALID_VALUE) << size;
+  }
   struct {
     pykd_load_options known;
     void* unknown;

@@ -30,7 +30,7 @@ using tests::value_info;
 #define EXPECT_BAD(statement, ...) EXPECT_FAILS_WITH(Failure, PYKD_BAD_ARTEFACT, statement, __VA_ARGS__)
 #define EXPECT_NOT_FOUND(statement, ...) EXPECT_FAILS_WITH(Failure, PYKD_NOT_FOUND, statement, __VA_ARGS__)
 
-ArtefactFile file_of(const std::string& bytes) { return {"test.onnx", detect_format(bytes), bytes}; }
+ArtefactFile file_of(const std::string& bytes) { return {"test.onnx", detect_format(bytes), bytes, false, {}}; }
 Signature scan(const TinyModel& model) { return scan_onnx(file_of(model.bytes())); }
 
 // True where the scan refuses the bytes as it should; any other exception, or a crash, is a bug.

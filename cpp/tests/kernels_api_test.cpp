@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -275,13 +277,61 @@ TEST_F(KernelsApi, SaysWhatTheKernelRefuses) {
 
 TEST_F(KernelsApi, ChecksItsHost) {
   pykd_kernel_host host = PYKD_KERNEL_HOST_INIT;
-  host.threads = -1;
-  expect_error(PYKD_INVALID_VALUE, call({matrix("student", student)}, {vector("value", value)}, {}, &host),
-               {"0 or more threads"});
-  host = PYKD_KERNEL_HOST_INIT;
-  host.struct_size = 3;
-  expect_error(PYKD_INVALID_VALUE, call({matrix("student", student)}, {vector("value", value)}, {}, &host),
-               {"pykd_kernel_host", "PYKD_KERNEL_HOST_INIT"});
+  for (const std::int32_t threads : {-1, 1025, 100000}) {
+    host.threads = threads;
+    expect_error(PYKD_INVALID_VALUE, call({matrix("student", student)}, {vector("value", value)}, {}, &host),
+                 {"from 0 to 1024 threads"});
+  }
+  for (const std::size_t size : {std::size_t{0}, std::size_t{3}, sizeof host - 4, sizeof host + 4, SIZE_MAX - 3}) {
+    host = PYKD_KERNEL_HOST_INIT;
+    host.struct_size = size;
+    expect_error(PYKD_INVALID_VALUE, call({matrix("student", student)}, {vector("value", value)}, {}, &host),
+                 {"pykd_kernel_host", "PYKD_KERNEL_HOST_INIT"});
+  }
+}
+
+TEST_F(KernelsApi, SaysWhatTheHostsThreadsThrow) {
+  pykd_kernel_host host = PYKD_KERNEL_HOST_INIT;
+  host.threads = 2;
+  host.parallel = [](void*, std::int64_t, void (*)(void*, std::int64_t), void*) {
+    throw std::logic_error("no threads");
+  };
+  EXPECT_EQ(call({matrix("student", student)}, {vector("value", value)}, {}, &host), PYKD_ENGINE_FAILURE);
+  tests::expect_words(pykd_last_error(),
+                      {"expected parallel() of the pykd_kernel_host", "got the exception \"no threads\""});
+  host.parallel = [](void*, std::int64_t, void (*)(void*, std::int64_t), void*) { throw 42; };
+  EXPECT_EQ(call({matrix("student", student)}, {vector("value", value)}, {}, &host), PYKD_ENGINE_FAILURE);
+  tests::expect_words(pykd_last_error(), {"parallel()", "unknown type"});
+}
+
+TEST_F(KernelsApi, ChecksAlignment) {
+  alignas(8) char memory[64] = {};
+  auto in = matrix("student", student);
+  auto out = vector("value", value);
+  in.data = memory + 2;
+  expect_error(PYKD_INVALID_VALUE, call({in}, {out}), {"student at an address that 4 divides", "2 beyond"});
+  in = matrix("student", student);
+  auto odd = vector("value", value);
+  odd.data = memory + 1;
+  expect_error(PYKD_INVALID_VALUE, call({in}, {odd}), {"value at an address that 4 divides"});
+  pykd_tensor index = {"labels", memory + 4, PYKD_INT64, 1, shape, nullptr, PYKD_CPU, 0};
+  expect_error(PYKD_INVALID_VALUE, call({in, index}, {out}), {"labels at an address that 8 divides"});
+  in.shape = reinterpret_cast<const std::int64_t*>(memory + 4);
+  expect_error(PYKD_INVALID_VALUE, call({in}, {out}), {"student with its shape"});
+}
+
+TEST_F(KernelsApi, TakesNoTemperatureWhoseReciprocalIsInfinite) {
+  for (float temperature : {0.0f, -1.0f, 1e-40f, std::numeric_limits<float>::infinity(), std::nanf("")}) {
+    EXPECT_EQ(call({matrix("student", student), matrix("teacher", teacher), number("temperature", temperature)},
+                   {vector("soft", value)}, {}, nullptr, "soft_target"),
+              PYKD_INVALID_VALUE)
+        << temperature;
+    tests::expect_words(pykd_last_error(), {"temperature is above 0"});
+  }
+  float temperature = 2e-38f;
+  EXPECT_EQ(call({matrix("student", student), matrix("teacher", teacher), number("temperature", temperature)},
+                 {vector("soft", value)}, {}, nullptr, "soft_target"),
+            PYKD_OK);
 }
 
 // ---- Descriptions --------------------------------------------------------------------------------------------------

@@ -60,6 +60,12 @@ inline at::ScalarType torch_scalar_type(pykd_dtype dtype) {
                                  "; this is a mistake in pykd, please report it");
 }
 
+inline std::string lengths_text(at::IntArrayRef lengths) {  // in the same words whatever the locale says
+  std::string text;
+  for (const std::int64_t length : lengths) text += (text.empty() ? "[" : ", ") + std::to_string(length);
+  return text.empty() ? "[]" : text + "]";
+}
+
 // A view under the name `name`, which must outlive it. Throws Error for what pykd does not take.
 inline pykd_tensor torch_view_of(const std::string& name, const at::Tensor& tensor) {
   if (!tensor.defined()) {
@@ -73,7 +79,7 @@ inline pykd_tensor torch_view_of(const std::string& name, const at::Tensor& tens
   }
   if (!tensor.is_contiguous()) {
     throw Error(PYKD_INVALID_VALUE, "expected " + name + " contiguous in memory, got strides " +
-                                        c10::str(tensor.strides()) + " with shape " + c10::str(tensor.sizes()) +
+                                        lengths_text(tensor.strides()) + " with shape " + lengths_text(tensor.sizes()) +
                                         "; call .contiguous() first");
   }
   if (!tensor.is_cpu() && !tensor.is_cuda()) {
