@@ -68,10 +68,17 @@ def test_several_students(carrying):
     loss = pykd.DistillationLoss(logit_loss="soft_entropy", lambda2=0, multiple_lrs=2)
     student, teacher, labels = torch.randn(5, 2, 4), torch.randn(5, 4), torch.tensor([0, -100, 2, 3, -100])
     given = labels.unsqueeze(1).expand(5, 2).contiguous() if carrying else labels
-    got = loss.terms(student_logits=student, teacher_logits=teacher, labels=given)
     want = loss.terms(student_logits=student[KEPT], teacher_logits=teacher[KEPT], labels=given[KEPT])
-    for name in want:
-        torch.testing.assert_close(got[name], want[name])
+    for padding in (0.0, float("nan"), float("inf"), float("-inf")):
+        for fused in (False, True):
+            leaf, constant = student.clone(), teacher.clone()
+            leaf[[1, 4]] = constant[[1, 4]] = padding
+            leaf.requires_grad_()
+            got = loss.terms(student_logits=leaf, teacher_logits=constant, labels=given, fused=fused)
+            for name in want:
+                torch.testing.assert_close(got[name], want[name])
+            got["loss"].backward()
+            assert (leaf.grad[[1, 4]] == 0).all() and torch.isfinite(leaf.grad).all()
 
 
 @pytest.mark.parametrize("mask", [torch.bool, torch.float32, torch.float16], ids=str)
