@@ -27,6 +27,32 @@ def normalize(x: Tensor, dim: list[int], tiny: float = 1e-24) -> Tensor:
     return x * torch.where(zero, torch.zeros_like(squared), torch.rsqrt(safe))  # choices on the small tensors
 
 
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` in the type of ``x``, under autocast, too, which would round both to a half type first."""
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return _matmul_despite_autocast(x, y)
+    # what follows is no TorchScript, and must not be compiled
+    if not torch.is_autocast_enabled(x.device.type):
+        return torch.matmul(x, y)
+    if torch.compiler.is_compiling():
+        return _matmul_despite_autocast(x, y)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.matmul(x, y)
+
+
+def _matmul_despite_autocast(x: Tensor, y: Tensor) -> Tensor:
+    """Where autocast cannot be turned off: in a script, and for the gradient of compiled code. It leaves float64 alone."""
+    product = torch.matmul(x, y)
+    if product.dtype != x.dtype:
+        product = torch.matmul(x.double(), y.double()).to(x.dtype)
+    return product
+
+
+def at_least_0(x: Tensor) -> Tensor:
+    """``x``, and 0 where it is negative by its rounding; for numbers that cannot be. The gradient is that of ``x``."""
+    return x - x.detach().clamp(max=0.0)
+
+
 def product_or_zero(weight: Tensor, x: Tensor) -> Tensor:
     """``weight * x``, and 0 where the weight is 0 even if ``x`` is infinite or NaN (0 · log 0 = 0).
 
@@ -123,7 +149,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """``‖x_i − y_j‖²`` of the rows of two matrices, by the Gram matrix: no tensor of pairs times features."""
     xx = (x * x).sum(dim=-1, keepdim=True)
     yy = (y * y).sum(dim=-1, keepdim=True)
-    return (xx + yy.transpose(0, 1) - 2 * torch.matmul(x, y.transpose(0, 1))).clamp(min=0.0)
+    return (xx + yy.transpose(0, 1) - 2 * matmul(x, y.transpose(0, 1))).clamp(min=0.0)
 
 
 def distinct_pairs(x: Tensor) -> Tensor:

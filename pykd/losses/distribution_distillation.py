@@ -34,14 +34,14 @@ KERNEL = Kernel(
 
 def _positive_pairs(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Similarities of all ordered pairs, and which of them are two samples of one identity."""
-    similarities = torch.matmul(embeddings, embeddings.transpose(0, 1))
+    similarities = ops.matmul(embeddings, embeddings.transpose(0, 1))
     same = labels.unsqueeze(0) == labels.unsqueeze(1)
     return similarities, same & (ops.distinct_pairs(embeddings) != 0)
 
 
 def _negative_pairs(embeddings: Tensor, labels: Tensor, negatives: str) -> tuple[Tensor, Tensor]:
     """Similarities across identities and which of them count: one per sample, or all ordered pairs."""
-    similarities = torch.matmul(embeddings, embeddings.transpose(0, 1))
+    similarities = ops.matmul(embeddings, embeddings.transpose(0, 1))
     other = labels.unsqueeze(0) != labels.unsqueeze(1)
     if negatives == "all":
         return similarities, other
@@ -63,7 +63,7 @@ def _log_histogram(similarities: Tensor, kept: Tensor, bins: int, width: float) 
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (torch.exp(log_p) * (log_p - log_q)).sum()
+    return ops.at_least_0((torch.exp(log_p) * (log_p - log_q)).sum())
 
 
 def _mean(similarities: Tensor, kept: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class DistributionDistillation(Loss):
         A scalar without unit: two divergences in nats, at least 0, and the order term, from −8 to 8, by their
         weights. float32 for half-precision inputs, which are computed in float32. Without positive pairs in the
         batch their divergence and their means are 0; the same for negatives. Samples that are equally similar
-        to an anchor share the gradient of its hardest negative. An embedding of length 0 stays 0.
+        to an anchor share the gradient of its hardest negative. An embedding of length 0 (or shorter than any normal number) stays 0, with the gradient 0.
         NaN in an input gives NaN.
 
     Raises:
@@ -289,7 +289,11 @@ class DistributionDistillation(Loss):
             KERNEL, "negative", negative_divergence, tensors, histogram | mining, weight="negative_weight"
         )
         order = kernel(KERNEL, "order", order_gap, tensors, mining, weight="order_weight")
-        terms = {"positive_weight": positive, "negative_weight": negative, "order_weight": order}
+        terms = {
+            "positive_weight": ops.at_least_0(positive),
+            "negative_weight": ops.at_least_0(negative),
+            "order_weight": order,
+        }
         given: dict[str, Any] = {
             "positive_weight": positive_weight, "negative_weight": negative_weight, "order_weight": order_weight,
         }  # fmt: skip

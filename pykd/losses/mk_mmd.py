@@ -71,7 +71,12 @@ def mk_mmd(
 ) -> Tensor:
     """Squared discrepancy with five Gaussian kernels; see :class:`MKMMD`."""
     student = _samples(student_features, spatial_avg)
-    return mk_mmd_of_samples(student, _samples(teacher_features.detach(), spatial_avg), bandwidth)
+    value = mk_mmd_of_samples(student, _samples(teacher_features.detach(), spatial_avg), bandwidth)
+    return _finish(value, bandwidth)
+
+
+def _finish(value: Tensor, bandwidth: str) -> Tensor:
+    return ops.at_least_0(value) if bandwidth == "joint" else value
 
 
 @register("mk_mmd")
@@ -154,7 +159,8 @@ class MKMMD(Loss):
             "student": _samples(student_features, self.spatial_avg),
             "teacher": _samples(teacher_features.detach(), self.spatial_avg),
         }
-        return kernel(KERNEL, "value", mk_mmd_of_samples, tensors, {"bandwidth": self.bandwidth}, weight="weight")
+        value = kernel(KERNEL, "value", mk_mmd_of_samples, tensors, {"bandwidth": self.bandwidth}, weight="weight")
+        return _finish(value, self.bandwidth)
 
     def zero_when_equal(self) -> bool:
         return self.bandwidth == "joint"

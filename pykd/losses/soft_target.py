@@ -39,31 +39,48 @@ def soft_target_rows(
     student: Tensor, teacher: Tensor, temperature: float, form: str, soften_student: bool, beta: float
 ) -> Tensor:
     """One value per row; see :class:`SoftTarget`."""
-    student = ops.upcast(student)
-    if soften_student:
-        student = student / temperature
-    log_q = torch.log_softmax(student, dim=-1)
-    log_p = torch.log_softmax(ops.upcast(teacher.detach()) / temperature, dim=-1)
+    log_q = _softened_log_probs(student, temperature) if soften_student else ops.upcast(student).log_softmax(dim=-1)
+    log_p = _softened_log_probs(teacher.detach(), temperature)
     p = torch.exp(log_p)
     if form == "cross_entropy":
         return -ops.product_or_zero(p, log_q).sum(dim=-1)
-    if form == "kl":
-        return ops.product_or_zero(p, log_p - log_q).sum(dim=-1)
     q = torch.exp(log_q)
+    # 0, but for the rounding of the two normalisers, which it takes out of Σ p (log p − log q).
+    rounding = (q - p).detach().sum(dim=-1)
+    if form == "kl":
+        return ops.product_or_zero(p, log_p - log_q).sum(dim=-1) + rounding
     if form == "reverse_kl":
-        return ops.product_or_zero(q, log_q - log_p).sum(dim=-1)
+        return _mean_of_logs(q, log_q - log_p) - rounding
     if form == "symmetric_kl":
         forward = ops.product_or_zero(p, log_p - log_q).sum(dim=-1)
-        return (forward + ops.product_or_zero(q, log_q - log_p).sum(dim=-1)) / 2
+        return (forward + _mean_of_logs(q, log_q - log_p)) / 2
     m = beta * p + (1 - beta) * q
     log_m = torch.log(torch.where(m == 0, torch.ones_like(m), m))  # where m is 0, so are both its parts
     teacher_side = ops.product_or_zero(p, log_p - log_m).sum(dim=-1)
     return beta * teacher_side + (1 - beta) * ops.product_or_zero(q, log_q - log_m).sum(dim=-1)
 
 
+def _softened_log_probs(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature), relative to the largest before the quotient rounds what decides."""
+    logits = ops.upcast(logits)
+    return torch.log_softmax((logits - logits.detach().amax(dim=-1, keepdim=True)) / temperature, dim=-1)
+
+
+def _mean_of_logs(q: Tensor, logs: Tensor) -> Tensor:
+    """Σ q · logs of probabilities q that have a gradient, too.
+
+    That gradient is a difference of the logarithms from their mean. Moved by their mean beforehand, which changes no
+    value and no gradient (Σ q = 1), they keep the digits that large logarithms would lose.
+    """
+    mean = ops.product_or_zero(q.detach(), logs.detach()).sum(dim=-1, keepdim=True)
+    shift = torch.where(mean.abs() < 1e30, mean, torch.zeros_like(mean))
+    return ops.product_or_zero(q, logs - shift).sum(dim=-1) + shift.squeeze(-1)
+
+
 def _reduce(
     values: Tensor, sample_weight: Tensor | None, temperature: float, tau_squared: bool, reduction: str
 ) -> Tensor:
+    values = ops.at_least_0(values)
     if tau_squared:
         values = values * (temperature * temperature)
     return ops.reduce(values, ops.optional_weight(sample_weight), reduction)

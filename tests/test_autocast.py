@@ -1,0 +1,114 @@
+"""Autocast changes no loss, and no divergence is negative. Generated from the registry: nothing here names a loss."""
+
+import io
+
+import pytest
+import torch
+
+from pykd import ops
+
+
+def leaves(subject, tensors):
+    specs = subject.graph().signature.inputs
+    return {name: t.clone().requires_grad_(specs[name].grad) for name, t in tensors.items()}
+
+
+# ---- Autocast -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("route", ["eager", "scripted", "saved", "compiled", "fused"])
+def test_autocast_changes_nothing(loss_subject, half, route):
+    subject = loss_subject
+    if (
+        route == "fused"
+        and subject.composition.graph(subject.layouts, subject.optional, fused=True).kernel_point is None
+    ):
+        pytest.skip("no kernel")
+    tensors = subject.draw(seed=3, dtype=torch.float32)
+    graph = subject.graph()
+    if route == "fused":
+        run = lambda **given: subject.composition(**given, fused=True)  # noqa: E731
+    elif route == "compiled":
+        torch._dynamo.reset()
+        run = torch.compile(graph, backend="aot_eager", fullgraph=True)
+    elif route == "eager":
+        run = graph
+    else:
+        run = torch.jit.script(graph)
+        if route == "saved":
+            file = io.BytesIO()
+            torch.jit.save(run, file)
+            file.seek(0)
+            run = torch.jit.load(file)
+    want = leaves(subject, tensors)
+    plain = (run if route == "fused" else graph)(**want)["loss"]
+    plain.backward()
+    for _ in range(3):  # a script is optimised in its second call
+        given = leaves(subject, tensors)
+        with torch.autocast("cpu", half):
+            value = run(**given)["loss"]
+        assert value.dtype == torch.float32
+        value.backward()
+        torch.testing.assert_close(value, plain, rtol=1e-6, atol=2e-7)
+        for name, tensor in want.items():
+            if tensor.requires_grad:
+                largest = tensor.grad.abs().max().item()
+                torch.testing.assert_close(given[name].grad, tensor.grad, rtol=1e-5, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_equal_under_autocast_is_zero(loss_subject, half):
+    loss = loss_subject.composition.terms_[0].parts[0].loss
+    if not loss.zero_when_equal():
+        pytest.skip("no divergence")
+    tensors = loss_subject.draw(seed=4, dtype=torch.float32)
+    for name in tensors:
+        if name.startswith("student_"):
+            tensors[name] = tensors[name.replace("student_", "teacher_")].clone()
+    with torch.autocast("cpu", half):
+        value = loss_subject.graph()(**tensors)["loss"]
+    assert 0 <= value.item() <= 1e-6
+
+
+# ---- Values that cannot be negative -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_divergence_is_never_negative_and_keeps_its_gradient(loss_subject, dtype):
+    subject = loss_subject
+    loss = subject.composition.terms_[0].parts[0].loss
+    if not loss.zero_when_equal():
+        pytest.skip("no divergence")
+    smallest = 0.0
+    for seed in range(20):
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in subject.draw(seed=seed).items()}
+        for name in tensors:
+            if name.startswith("student_"):
+                teacher = tensors[name.replace("student_", "teacher_")]
+                order = (
+                    torch.randperm(len(teacher))
+                    if loss.couples_batch and "labels" not in tensors
+                    else torch.arange(len(teacher))
+                )
+                tensors[name] = teacher[order] * (1 + 3e-8 * seed)
+        given = leaves(subject, tensors)
+        value = subject.graph()(**given)["loss"]
+        smallest = min(smallest, value.item())
+        value.backward()
+        for tensor in given.values():
+            if tensor.requires_grad:
+                assert torch.isfinite(tensor.grad).all()
+        if dtype == torch.float32 and loss.has_kernel():
+            smallest = min(smallest, subject.composition(**tensors, fused=True)["loss"].item())
+    assert smallest >= 0.0
+
+
+def test_the_lower_bound_does_not_touch_the_gradient():
+    x = torch.tensor([-1e-9, 0.0, 2.0, torch.inf, torch.nan], requires_grad=True)
+    value = ops.at_least_0(x)
+    torch.testing.assert_close(
+        value, torch.tensor([0.0, 0.0, 2.0, torch.inf, torch.nan]), equal_nan=True, rtol=0, atol=0
+    )
+    value.sum().backward()
+    assert (x.grad == 1).all()
