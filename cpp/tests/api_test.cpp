@@ -489,7 +489,8 @@ TEST_F(ApiKernels, NeverPassOverALibraryThatIsNamed) {
   LoadOptions options;
   options.device = "cuda";
   options.engine = "onnxruntime";
-  EXPECT_ERROR(PYKD_UNAVAILABLE, Loss::load(folder.path("loss.onnx"), options), "no file at", "PYKD_CUDA_LIBRARY");
+  // "no file at ..."; in a process that has opened another one before, what that one says.
+  EXPECT_ERROR(PYKD_UNAVAILABLE, Loss::load(folder.path("loss.onnx"), options), "for kernels on CUDA");
   EXPECT_EQ(load("auto").kernels_in_use(), "soft_target_float32");  // on the CPU nobody needs it
 }
 
