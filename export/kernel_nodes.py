@@ -315,12 +315,12 @@ def _with_casts(
     """A float32 body for tensors that are halves."""
     kind = getattr(onnx.TensorProto, dtype.upper())
     first = [
-        helper.make_node("Cast", [name], [f"{name}_float32"], to=onnx.TensorProto.FLOAT)
+        helper.make_node("Cast", [name], [f"_{name}_float32"], to=onnx.TensorProto.FLOAT)
         for name, argument in kernel.inputs.items()
         if name in inputs and argument.role == "tensor"
     ]
     last = [
-        helper.make_node("Cast", [f"{name}_float32"], [name], to=kind)
+        helper.make_node("Cast", [f"_{name}_float32"], [name], to=kind)
         for name, argument in kernel.outputs.items()
         if name in outputs and argument.role == "tensor"
     ]

@@ -129,14 +129,14 @@ def _cast_ends(model: onnx.ModelProto, graph: LossGraph, sites: Sequence[Site], 
         for names in (node.input, node.output):
             for i, name in enumerate(names):
                 if name in ends or name in gradients:
-                    names[i] = f"{name}_float32"
+                    names[i] = f"_{name}_float32"
     first = [
-        onnx.helper.make_node("Cast", [name], [f"{name}_float32"], f"widen_{name}", to=onnx.TensorProto.FLOAT)
+        onnx.helper.make_node("Cast", [name], [f"_{name}_float32"], f"widen_{name}", to=onnx.TensorProto.FLOAT)
         for name in graph.signature.inputs
         if name in ends
     ]
     last = [
-        onnx.helper.make_node("Cast", [f"{name}_float32"], [name], f"round_{name}", to=_ONNX_TYPES[dtype])
+        onnx.helper.make_node("Cast", [f"_{name}_float32"], [name], f"round_{name}", to=_ONNX_TYPES[dtype])
         for name in sorted(gradients)
     ]
     nodes = [*first, *map(kernel_nodes.copy, model.graph.node), *last]
@@ -145,7 +145,7 @@ def _cast_ends(model: onnx.ModelProto, graph: LossGraph, sites: Sequence[Site], 
     for item in (*model.graph.input, *model.graph.output):
         if item.name in ends or item.name in gradients:
             item.type.tensor_type.elem_type = _ONNX_TYPES[dtype]
-    widened, rounded = ({f"{name}_float32": name for name in names} for names in (ends, gradients))
+    widened, rounded = ({f"_{name}_float32": name for name in names} for names in (ends, gradients))
     kernel_nodes.narrow(model, sites, widened, rounded)
 
 
@@ -187,13 +187,33 @@ def _to_onnx(
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
-            input_names=list(arguments),
-            output_names=list(outputs),
         )
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     _clean(model)
+    _name(model, list(arguments), outputs)
     return model
+
+
+def _name(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Our names at the ends of a model; before every other an underscore, with which no name of a recipe begins.
+
+    The exporter calls values "mul_4" or "expand", which may be somebody's term.
+    """
+    ends = {
+        item.name: name
+        for items, names in ((model.graph.input, inputs), (model.graph.output, outputs))
+        for item, name in zip(items, names, strict=True)
+    }
+    if len(ends) != len(inputs) + len(outputs):
+        raise RuntimeError("expected the exporter to give every output a value of its own, got one twice; report this")
+    for node in model.graph.node:
+        for field in (node.input, node.output):
+            names = [ends.get(name, f"_{name}") if name else "" for name in field]
+            del field[:]
+            field.extend(names)
+    for item in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        item.name = ends.get(item.name, f"_{item.name}")
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd import files
+from pykd import _core, files
 from pykd.export import integrity, metadata
 
 Values = Mapping[str, Tensor]
@@ -308,6 +308,8 @@ def _contents(directory: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
         if hashlib.sha256(data).hexdigest() != hash_of:
             raise ValueError(f"expected {name} to be the file of the manifest, got other contents; export it again")
         integrity.check(data, name)
+        if name.endswith(".onnx"):
+            _core.check_onnx(data)  # before any engine sees it, those of others included
         contents[name] = data
     return contents
 

@@ -11,6 +11,9 @@ class Memory:
 
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+def check_onnx(data: bytes) -> None:
+    """A ValueError where the loader refuses an ONNX file before an engine sees it."""
+
 def allocate(bytes: int) -> Memory:
     """Memory of that size, not cleared."""
 

@@ -173,6 +173,11 @@ def test_attributes_come_from_the_node():
         session(model(form=3.0))
     with pytest.raises(Exception, match="a float as the attribute beta.*half"):
         session(model(beta="half"))
+    # One that cannot be read must not pass for one that is not there.
+    with pytest.raises(Exception, match="a string as the attribute form.*another type"):
+        session(model(form=["kl"]))
+    with pytest.raises(Exception, match="a float as the attribute beta.*another type"):
+        session(model(beta=[0.25]))
 
 
 def test_wrong_calls_say_what_is_wrong():

@@ -344,6 +344,13 @@ PYBIND11_MODULE(_core, module) {
   module.def("kernel_descriptions", &kernel_descriptions);
   module.def("run_kernel", &run_kernel, py::arg("name"), py::arg("inputs"), py::arg("attributes"), py::arg("outputs"),
              py::arg("threads") = 0, py::arg("cuda_stream") = 0);
+  module.def(
+      "check_onnx",
+      [](const py::bytes& data) {
+        const std::string_view bytes = data;
+        check(pykd_check_onnx(bytes.data(), bytes.size()));
+      },
+      py::arg("data"));
   module.def("simd_targets", [] { return std::string(pykd_kernel_simd()); });
   module.def("use_simd", &use_simd, py::arg("target"));
 }

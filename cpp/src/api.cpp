@@ -101,6 +101,18 @@ pykd_status pykd_load(const char* path, const pykd_load_options* options, pykd_l
   });
 }
 
+pykd_status pykd_check_onnx(const void* bytes, size_t size) {
+  return guarded([&] {
+    check_pointer(bytes, "the bytes of an ONNX file");
+    const pykd::internal::Artefact artefact = pykd::internal::wrap_artefact(bytes, size);
+    if (!artefact.value) {
+      pykd::internal::fail(PYKD_BAD_ARTEFACT, "an ONNX file", "a ZIP archive", "give the bytes of an ONNX file");
+    }
+    check_integrity(*artefact.value);
+    scan_onnx(*artefact.value);
+  });
+}
+
 pykd_status pykd_load_bytes(const void* bytes, size_t size, const pykd_load_options* options, pykd_loss** loss) {
   return guarded([&] {
     check_pointer(bytes, "the bytes of an artefact");

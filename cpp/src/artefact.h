@@ -55,6 +55,9 @@ bool was_replaced(const Artefact& artefact);
 // Compares the sizes of a folder's files, those that nobody reads included, with its manifest.
 void check_sizes(const Artefact& artefact);
 
+// Throws Failure(PYKD_BAD_ARTEFACT) where a file is larger than any of ours.
+void check_size(const std::string& label, FileFormat format, std::uintmax_t size);
+
 // The same for one file in memory.
 Artefact wrap_artefact(const void* bytes, std::size_t size);
 
@@ -65,7 +68,7 @@ FileFormat detect_format(std::string_view bytes);
 void check_integrity(const ArtefactFile& file);
 
 // The operators of domain "pykd" in an ONNX file, by the names of the functions that are their
-// portable bodies. A function may have several bodies, called overloads.
+// portable bodies.
 struct PykdNodes {
   std::set<std::string> in_graph;
   std::map<std::string, std::set<std::string>> in_functions;  // by the function's name
@@ -75,10 +78,11 @@ struct PykdNodes {
   std::set<std::string> that_run(const std::set<std::string>& ops) const;
 };
 
-// Looks through an ONNX file without ONNX Runtime: nothing but standard operators and functions of
-// domain "pykd", a function for every operator of that domain, no external data, no subgraphs, no
-// sparse tensors; inputs and outputs as its metadata says. Returns the signature in that metadata,
-// and fills in `nodes` where it is wanted.
+// Looks through an ONNX file without ONNX Runtime: the operators of onnx_operators.h and functions of
+// domain "pykd" alone, in an order in which each has what it needs; a function for every operator of
+// that domain; no external data, subgraphs or sparse tensors; bounded numbers of nodes and constants,
+// and nothing large that depends on constants alone; inputs, outputs and defaults as its metadata
+// says. Returns the signature in that metadata, and fills in `nodes` where it is wanted.
 Signature scan_onnx(const ArtefactFile& file, PykdNodes* nodes = nullptr);
 
 }  // namespace pykd::internal

@@ -199,6 +199,8 @@ class OnnxRuntimeSession : public Session {
     check(api_.SetInterOpNumThreads(settings, 1));
     check(api_.AddSessionConfigEntry(settings, "session.intra_op.allow_spinning", "0"));
     check(api_.SetSessionGraphOptimizationLevel(settings, ORT_ENABLE_ALL));
+    // Of what depends on constants alone; the scan has refused what it can see of it. Older releases do not look at it.
+    check(api_.AddSessionConfigEntry(settings, "optimization.constant_folding_max_output_size_in_bytes", "1048576"));
     // A plan is kept for every new shape, without end, where batches change their size; on graphs
     // of this kind it gains nothing.
     check(api_.DisableMemPattern(settings));

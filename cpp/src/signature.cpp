@@ -162,9 +162,7 @@ void parse_inputs(const Object& root, Signature& signature) {
   for_each_object(root, "inputs", [&](const Object& object) {
     InputSpec input;
     parse_tensor(object, signature.kind, input);
-    // "gradient" says whether there is a gradient anywhere; whether this file has it, its outputs
-    // say.
-    object.boolean("gradient");
+    input.has_gradient = object.boolean("gradient");  // anywhere; whether this file has it, its kind says
     for (const std::string& axis : input.axes) {
       std::size_t id = find_axis(signature, axis);
       if (id == kNone) {
@@ -201,6 +199,11 @@ void parse_parameters(const Object& root, Signature& signature) {
     if (object.has("minimum")) parameter.minimum = object.number("minimum");
     if (object.has("minimum_exclusive")) {
       parameter.minimum_exclusive = object.boolean("minimum_exclusive");
+    }
+    if (parameter.default_value < parameter.minimum ||
+        (parameter.minimum_exclusive && parameter.default_value == parameter.minimum)) {
+      bad_metadata("a default within its range as \"" + object.field("default") + "\"",
+                   number_text(parameter.default_value));
     }
     signature.parameters.push_back(std::move(parameter));
   });
@@ -244,23 +247,31 @@ void parse_outputs(const Object& root, Signature& signature) {
     }
     signature.outputs.push_back(std::move(output));
   });
+  for (const InputSpec& input : signature.inputs) {
+    const bool expected = input.has_gradient && signature.kind != ArtefactKind::kValue;
+    if (expected != (input.gradient_output != kNone)) {
+      bad_metadata(std::string(expected ? "the" : "no") + " gradient of " + input.name + " among \"outputs\"",
+                   expected ? "none" : "one");
+    }
+  }
   const std::size_t loss = find_spec(signature.outputs, "loss");
   if (loss == kNone || signature.outputs[loss].rank() != 0) {
     bad_metadata("a scalar \"loss\" among \"outputs\"", loss == kNone ? "none" : "an array");
   }
 }
 
+// An output named like an input is one that nobody computes.
 void check_unique_names(const Signature& signature) {
-  std::vector<std::string> arguments, outputs;
-  for (const InputSpec& input : signature.inputs) arguments.push_back(input.name);
+  std::vector<std::string> names;
+  for (const InputSpec& input : signature.inputs) names.push_back(input.name);
   for (const auto* parameters : {&signature.parameters, &signature.fixed}) {
-    for (const ParameterSpec& parameter : *parameters) arguments.push_back(parameter.name);
+    for (const ParameterSpec& parameter : *parameters) names.push_back(parameter.name);
   }
-  for (const OutputSpec& output : signature.outputs) outputs.push_back(output.name);
-  for (std::vector<std::string>* names : {&arguments, &outputs}) {
-    std::sort(names->begin(), names->end());
-    auto twice = std::adjacent_find(names->begin(), names->end());
-    if (twice != names->end()) bad_metadata("every name once", in_quotes(*twice) + " twice");
+  for (const OutputSpec& output : signature.outputs) names.push_back(output.name);
+  std::sort(names.begin(), names.end());
+  const auto twice = std::adjacent_find(names.begin(), names.end());
+  if (twice != names.end()) {
+    bad_metadata("every name once among inputs, parameters and outputs", in_quotes(*twice) + " twice");
   }
 }
 

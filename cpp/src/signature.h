@@ -38,6 +38,7 @@ struct TensorSpec {
 
 struct InputSpec : TensorSpec {
   std::size_t gradient_output = kNone;       // index of "grad_<name>" among the outputs
+  bool has_gradient = false;                 // in files that are not for the value alone
   std::size_t index_axis = kNone;            // entries index this axis (into Signature::axes)
   std::optional<std::int64_t> ignore_index;  // the one entry outside that axis that is allowed
 };

@@ -30,7 +30,13 @@ using tests::value_info;
 #define EXPECT_BAD(statement, ...) EXPECT_FAILS_WITH(Failure, PYKD_BAD_ARTEFACT, statement, __VA_ARGS__)
 #define EXPECT_NOT_FOUND(statement, ...) EXPECT_FAILS_WITH(Failure, PYKD_NOT_FOUND, statement, __VA_ARGS__)
 
-ArtefactFile file_of(const std::string& bytes) { return {"test.onnx", detect_format(bytes), bytes, false, {}}; }
+ArtefactFile file_of(const std::string& bytes) {
+  ArtefactFile file;
+  file.label = "test.onnx";
+  file.format = detect_format(bytes);
+  file.bytes = bytes;
+  return file;
+}
 Signature scan(const TinyModel& model) { return scan_onnx(file_of(model.bytes())); }
 
 // True where the scan refuses the bytes as it should; any other exception, or a crash, is a bug.
@@ -179,7 +185,7 @@ TEST(Scan, RefusesExternalData) {
 
   model = tiny_model(true);
   model.nodes.push_back(node("Constant", {}, "c", {attribute_with(10, external_tensor())}));
-  EXPECT_BAD(scan(model), "external data");
+  EXPECT_BAD(scan(model), "attributes that are a number, a string, a list of numbers or a tensor");
 
   model = tiny_model(true);
   model.functions = {function("pykd", "f", {node("Constant", {}, "y", {attribute_with(5, external_tensor())})})};
@@ -251,25 +257,27 @@ TEST(Scan, AcceptsFunctionsOfPykd) {
   scan(model);
 }
 
-TEST(Scan, FindsFunctionsByNameAndOverload) {
+TEST(Scan, FindsFunctionsByName) {
   TinyModel model = tiny_model(true);
   model.opsets.push_back(opset("pykd", 1));
-  model.functions = {function("pykd", "f", {node("Mul", {"x", "x"}, "y")}, "a"),
-                     function("pykd", "f", {node("Add", {"x", "x"}, "y")}, "b"),
-                     function("pykd", "g", {call_of("f", "b", {"x"}, "y")})};
-  model.nodes[1] = call_of("f", "a", {"d"}, "dd");
+  model.functions = {function("pykd", "f", {node("Mul", {"x", "x"}, "y")}),
+                     function("pykd", "g", {node("f", {"x"}, "y", {}, "pykd")})};
+  model.nodes[1] = node("f", {"d"}, "dd", {}, "pykd");
   model.nodes.push_back(node("g", {"d"}, "x", {}, "pykd"));
   scan(model);
-
-  model.nodes.back() = call_of("g", "a", {"d"}, "x");
-  EXPECT_BAD(scan(model), "a function for every operator", "\"g\" with the overload \"a\"");
-  model.nodes.back() = node("f", {"d"}, "x", {}, "pykd");
-  EXPECT_BAD(scan(model), "a function for every operator", "none for \"f\"");
-  model.nodes.pop_back();
-  model.functions.push_back(function("pykd", "f", {node("Sub", {"x", "x"}, "y")}, "b"));
+  model.functions.push_back(function("pykd", "f", {node("Sub", {"x", "x"}, "y")}));
   EXPECT_BAD(scan(model), "every function once", "\"f\" twice");
-  model.functions.back() = function("pykd", "g", {call_of("g", "c", {"x"}, "y")}, "c");
-  EXPECT_BAD(scan(model), "earlier ones alone", "\"g\"");
+}
+
+// Which of several bodies runs is a question that engines answer differently.
+TEST(Scan, RefusesOverloads) {
+  TinyModel model = tiny_model(true);
+  model.opsets.push_back(opset("pykd", 1));
+  model.functions = {function("pykd", "f", {node("Mul", {"x", "x"}, "y")}, "a")};
+  EXPECT_BAD(scan(model), "functions without overloads", "\"a\"");
+  model.functions = {function("pykd", "f", {node("Mul", {"x", "x"}, "y")})};
+  model.nodes[1] = call_of("f", "a", {"d"}, "dd");
+  EXPECT_BAD(scan(model), "operators without overloads", "\"a\"");
 }
 
 TEST(Scan, RefusesCallsWithoutAFunction) {
@@ -283,35 +291,19 @@ TEST(Scan, RefusesCallsWithoutAFunction) {
 // Engines look functions up by "name:overload".
 TEST(Scan, RefusesColonsInNamesOfFunctions) {
   TinyModel model = tiny_model(true);
-  const std::vector<std::string> nodes = {node("Mul", {"x", "x"}, "y")};
-  model.functions = {function("pykd", "f:a", nodes)};
-  EXPECT_BAD(scan(model), "without colons", "\"f:a\"");
-  model.functions = {function("pykd", "f", nodes, "a:b")};
-  EXPECT_BAD(scan(model), "without colons", "\"a:b\"");
-  model.functions = {function("pykd", "f", nodes, "a")};
-  model.nodes[1] = node("f:a", {"d"}, "dd", {}, "pykd");
-  EXPECT_BAD(scan(model), "without colons", "\"f:a\"");
-}
-
-TEST(Scan, RefusesAnOverloadThatIsWrittenTwice) {
-  TinyModel model = tiny_model(true);
-  const std::vector<std::string> nodes = {node("Mul", {"x", "x"}, "y")};
-  model.functions = {function("pykd", "f", nodes, "a"), function("pykd", "f", nodes, "b")};
-  model.nodes[1] = call_of("f", "a", {"d"}, "dd");
-  tests::pbf_writer(model.nodes[1]).add_string(8, "b");
-  EXPECT_BAD(scan(model), "the overload of a node once");
-  model.nodes[1] = call_of("f", "a", {"d"}, "dd");
-  tests::pbf_writer(model.functions[0]).add_string(13, "b");
-  EXPECT_BAD(scan(model), "the overload of a function once");
+  for (const char* name : {"f:a", "", "f a", "f.a"}) {
+    model.functions = {function("pykd", name, {node("Mul", {"x", "x"}, "y")})};
+    EXPECT_BAD(scan(model), "letters, digits and underscores in names of functions");
+  }
 }
 
 TEST(Scan, TellsWhichOpsWouldRun) {
   TinyModel model = tiny_model(true);
   model.opsets.push_back(opset("pykd", 1));
   model.functions = {function("pykd", "inner", {node("Mul", {"x", "x"}, "y")}),
-                     function("pykd", "outer", {node("inner", {"x"}, "y", {}, "pykd")}, "a"),
+                     function("pykd", "outer", {node("inner", {"x"}, "y", {}, "pykd")}),
                      function("pykd", "alone", {node("inner", {"x"}, "y", {}, "pykd")})};
-  model.nodes[1] = call_of("outer", "a", {"d"}, "dd");
+  model.nodes[1] = node("outer", {"d"}, "dd", {}, "pykd");
   PykdNodes nodes;
   scan_onnx(file_of(model.bytes()), &nodes);
   using Names = std::set<std::string>;
@@ -338,7 +330,7 @@ TEST(Scan, RefusesFunctionsThatExplode) {
     model.functions.push_back(function("pykd", "f" + std::to_string(level),
                                        {node(below, {"x"}, "a", {}, "pykd"), node(below, {"a"}, "y", {}, "pykd")}));
   }
-  EXPECT_BAD(scan(model), "million nodes");
+  EXPECT_BAD(scan(model), "at most 40000 nodes with functions expanded");
 }
 
 TEST(Scan, ComparesTheGraphWithItsMetadata) {
@@ -402,9 +394,12 @@ TEST(Scan, TheDefaultsOfTheGraphAreThoseOfTheMetadata) {
   model.initializers[0] = scalar("weight", std::nextafter(0.3f, 1.0f));
   EXPECT_BAD(scan(model), "the default 0.300000012 for the parameter weight");
   // No number, and two of one name.
-  std::string twice = scalar("weight", 0.3f);
-  protozero::pbf_writer(twice).add_bytes(9, std::string(8, '\0'));
-  model.initializers[0] = twice;
+  std::string two;
+  protozero::pbf_writer(two).add_int64(1, 2);
+  protozero::pbf_writer(two).add_int32(2, kFloat);
+  protozero::pbf_writer(two).add_string(8, "weight");
+  protozero::pbf_writer(two).add_bytes(9, std::string(8, '\0'));
+  model.initializers[0] = two;
   EXPECT_BAD(scan(model), "for the parameter weight", "a tensor that is no number of float32");
   model.initializers[0] = scalar("weight", 0.3f);
   model.initializers.push_back(scalar("weight", 0.4f));

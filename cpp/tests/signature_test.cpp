@@ -168,7 +168,10 @@ json labelled_metadata(const char* float_dtype = "float32", const char* kind = "
   labels["ignore_index"] = -100;
   json metadata = tiny_metadata(false);
   metadata["kind"] = kind;
-  for (json& input : metadata["inputs"]) input["dtype"] = float_dtype;
+  for (json& input : metadata["inputs"]) {
+    input["dtype"] = float_dtype;
+    if (metadata["kind"] != "value") input["gradient"] = false;  // there is none among the outputs
+  }
   metadata["inputs"].push_back(labels);
   return metadata;
 }

@@ -199,6 +199,10 @@ PYKD_API pykd_status pykd_load(const char* path, const pykd_load_options* option
 PYKD_API pykd_status pykd_load_bytes(const void* bytes, size_t size, const pykd_load_options* options,
                                      pykd_loss** loss);
 
+/* The checks of an ONNX file that pykd_load() makes before an engine sees it, without an engine: for
+ * files that somebody else wrote and that something else is to run. */
+PYKD_API pykd_status pykd_check_onnx(const void* bytes, size_t size);
+
 /* Frees a loss; NULL is allowed. No thread may be running it. */
 PYKD_API void pykd_free(pykd_loss* loss);
 

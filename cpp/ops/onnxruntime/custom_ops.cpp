@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -142,12 +143,25 @@ std::vector<double> read_attributes(const OrtApi& api, const OrtKernelInfo& info
     }
     return true;
   };
+  // Whether the node has it, of whatever type: a list, say. ONNX Runtime tells in words alone.
+  const auto is_there = [&](const char* name) {
+    float number = 0;
+    OrtStatus* status = api.KernelInfoGetAttribute_float(&info, name, &number);
+    if (status == nullptr) return true;
+    const bool missing = std::strstr(api.GetErrorMessage(status), "No attribute with name") != nullptr;
+    api.ReleaseStatus(status);
+    return !missing;
+  };
   std::vector<double> values;
   for (const Attribute& attribute : op.kernel.attributes) {
     const std::string what = std::string("the attribute ") + attribute.name + " of " + op.name;
     double value = attribute.default_value, number = 0;
     std::string text;
     const bool is_text = text_of(attribute.name, text), is_number = number_of(attribute.name, number);
+    if (!is_text && !is_number && is_there(attribute.name)) {
+      fail(PYKD_INVALID_VALUE, std::string(attribute.choices.empty() ? "a float" : "a string") + " as " + what,
+           "a value of another type", "export the loss again");
+    }
     if (attribute.choices.empty()) {
       if (is_text) fail(PYKD_INVALID_VALUE, "a float as " + what, in_quotes(text), "export the loss again");
       if (is_number) value = number;

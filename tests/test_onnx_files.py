@@ -1,0 +1,136 @@
+"""The loader's limits against what is exported: enough for every loss, and not much more."""
+
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+import pykd
+from pykd import _core
+from pykd.composition import MAX_PARTS
+from pykd.export import integrity
+from tests.conftest import subjects
+
+ROOT = Path(__file__).parents[1]
+
+
+def expanded(model):
+    """How many nodes a model has with its functions in place."""
+    sizes = {}
+    for function in model.functions:
+        sizes[function.name] = sum(sizes[n.op_type] if n.domain == "pykd" else 1 for n in function.node)
+    return sum(sizes[n.op_type] if n.domain == "pykd" else 1 for n in model.graph.node)
+
+
+@pytest.fixture(scope="module")
+def models(exported):
+    return [
+        onnx.load(exported(subject, dtype) / name)
+        for subject in subjects()
+        for dtype in ("float32", "float64", "float16", "bfloat16")
+        for name in ("loss.onnx", "loss.grad.onnx")
+    ]
+
+
+@pytest.mark.slow
+def test_the_operators_of_exported_files_are_those_of_the_table(models):
+    """The first part of the table in cpp/src/onnx_operators.h; what a new loss needs is moved or added there."""
+    found = {
+        node.op_type
+        for model in models
+        for body in (model.graph, *model.functions)
+        for node in body.node
+        if node.domain != "pykd"
+    }
+    text = (ROOT / "cpp/src/onnx_operators.h").read_text()
+    ours, others = text.split("// What losses of others may be made of.")
+    assert found == set(re.findall(r'\{"(\w+)",', ours)), "move lines of the table"
+    assert not found & set(re.findall(r'\{"(\w+)",', others))
+
+
+@pytest.mark.slow
+def test_a_composition_of_the_largest_losses_is_within_the_limit_of_nodes(models):
+    limit = int(re.search(r"kMaxNodes = (\d+)", (ROOT / "cpp/src/onnx_scan.cpp").read_text()).group(1))
+    largest = max(expanded(model) for model in models if len(model.functions) <= 1)
+    assert largest * MAX_PARTS < limit < 2 * largest * MAX_PARTS
+
+
+def sealed(model):
+    return integrity.seal_onnx(model.SerializeToString(deterministic=True))
+
+
+@pytest.fixture
+def model(exported):
+    """loss.onnx of a soft target in standard operators: float64 files have no kernels."""
+    subject = next(s for s in subjects() if s.name == "soft_target[temperature=2.0]")
+    return onnx.load(exported(subject, "float64") / "loss.onnx")
+
+
+def test_a_file_at_the_limit_of_nodes_opens_in_seconds(model):
+    constant = numpy_helper.from_array(np.zeros(()), "zero")
+    model.graph.initializer.append(constant)
+    last = model.graph.input[0].name
+    for i in range(39_000):
+        model.graph.node.append(helper.make_node("Neg", [last], [f"n{i}"]))
+        last = f"n{i}"
+    before = time.perf_counter()
+    pykd.load(sealed(model), engine="onnxruntime")
+    assert time.perf_counter() - before < 30
+    for i in range(1_000):
+        model.graph.node.append(helper.make_node("Neg", [last], [f"m{i}"]))
+    with pytest.raises(ValueError, match="at most 40000 nodes"):
+        pykd.load(sealed(model), engine="onnxruntime")
+
+
+BOMBS = {
+    "ConstantOfShape": lambda: [helper.make_node("ConstantOfShape", ["shape"], ["bomb"])],
+    "Expand": lambda: [helper.make_node("Expand", ["one", "shape"], ["bomb"])],
+    "Tile": lambda: [helper.make_node("Tile", ["one", "shape"], ["bomb"])],
+    "Range": lambda: [helper.make_node("Range", ["zero", "many", "step"], ["bomb"])],
+    "MatMul": lambda: [helper.make_node("MatMul", ["column", "row"], ["bomb"])],
+    "Add": lambda: [helper.make_node("Add", ["column", "row"], ["bomb"])],
+    "Pad": lambda: [helper.make_node("Pad", ["one", "shape"], ["bomb"])],
+    "a long Concat": lambda: [helper.make_node("Concat", ["row"] * 200, ["bomb"], axis=0)],
+    # Not constant, but its shape is known when the file is opened.
+    "Expand of an input": lambda: [
+        helper.make_node("Expand", ["temperature", "shape"], ["large"]),
+        helper.make_node("Shape", ["large"], ["same"]),
+        helper.make_node("Expand", ["one", "same"], ["bomb"]),
+    ],
+}
+
+
+@pytest.mark.parametrize("nodes", BOMBS.values(), ids=BOMBS)
+def test_bombs_of_constants_do_not_load(model, nodes):
+    arrays = {
+        "shape": np.array([30_000, 30_000]),
+        "one": np.ones((1, 1)),
+        "zero": np.array(0),
+        "many": np.array(10**9),
+        "step": np.array(1),
+        "column": np.ones((50_000, 1)),
+        "row": np.ones((1, 50_000)),
+    }
+    for name, array in arrays.items():
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    model.graph.node.extend(nodes())
+    before = time.perf_counter()
+    with pytest.raises(ValueError, match="expected "):
+        pykd.load(sealed(model), engine="onnxruntime")
+    with pytest.raises(ValueError, match="expected "):
+        _core.check_onnx(sealed(model))
+    assert time.perf_counter() - before < 1
+
+
+def test_check_onnx_needs_no_engine(model):
+    _core.check_onnx(sealed(model))
+    with pytest.raises(ValueError, match="checksum"):
+        _core.check_onnx(sealed(model)[:-1] + b"x")
+    with pytest.raises(ValueError, match="an empty one"):
+        _core.check_onnx(b"")
+    with pytest.raises(ValueError, match="a ZIP archive"):
+        _core.check_onnx(b"PK\x03\x04")
