@@ -98,6 +98,19 @@ tsan: $(VECTORS)
 	cmake --build --preset tsan
 	$(FACTS) $(CTEST) --preset tsan
 
+# How long each target of `make fuzz` runs, and from which random numbers.
+FUZZ_SECONDS ?= 600
+FUZZ_SEED    ?= 1
+
+.PHONY: fuzz
+fuzz: $(VECTORS) ## mutants of files, metadata, kernel calls and recipes, with sanitizers; FUZZ_SECONDS=600 each
+	cmake --preset asan -DPYKD_TEST_ONNXRUNTIME=$(RUNTIME) -DPYKD_WERROR=$(WERROR) >build/configure-asan.log 2>&1 || { cat build/configure-asan.log; exit 1; }
+	cmake --build build/asan --target fuzz_onnx fuzz_metadata fuzz_kernels
+	cd build && asan/cpp/fuzz/fuzz_onnx -seconds=$(FUZZ_SECONDS) -seed=$(FUZZ_SEED) vectors
+	cd build && asan/cpp/fuzz/fuzz_metadata -seconds=$(FUZZ_SECONDS) -seed=$(FUZZ_SEED)
+	cd build && asan/cpp/fuzz/fuzz_kernels -seconds=$(FUZZ_SECONDS) -seed=$(FUZZ_SEED)
+	PYKD_FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest -q tests/test_fuzz.py
+
 # ---- Form -------------------------------------------------------------------------------------
 $(LINTERS): $(INSTALLED)
 	scripts/bootstrap --lint

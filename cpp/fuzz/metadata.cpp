@@ -1,0 +1,48 @@
+// The metadata of an artefact: any text is a signature or a Failure(PYKD_BAD_ARTEFACT).
+#include "error.h"
+#include "fuzz.h"
+#include "signature.h"
+#include "tiny_model.h"
+
+pykd::fuzz::Form pykd::fuzz::form() { return Form::kBytes; }
+
+std::vector<std::string> pykd::fuzz::seeds() {
+  tests::json labels = tests::tiny_metadata(true);
+  labels["inputs"][1] = {{"name", "labels"},  {"axes", {"batch"}},     {"dtype", "int64"},
+                         {"gradient", false}, {"index_of", "classes"}, {"ignore_index", -100}};
+  tests::json script = tests::tiny_metadata(true);
+  script["kind"] = "torchscript";
+  return {tests::tiny_metadata(true).dump(), tests::tiny_metadata(false).dump(2), labels.dump(), script.dump()};
+}
+
+std::vector<std::string> pykd::fuzz::words() {
+  return {"\"name\"",
+          "\"axes\"",
+          "\"gradient_of\"",
+          "\"minimum\"",
+          "null",
+          "true",
+          "1e999",
+          "-1",
+          "9223372036854775808",
+          "[[[[",
+          "{\"a\":",
+          "\\u0000",
+          "\\ud800",
+          "\"float\"",
+          "\"batch\"",
+          ","};
+}
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  try {
+    const pykd::internal::Signature signature =
+        pykd::internal::parse_signature(std::string(reinterpret_cast<const char*>(data), size));
+    for (const auto& output : signature.outputs) {
+      if (pykd::internal::find_output(signature, output.name.c_str()) >= signature.outputs.size()) std::abort();
+    }
+  } catch (const pykd::internal::Failure& failure) {
+    if (failure.status() != PYKD_BAD_ARTEFACT) throw;
+  }
+  return 0;
+}

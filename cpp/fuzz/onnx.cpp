@@ -1,0 +1,52 @@
+// The scan of ONNX files, and the checksum before it: any bytes are a signature or a Failure(PYKD_BAD_ARTEFACT).
+#include "artefact.h"
+#include "error.h"
+#include "fuzz.h"
+#include "tiny_model.h"
+
+namespace {
+
+using pykd::tests::function;
+using pykd::tests::node;
+using pykd::tests::opset;
+using pykd::tests::tiny_model;
+
+template <class Body>
+void expect_bad_artefact(Body body) {
+  try {
+    body();
+  } catch (const pykd::internal::Failure& failure) {
+    if (failure.status() != PYKD_BAD_ARTEFACT) throw;
+  }
+}
+
+}  // namespace
+
+pykd::fuzz::Form pykd::fuzz::form() { return Form::kProtobuf; }
+
+std::vector<std::string> pykd::fuzz::seeds() {
+  tests::TinyModel calls = tiny_model(true);
+  calls.opsets.push_back(opset("pykd", 1));
+  calls.functions = {function("pykd", "f", {node("Mul", {"x", "x"}, "y")}),
+                     function("pykd", "g", {node("f", {"x"}, "y", {}, "pykd")})};
+  calls.nodes[1] = node("g", {"d"}, "dd", {}, "pykd");
+  return {tiny_model(true).bytes(), tiny_model(false).bytes(), calls.bytes(), tests::sealed(calls.bytes())};
+}
+
+std::vector<std::string> pykd::fuzz::words() {
+  return {"pykd",  "Constant", "Expand", "student_logits", "loss", "\x00\x00\x00\x80", std::string(8, '\xff'),
+          "value", "axis"};
+}
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  pykd::internal::ArtefactFile file;
+  file.label = "fuzz.onnx";
+  file.bytes.assign(reinterpret_cast<const char*>(data), size);
+  expect_bad_artefact([&] { pykd::internal::check_integrity(file); });
+  expect_bad_artefact([&] {
+    pykd::internal::PykdNodes nodes;
+    pykd::internal::scan_onnx(file, &nodes);
+    nodes.that_run({"f", "soft_target_float32"});
+  });
+  return 0;
+}
