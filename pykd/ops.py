@@ -15,16 +15,22 @@ def upcast(x: Tensor) -> Tensor:
     return x
 
 
-def normalize(x: Tensor, dim: list[int], tiny: float = 1e-24) -> Tensor:
+def normalize(x: Tensor, dim: list[int]) -> Tensor:
     """``x`` divided by its Euclidean norm over the axes ``dim``.
 
-    A vector whose squared norm is at most ``tiny`` counts as the zero vector: it becomes zero, with a zero
-    gradient, where a division by a small epsilon would give a gradient of 1e12.
+    A vector whose norm is below the smallest normal number of its type (1.2e-38 in float32, 2.2e-308 in float64) counts
+    as the zero vector: it becomes zero, with a zero gradient. One with NaN or an infinity becomes NaN.
     """
-    squared = (x * x).sum(dim=dim, keepdim=True)
-    zero = squared <= tiny  # false for NaN, which must not pass for zero
+    largest = x.detach().abs().amax(dim=dim, keepdim=True)
+    # Beyond these the squares, and the cube of 1 / norm in the gradient, might not fit; the direction minds no factor.
+    ordinary = ((largest >= 1e-9) & (largest <= 1e9)) | (largest == 0)
+    scale = torch.where(ordinary, torch.ones_like(largest), largest)
+    scaled = x / scale
+    squared = (scaled * scaled).sum(dim=dim, keepdim=True)
+    tiny = 2.2250738585072014e-308 if x.dtype == torch.float64 else 1.1754943508222875e-38
+    zero = scale * torch.sqrt(squared.detach()) < tiny  # false for NaN, which must not pass for zero
     safe = torch.where(zero, torch.ones_like(squared), squared)
-    return x * torch.where(zero, torch.zeros_like(squared), torch.rsqrt(safe))  # choices on the small tensors
+    return scaled * torch.where(zero, torch.zeros_like(squared), torch.rsqrt(safe))  # choices on the small tensors
 
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:

@@ -48,5 +48,8 @@ def reduce_samples(
 def unit(vector: Any) -> np.ndarray:
     """A vector divided by its Euclidean norm; the zero vector stays zero."""
     row = np.asarray(vector, dtype=np.float64)
-    norm = np.sqrt((row**2).sum())
-    return row / norm if norm > 1e-12 else np.zeros_like(row)
+    largest = np.abs(row).max()
+    if largest == 0:
+        return np.zeros_like(row)
+    scaled = row / largest  # squares of very large and very small numbers would not fit
+    return np.asarray(scaled / np.sqrt((scaled**2).sum()))

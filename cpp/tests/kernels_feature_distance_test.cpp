@@ -69,7 +69,7 @@ std::vector<double> direction(const float* entries, std::int64_t channels, doubl
   for (std::int64_t c = 0; c < channels; ++c) squares += double{entries[c]} * double{entries[c]};
   *norm = std::sqrt(squares);
   std::vector<double> result(channels, 0.0);
-  for (std::int64_t c = 0; c < channels && !(squares <= 1e-24); ++c) result[c] = entries[c] / *norm;
+  for (std::int64_t c = 0; c < channels && !(squares < 0x1p-252); ++c) result[c] = entries[c] / *norm;
   return result;
 }
 
@@ -94,7 +94,7 @@ Answer reference(const Features& f, Power power) {
         along += x[c] * slope[c];
       }
       answer.unsure.push_back(unsure);
-      for (std::int64_t c = 0; c < f.channels && !(x_norm <= 1e-12) && f.weight[b] != 0.0f; ++c) {
+      for (std::int64_t c = 0; c < f.channels && !(x_norm < 0x1p-126) && f.weight[b] != 0.0f; ++c) {
         answer.gradient[start + c] =
             double{f.weight[b]} / static_cast<double>(f.tokens) / x_norm * (slope[c] - x[c] * along);
       }
@@ -312,13 +312,13 @@ TEST(FeatureDistance, ATokenOfZerosHasNoDirectionAndNoGradient) {
   });
 }
 
-// On both sides of the squared norm that counts as 0.
+// On both sides of the norm that counts as 0.
 TEST(FeatureDistance, KnowsAShortTokenFromAZeroOne) {
   for (const Power power : {kL1, kL2}) {
     Features f = draw(1, 2, 4, PYKD_FLOAT32);
     for (std::int64_t c = 0; c < 4; ++c) {
-      f.x[c] *= 1e-13f;
-      f.x[4 + c] *= 1e-10f;
+      f.x[c] *= 1e-42f;
+      f.x[4 + c] *= 1e-36f;
     }
     const Answer answer = reference(f, power);
     EXPECT_EQ(answer.gradient[0], 0.0);
@@ -387,12 +387,14 @@ TEST(FeatureDistance, AWeightOfZeroGivesNoGradient) {
 }
 
 // Squares that float32 does not hold.
-TEST(FeatureDistance, TakesVeryLargeFeatures) {
+TEST(FeatureDistance, TakesVeryLargeAndVerySmallFeatures) {
   for (const pykd_dtype dtype : {PYKD_FLOAT32, PYKD_BFLOAT16}) {
     for (const Power power : {kL1, kL2}) {
       Features f = draw(2, 3, 29, dtype);
       for (std::int64_t c = 0; c < f.channels; ++c) f.x[c] *= 0x1p70f;
       for (std::int64_t c = 0; c < f.channels; ++c) f.y[4 * f.channels + c] *= 0x1p70f;
+      for (std::int64_t c = 0; c < f.channels; ++c) f.x[2 * f.channels + c] *= 0x1p110f;  // and far apart
+      for (std::int64_t c = 0; c < f.channels; ++c) f.y[2 * f.channels + c] *= 0x1p-110f;
       const Answer answer = reference(f, power);
       on_every_target([&] { expect_close(f, run(f, power), answer); });
     }

@@ -42,8 +42,9 @@ class FeatureL1(FeatureDistance):
 
     Returns:
         Between 0 and 2·√channels, no unit; a scalar unless ``reduction="none"``; 0 when the directions
-        agree. A token whose features are all 0 keeps the direction 0 and gets the gradient 0. Where a component
-        of student and teacher agrees exactly its subgradient is 0.
+        agree. A token whose features are all 0 (or whose norm is below any normal number, 1.2e-38 in float32) keeps
+        the direction 0 and gets the gradient 0. Where a component of student and teacher agrees exactly its
+        subgradient is 0.
 
     Raises:
         ValueError: for shapes that do not fit (map the student's channels to the teacher's first), an empty batch.

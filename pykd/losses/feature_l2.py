@@ -42,7 +42,8 @@ class FeatureL2(FeatureDistance):
 
     Returns:
         Between 0 and 4 (it is 2 − 2·cosine), no unit; a scalar unless ``reduction="none"``; 0 when the directions
-        agree. A token whose features are all 0 keeps the direction 0 and gets the gradient 0.
+        agree. A token whose features are all 0 (or whose norm is below any normal number, 1.2e-38 in float32) keeps
+        the direction 0 and gets the gradient 0.
 
     Raises:
         ValueError: for shapes that do not fit (map the student's channels to the teacher's first), an empty batch.

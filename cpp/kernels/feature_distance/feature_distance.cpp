@@ -22,7 +22,8 @@ namespace pykd::kernels::feature {
 constexpr std::size_t kTask = 32768;        // channels of all its tokens, about
 constexpr std::size_t kRun = 256;           // channels that one lane sums in float32
 constexpr std::size_t kStreamed = 8 << 20;  // bytes
-constexpr double kTiny = 1e-24;             // squared norm of a token that has no direction
+constexpr double kTiny = 0x1p-252;          // a token of a smaller squared norm has no direction: no normal number
+constexpr double kSmall = 1e-24;            // a sum of squares below it may have lost some to float32's range
 
 enum Input { kStudent, kTeacher, kWeight };
 enum Output { kValue, kGradStudent };
@@ -61,26 +62,29 @@ HWY_INLINE double sum_of(V32 v) { return static_cast<double>(hn::GetLane(hn::Sum
 
 // The directions x^ and y^ of a token's features, and x^ - y^ as (keep x - ratio y) scale. Where both norms agree the
 // ratio is 1, so the difference of equal features is exactly 0, whether or not the compiler fuses products and sums.
+// Where there is no x^, or the norms lie farther apart than float32 reaches, keep and ratio are the scales themselves.
 class Directions {
  public:
-  Directions(double x_squares, double y_squares)
-      : x_scale_(reciprocal(x_squares)), y_scale_(reciprocal(y_squares)), has_x_(x_scale_ != 0.0f) {}
+  Directions(double x_squares, double y_squares) : x_scale_(reciprocal(x_squares)), y_scale_(reciprocal(y_squares)) {
+    const float ratio = y_scale_ / x_scale_;
+    relative_ = x_scale_ != 0.0f && !(ratio > 1e15f || ratio < 1e-15f);  // NaN is passed on
+  }
 
   float x_scale() const { return x_scale_; }
-  float keep() const { return has_x_ ? 1.0f : 0.0f; }
-  float ratio() const { return has_x_ ? y_scale_ / x_scale_ : y_scale_; }
-  float scale() const { return has_x_ ? x_scale_ : 1.0f; }
+  float keep() const { return relative_ ? 1.0f : x_scale_; }
+  float ratio() const { return relative_ ? y_scale_ / x_scale_ : y_scale_; }
+  float scale() const { return relative_ ? x_scale_ : 1.0f; }
 
  private:
   // 1 / norm; 0 for a token that has no direction, NaN for one that is not finite.
   static float reciprocal(double squares) {
-    if (squares <= kTiny) return 0.0f;
+    if (squares < kTiny) return 0.0f;
     return std::isfinite(squares) ? static_cast<float>(1.0 / std::sqrt(squares))
                                   : std::numeric_limits<float>::quiet_NaN();
   }
 
   float x_scale_, y_scale_;
-  bool has_x_;
+  bool relative_;
 };
 
 template <class T, Power power>
@@ -112,21 +116,36 @@ struct Token {
       x_squares += sum_of(sum_x);
       y_squares += sum_of(sum_y);
     }
-    constexpr double kLargest = std::numeric_limits<float>::max();
-    if (x_squares <= kLargest && y_squares <= kLargest) return {x_squares, y_squares};
-    // Squares that float32 does not hold; NaN and infinities come out as such.
-    x_squares = y_squares = 0.0;
-    for (std::size_t c = 0; c < channels; ++c) {
-      const double one = single(x + c), other = single(y + c);
-      x_squares += one * one;
-      y_squares += other * other;
-    }
-    return {x_squares, y_squares};
+    return {in_range(x_squares) ? x_squares : squares_out_of_range(x, x_squares),
+            in_range(y_squares) ? y_squares : squares_out_of_range(y, y_squares)};
   }
 
-  static double single(const T* p) {
-    const hn::CappedTag<float, 1> d;
-    return static_cast<double>(hn::GetLane(load(d, p)));
+  static bool in_range(double squares) {
+    return squares >= kSmall && squares <= static_cast<double>(std::numeric_limits<float>::max());
+  }
+
+  // The squares of a token some of which float32 does not hold, or of one with NaN or an infinity, which come out as
+  // such: those of the token times a power of 2.
+  HWY_NOINLINE double squares_out_of_range(const T* token, double squares) const {
+    const D32 d;
+    const std::size_t lanes = hn::Lanes(d), run = kRun * lanes;
+    const float multiplier = squares < kSmall ? 0x1p90f : 0x1p-90f;
+    const V32 factor = hn::Set(d, multiplier);
+    double result = 0.0;
+    for (std::size_t start = 0; start < channels; start += run) {
+      V32 sum = hn::Zero(d);
+      const auto add = [&](V32 entries) HWY_ATTR {
+        const V32 scaled = hn::Mul(entries, factor);
+        sum = hn::MulAdd(scaled, scaled, sum);
+      };
+      const std::size_t end = std::min(start + run, channels);
+      std::size_t c = start;
+      for (; c + lanes <= end; c += lanes) add(load(d, token + c));
+      if (c < end) add(load(d, token + c, end - c, 0.0f));
+      result += sum_of(sum);
+    }
+    const double back = 1.0 / static_cast<double>(multiplier);
+    return result * back * back;
   }
 
   // d |difference|^power / d difference, up to the factor of l2.
@@ -163,10 +182,11 @@ struct Token {
   void differentiate(const Directions& directions, float along, float factor, T* to, bool past_caches) const {
     const D32 d;
     const std::size_t lanes = hn::Lanes(d);
-    const V32 x_scale = hn::Set(d, directions.x_scale()), ratio = hn::Set(d, directions.ratio());
+    const V32 x_scale = hn::Set(d, directions.x_scale()), keep = hn::Set(d, directions.keep());
+    const V32 ratio = hn::Set(d, directions.ratio()), scale = hn::Set(d, directions.scale());
     const V32 component = hn::Set(d, along), result_scale = hn::Set(d, factor * directions.x_scale());
     const auto entries = [&](V32 vx, V32 vy) HWY_ATTR {
-      const V32 across = slope(hn::Mul(hn::NegMulAdd(vy, ratio, vx), x_scale));
+      const V32 across = slope(hn::Mul(hn::NegMulAdd(vy, ratio, hn::Mul(vx, keep)), scale));
       return hn::Mul(result_scale, hn::NegMulAdd(hn::Mul(vx, x_scale), component, across));
     };
     const auto some = [&](std::size_t c, std::size_t count) HWY_ATTR {

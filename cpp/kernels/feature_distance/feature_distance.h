@@ -6,8 +6,8 @@
 //     value_b = mean over tokens of sum over channels of |x^ - y^| (l1) or (x^ - y^)^2 (l2),   x^ = x / |x|
 //     grad    = weight_b / (tokens |x|) (u - x^ (x^ . u)),   u = sign(x^ - y^), sign(0) = 0, or 2 (x^ - y^)
 //
-// A token whose squared norm is at most 1e-24 keeps the direction 0, and its gradient is 0. A token with NaN or an
-// infinity makes its value and its gradient NaN.
+// A token whose norm is below any normal number of float32 (1.2e-38) keeps the direction 0, and its gradient is 0. A
+// token with NaN or an infinity makes its value and its gradient NaN.
 //
 // How. A token is read from memory once: norms, distances and gradient take three passes over its channels, which stay
 // in the cache. Each lane sums at most kRun channels in float32; beyond, sums run in float64. The gradient goes past
