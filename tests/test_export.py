@@ -131,7 +131,7 @@ def test_a_small_call_has_few_operators_around_its_kernel(tmp_path):
     target = pykd.export(loss, tmp_path / "new", layouts={"labels": "batch"}, progress=lambda line: None)
     nodes = onnx.load(target / "loss.grad.onnx").graph.node
     assert sum(node.domain == "pykd" for node in nodes) == 1
-    assert len(nodes) <= 28
+    assert len(nodes) <= 29  # two of them keep the soft term from falling below 0
 
 
 def test_files_are_the_same_when_exported_again(tmp_path):

@@ -290,7 +290,7 @@ def test_run_says_what_is_wrong():
         call(attributes={"form": "reversekl"})
     with pytest.raises(ValueError, match="contiguous"):
         call({**good, "student": np.asfortranarray(STUDENT)})
-    with pytest.raises(ValueError, match="0 or more threads"):
+    with pytest.raises(ValueError, match="from 0 to 1024 threads"):
         call(threads=-1)
     with pytest.raises(RuntimeError, match="float64"):
         call({**good, "student": STUDENT.astype(np.float64), "teacher": TEACHER.astype(np.float64)})

@@ -1,6 +1,8 @@
 #include "hooks.h"
 
 #include <atomic>
+#include <deque>
+#include <mutex>
 
 namespace pykd::kernels {
 namespace {
@@ -12,8 +14,13 @@ std::atomic<const pykd_hooks*> the_hooks{&kNone};
 
 const pykd_hooks& hooks() { return *the_hooks.load(std::memory_order_acquire); }
 
-// The hooks before are not freed: another thread may be calling one of them.
-void set_hooks(const pykd_hooks& hooks) { the_hooks.store(new pykd_hooks(hooks), std::memory_order_release); }
+// The hooks before stay where they are, until the process ends: another thread may be calling one of them.
+void set_hooks(const pykd_hooks& hooks) {
+  static std::mutex mutex;
+  static auto* const all = new std::deque<pykd_hooks>;  // threads may outlive what static objects are destroyed
+  const std::lock_guard<std::mutex> lock(mutex);
+  the_hooks.store(&all->emplace_back(hooks), std::memory_order_release);
+}
 
 void log(pykd_log_level level, const std::string& text) noexcept {
   const pykd_hooks& set = hooks();

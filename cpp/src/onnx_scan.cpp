@@ -14,7 +14,7 @@ namespace pykd::internal {
 namespace {
 
 // The largest files of pykd's losses have 400 nodes with functions expanded, and a composition has at most 100 losses.
-constexpr std::size_t kMaxNodes = 40000;
+constexpr std::size_t kMaxNodes = 60000;
 constexpr std::size_t kMaxArguments = 4000;  // of the graph: inputs, outputs, initialisers with a default
 constexpr std::size_t kMaxFunctions = 1000;
 constexpr std::size_t kMaxElements = 1 << 20;  // of one constant, and of what a constant shape asks for

@@ -330,7 +330,7 @@ TEST(Scan, RefusesFunctionsThatExplode) {
     model.functions.push_back(function("pykd", "f" + std::to_string(level),
                                        {node(below, {"x"}, "a", {}, "pykd"), node(below, {"a"}, "y", {}, "pykd")}));
   }
-  EXPECT_BAD(scan(model), "at most 40000 nodes with functions expanded");
+  EXPECT_BAD(scan(model), "at most 60000 nodes with functions expanded");
 }
 
 TEST(Scan, ComparesTheGraphWithItsMetadata) {

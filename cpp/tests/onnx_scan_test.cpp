@@ -66,8 +66,8 @@ std::string typed_attribute(const std::string& name, std::int64_t type, std::uin
 // ---- What costs too much -------------------------------------------------------------------------
 
 TEST(OnnxScan, BoundsTheNodes) {
-  std::vector<std::string> nodes(40001, node("Neg", {"d"}, "x"));
-  EXPECT_BAD(scan(with(nodes)), "at most 40000 nodes");
+  std::vector<std::string> nodes(60001, node("Neg", {"d"}, "x"));
+  EXPECT_BAD(scan(with(nodes)), "at most 60000 nodes");
   const std::vector<std::string> many(1001, function("pykd", "f", {}));
   EXPECT_BAD(scan(with({}, {}, many)), "at most 1000 functions");
   // A few functions that call each other make many of few.
@@ -77,7 +77,7 @@ TEST(OnnxScan, BoundsTheNodes) {
     functions.push_back(function("pykd", "f" + std::to_string(level),
                                  {node(below, {"x"}, "a", {}, "pykd"), node(below, {"a"}, "y", {}, "pykd")}));
   }
-  EXPECT_BAD(scan(with({}, {}, functions)), "at most 40000 nodes with functions expanded");
+  EXPECT_BAD(scan(with({}, {}, functions)), "at most 60000 nodes with functions expanded");
 }
 
 TEST(OnnxScan, KnowsItsOperators) {
