@@ -148,8 +148,8 @@ def test_wrong_usage(call: str, place: Path, capsys: pytest.CaptureFixture[str])
     ("error", "text"),
     [
         (
-            PermissionError(13, "Permission denied", "/root/x"),
-            "expected to read or write /root/x, got 'Permission denied'",
+            PermissionError(13, "Permission denied", "/somewhere/x"),
+            "expected to read or write /somewhere/x, got 'Permission denied'",
         ),
         (OSError(28, "No space left on device"), "expected to read or write a file, got 'No space left on device'"),
         (OverflowError("too large"), "expected numbers that can be computed with, got 'too large'"),

@@ -33,9 +33,10 @@
  *    ..._INIT, and an older program runs with a newer library, and the other way round where the
  *    newer fields are not set. A pykd_tensor, which comes in arrays, keeps its size: what a later
  *    version says of a tensor hangs on its `extension`.
- *  - In a child of fork() a loss of the parent runs on the CPU alone: with ONNX Runtime if it was loaded with threads = 1
- *    (else that is an error), with TorchScript on one thread. pykd_free() leaves it alone there. What the child loads
- *    itself is as everywhere. A process may end while threads are at work in here.
+ *  - In a child of fork() a loss of the parent runs on the CPU alone: with ONNX Runtime if it was
+ *    loaded with one thread (else that is an error), with TorchScript on one thread. pykd_free()
+ *    leaves it alone there. What the child loads itself is as everywhere. A process may end while
+ *    threads are at work in here.
  *
  * C++ users want pykd/pykd.hpp (standard C++17) or pykd/torch.hpp (LibTorch); both sit on this file.
  */
