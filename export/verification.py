@@ -176,14 +176,17 @@ def verify(
         missing.append("loss.pt is a program: pass --trust, or trust=True, if you trust its author")
     runs = list(_runs(directory, contents, [n for n, s in graph.signature.inputs.items() if s.grad], engines, missing))
     rows = []
-    for number, lengths in enumerate(_SIZES[:3] if quick else _SIZES):
+    # Defaults at the first two sizes, since at the first most values are 0 whatever they are; at all others, and at the
+    # second again, other numbers for every parameter that a call can set.
+    last = 3 if quick else len(_SIZES)
+    moves = [(0, 0), (1, 0), *((number, number) for number in range(1, last))]
+    for number, move in moves if form != "fixed" else [(number, 0) for number in range(last)]:
+        lengths = _SIZES[number]
         axes = dict.fromkeys(axis for spec in graph.signature.inputs.values() for axis in spec.names)
         sizes = {axis: lengths.get(axis, lengths.get(axis.rstrip("_0123456789"), lengths[""])) for axis in axes}
         inputs = composition.draw(graph.signature.inputs, sizes, seed + number, getattr(torch, dtype))
-        # The first size keeps the defaults; the others move every parameter that a call can set.
-        factor = 1.0 if form == "fixed" else 1 + 0.25 * number
-        numbers = {n: p.default * factor for n, p in graph.signature.parameters.items()}
-        given = numbers if factor != 1 or form == "inputs" else {}
+        numbers = {n: p.scalar.moved(p.default, move) for n, p in graph.signature.parameters.items()}
+        given = numbers if move or form == "inputs" else {}
         want = truth(composition, graph, inputs, numbers, per_sample)
         rounding = room(graph, inputs, numbers, want, dtype)
         for engine, device, run in runs:
