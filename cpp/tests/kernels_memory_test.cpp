@@ -2,14 +2,14 @@
 #include "memory.h"
 
 #include <gtest/gtest.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <thread>
 #include <vector>
+
+#include "child.h"
 
 namespace pykd::kernels {
 namespace {
@@ -117,29 +117,24 @@ TEST(KeptMemory, ServesManyThreads) {
   EXPECT_EQ(wrong, 0);
 }
 
-#if !defined(__SANITIZE_THREAD__)  // which follows no child of a process with threads
 TEST(KeptMemory, WorksInAChildOfFork) {
+  PYKD_SKIP_WHERE_CHILDREN_HANG();
   std::atomic<bool> stop{false};
   std::thread busy([&] {
     while (!stop) KeptMemory::instance().deallocate(KeptMemory::instance().allocate(kLarge));
   });
   for (int round = 0; round < 50; ++round) {
-    const pid_t child = fork();
-    ASSERT_GE(child, 0);
-    if (child == 0) {
-      alarm(20);  // a lock that nobody holds any more would wait for ever
-      void* block = KeptMemory::instance().allocate(kLarge);
-      KeptMemory::instance().deallocate(block);
-      _exit(block == nullptr ? 1 : 0);
-    }
-    int status = 0;
-    ASSERT_EQ(waitpid(child, &status, 0), child);
-    EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    EXPECT_EQ(tests::status_of_child([] {
+                void* block = KeptMemory::instance().allocate(kLarge);
+                KeptMemory::instance().deallocate(block);
+                return block != nullptr;
+              }),
+              0);
+    if (HasFailure()) break;
   }
   stop = true;
   busy.join();
 }
-#endif
 
 #if defined(__SANITIZE_ADDRESS__)
 TEST(KeptMemoryDeathTest, IsOutOfBoundsWhileNobodyHasIt) {
