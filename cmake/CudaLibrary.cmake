@@ -1,4 +1,4 @@
-# libpykd_cuda: the kernels for CUDA, opened on demand by libpykd (cpp/kernels/cuda_loader.h). Included by
+# libpykd_cuda: the kernels for CUDA, opened on demand by libpykd (cpp/kernels/cuda/loader.h). Included by
 # cpp/CMakeLists.txt. PYKD_CUDA=AUTO builds it where nvcc of CUDA 12 or later is found, which needs no GPU. The CUDA
 # runtime is linked into it, so that it loads on machines without CUDA too, and then says why it cannot be used.
 #
@@ -60,11 +60,10 @@ if(_pykd_oldest EQUAL 1000)  # "all", "native": no numbers
   set(_pykd_oldest 80)
 endif()
 
-file(GLOB PYKD_CUDA_SOURCES CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/cpp/kernels/*.cu"
-                                              "${PROJECT_SOURCE_DIR}/cpp/kernels/*/*.cu")
+file(GLOB PYKD_CUDA_SOURCES CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/cpp/kernels/*/*.cu")
 add_library(pykd_cuda SHARED ${PYKD_CUDA_SOURCES})
 target_compile_definitions(pykd_cuda PRIVATE PYKD_BUILD PYKD_CUDA_OLDEST=${_pykd_oldest})
-target_include_directories(pykd_cuda PRIVATE "${PROJECT_SOURCE_DIR}/cpp/kernels" "${PROJECT_SOURCE_DIR}/cpp/include")
+target_include_directories(pykd_cuda PRIVATE "${PROJECT_SOURCE_DIR}/cpp" "${PROJECT_SOURCE_DIR}/cpp/include")
 target_compile_options(pykd_cuda PRIVATE $<$<BOOL:${PYKD_WERROR}>:-Werror=all-warnings>
                                          "SHELL:-Xcompiler=-Wall,-Wextra,-Wno-unused-parameter")
 set_target_properties(pykd_cuda PROPERTIES
@@ -73,7 +72,7 @@ set_target_properties(pykd_cuda PROPERTIES
                       CUDA_RUNTIME_LIBRARY Static
                       CUDA_VISIBILITY_PRESET hidden)
 # It exports two functions.
-set(_pykd_map "${PROJECT_SOURCE_DIR}/cpp/kernels/libpykd_cuda.map")
+set(_pykd_map "${PROJECT_SOURCE_DIR}/cpp/kernels/cuda/libpykd_cuda.map")
 target_link_options(pykd_cuda PRIVATE "-Wl,--version-script=${_pykd_map}" -Wl,-z,defs)
 set_target_properties(pykd_cuda PROPERTIES LINK_DEPENDS "${_pykd_map}")
 list(JOIN _pykd_architectures " " _pykd_architectures)

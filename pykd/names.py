@@ -10,7 +10,7 @@ import keyword
 import re
 from collections.abc import Iterable
 
-MAX_LENGTH = 200  # of a name in an artefact; cpp/src/signature.cpp refuses longer ones
+MAX_LENGTH = 200  # of a name in an artefact; cpp/runtime/signature/ refuses longer ones
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]*", re.ASCII)
 # Words that mean something else in the code of a graph: to Python, to torch.fx, or to TorchScript, which renames an
 # argument that has one of them when it is saved (reserved_names in its printer).

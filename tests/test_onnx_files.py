@@ -38,7 +38,7 @@ def models(exported):
 
 @pytest.mark.slow
 def test_the_operators_of_exported_files_are_those_of_the_table(models):
-    """The first part of the table in cpp/src/onnx_operators.h; what a new loss needs is moved or added there."""
+    """The first part of the table in cpp/runtime/artefact/onnx_operators.h; what a new loss needs is moved or added there."""
     found = {
         node.op_type
         for model in models
@@ -46,7 +46,7 @@ def test_the_operators_of_exported_files_are_those_of_the_table(models):
         for node in body.node
         if node.domain != "pykd"
     }
-    text = (ROOT / "cpp/src/onnx_operators.h").read_text()
+    text = (ROOT / "cpp/runtime/artefact/onnx_operators.h").read_text()
     ours, others = text.split("// What losses of others may be made of.")
     assert found == set(re.findall(r'\{"(\w+)",', ours)), "move lines of the table"
     assert not found & set(re.findall(r'\{"(\w+)",', others))
@@ -54,7 +54,7 @@ def test_the_operators_of_exported_files_are_those_of_the_table(models):
 
 @pytest.mark.slow
 def test_a_composition_of_the_largest_losses_is_within_the_limit_of_nodes(models):
-    limit = int(re.search(r"kMaxNodes = (\d+)", (ROOT / "cpp/src/onnx_scan.cpp").read_text()).group(1))
+    limit = int(re.search(r"kMaxNodes = (\d+)", (ROOT / "cpp/runtime/artefact/onnx_scan.cpp").read_text()).group(1))
     largest = max(expanded(model) for model in models if len(model.functions) <= 1)
     assert largest * MAX_PARTS < limit < 2 * largest * MAX_PARTS
 

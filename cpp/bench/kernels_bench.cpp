@@ -21,9 +21,9 @@
 #include <vector>
 
 #include "hwy/aligned_allocator.h"
-#include "kernel.h"
-#include "simd.h"
-#include "threads.h"
+#include "kernels/host/threads.h"
+#include "kernels/kernel.h"
+#include "kernels/simd/targets.h"
 
 namespace {
 

@@ -11,8 +11,8 @@
 #include <cstdio>
 #include <string>
 
+#include "bench/timing.h"
 #include "pykd/torch.hpp"
-#include "timing.h"
 
 int main(int argc, char** argv) try {
   if (argc < 4) throw std::invalid_argument("expected <artefact> <dtype> axis=length …");

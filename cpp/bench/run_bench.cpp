@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "bench/timing.h"
 #include "pykd/pykd.hpp"
-#include "timing.h"
 
 int main(int argc, char** argv) try {
   if (argc < 5) throw std::invalid_argument("expected <artefact> auto|on|off <dtype> axis=length …");

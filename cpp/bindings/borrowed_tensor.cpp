@@ -1,6 +1,6 @@
-#include "borrowed_tensor.h"
+#include "bindings/borrowed_tensor.h"
 
-#include "interpreter.h"
+#include "bindings/interpreter.h"
 
 #include <string>
 #include <unordered_map>

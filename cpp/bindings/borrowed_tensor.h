@@ -1,4 +1,4 @@
-// File: borrowed_tensor.h
+// File: bindings/borrowed_tensor.h
 //
 // A tensor taken over from a Python object by DLPack, for the length of one call.
 #ifndef PYKD_BINDINGS_BORROWED_TENSOR_H_
@@ -6,7 +6,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "dlpack_abi.h"
+#include "bindings/dlpack_abi.h"
 #include "pykd/pykd.h"
 
 namespace pykd::bindings {

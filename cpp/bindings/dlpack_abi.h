@@ -1,4 +1,4 @@
-// File: dlpack_abi.h
+// File: bindings/dlpack_abi.h
 //
 // The part of the DLPack ABI by which Python objects hand over tensors (dmlc.github.io/dlpack, Python
 // specification: `__dlpack__`). Declared here in our own words; the layout is that of DLPack 1.0.

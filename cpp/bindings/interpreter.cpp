@@ -1,4 +1,4 @@
-#include "interpreter.h"
+#include "bindings/interpreter.h"
 
 #include <cstring>
 

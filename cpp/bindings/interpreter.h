@@ -1,4 +1,4 @@
-// File: interpreter.h
+// File: bindings/interpreter.h
 //
 // What the bindings need to know of Python itself: the GIL around the end of the process, and text.
 //

@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "borrowed_tensor.h"
-#include "interpreter.h"
+#include "bindings/borrowed_tensor.h"
+#include "bindings/interpreter.h"
 #include "pykd/kernels.h"
 #include "pykd/pykd.hpp"
 

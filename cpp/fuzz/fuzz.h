@@ -1,4 +1,4 @@
-// File: fuzz.h
+// File: fuzz/fuzz.h
 //
 // What a fuzz target is: a function of bytes, in the form that libFuzzer knows, and seeds to start from. main.cpp runs
 // it with a mutator of our own; with clang, -fsanitize=fuzzer in place of main.cpp gives libFuzzer.

@@ -6,7 +6,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
-#include "fuzz.h"
+#include "fuzz/fuzz.h"
 
 namespace {
 

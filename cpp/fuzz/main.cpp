@@ -13,7 +13,7 @@
 #include <protozero/varint.hpp>
 #include <random>
 
-#include "fuzz.h"
+#include "fuzz/fuzz.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>

@@ -1,8 +1,8 @@
 // The metadata of an artefact: any text is a signature or a Failure(PYKD_BAD_ARTEFACT).
-#include "error.h"
-#include "fuzz.h"
-#include "signature.h"
-#include "tiny_model.h"
+#include "base/error.h"
+#include "fuzz/fuzz.h"
+#include "runtime/signature/signature.h"
+#include "tests/tiny_model.h"
 
 pykd::fuzz::Form pykd::fuzz::form() { return Form::kBytes; }
 

@@ -1,8 +1,8 @@
 // The scan of ONNX files, and the checksum before it: any bytes are a signature or a Failure(PYKD_BAD_ARTEFACT).
-#include "artefact.h"
-#include "error.h"
-#include "fuzz.h"
-#include "tiny_model.h"
+#include "base/error.h"
+#include "fuzz/fuzz.h"
+#include "runtime/artefact/artefact.h"
+#include "tests/tiny_model.h"
 
 namespace {
 

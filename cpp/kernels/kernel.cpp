@@ -1,11 +1,11 @@
-#include "kernel.h"
+#include "kernels/kernel.h"
 
 #include <algorithm>
 #include <cmath>
 #include <string_view>
 #include <utility>
 
-#include "tensor.h"
+#include "base/tensor.h"
 
 namespace pykd::kernels {
 namespace {

@@ -18,7 +18,7 @@
 //         run});
 //
 // and nothing else: the C interface, the ONNX Runtime and torch ops and the tests find it in the registry. A CUDA
-// version of the same name lies in a .cu beside it and becomes part of libpykd_cuda (kernels/cuda.h).
+// version of the same name lies in a .cu beside it and becomes part of libpykd_cuda (kernels/cuda/interface.h).
 //
 // What every kernel promises:
 //
@@ -87,7 +87,7 @@ struct Array {
   }
 };
 
-// ---- Threads, lent by whoever calls: ONNX Runtime's, ATen's, or our own (threads.h) ---------------
+// ---- Threads, lent by whoever calls: ONNX Runtime's, ATen's, or our own (host/threads.h) ----------
 
 struct Parallel {
   int threads = 1;  // that may work at once, the caller among them

@@ -8,8 +8,8 @@
 #include <regex>
 
 #include "pykd/kernels.h"
-#include "support.h"
-#include "tiny_model.h"
+#include "tests/support.h"
+#include "tests/tiny_model.h"
 
 extern "C" int run_c_example(const char* path, float* value, float gradient[6]);
 extern "C" int run_c_kernel_example(float value[2], float gradient[6]);

@@ -1,12 +1,12 @@
 // The loader against damaged, foreign and hostile files: every one is refused with a Failure that
 // says why, and none of them crashes the scanner. No engine takes part.
-#include "artefact.h"
+#include "runtime/artefact/artefact.h"
 
 #include <random>
 
-#include "error.h"
-#include "support.h"
-#include "tiny_model.h"
+#include "base/error.h"
+#include "tests/support.h"
+#include "tests/tiny_model.h"
 
 namespace pykd::internal {
 namespace {

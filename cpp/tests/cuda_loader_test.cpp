@@ -3,7 +3,7 @@
 //
 // A library that has been opened stays for the life of the process. So every test that opens a whole one runs in a
 // process of its own (a death test of its whole body), and the others come in any order.
-#include "cuda_loader.h"
+#include "kernels/cuda/loader.h"
 
 #include <dlfcn.h>
 #include <gtest/gtest.h>
@@ -16,8 +16,8 @@
 #include <thread>
 #include <vector>
 
-#include "error.h"
-#include "support.h"
+#include "base/error.h"
+#include "tests/support.h"
 
 namespace pykd::kernels {
 namespace {

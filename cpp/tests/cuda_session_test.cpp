@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "pykd/pykd.hpp"
-#include "support.h"
-#include "tiny_model.h"
+#include "tests/support.h"
+#include "tests/tiny_model.h"
 
 namespace pykd::tests {
 namespace {

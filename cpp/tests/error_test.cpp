@@ -1,9 +1,9 @@
-#include "error.h"
+#include "base/error.h"
 
 #include <new>
 #include <thread>
 
-#include "support.h"
+#include "tests/support.h"
 
 namespace pykd::internal {
 namespace {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 
-#include "cuda.h"
+#include "kernels/cuda/interface.h"
 
 #define FAKE_GOOD 1
 #define FAKE_OTHER_VERSION 2

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "engine.h"
+#include "runtime/engines/engine.h"
 
 #define FAKE_GOOD 1
 #define FAKE_OLD 2

@@ -1,4 +1,4 @@
-// File: half_numbers.h
+// File: tests/half_numbers.h
 //
 // The 16-bit formats, one number at a time, by Eigen: rounded to nearest, ties to even.
 #ifndef PYKD_TESTS_HALF_NUMBERS_H_

@@ -7,8 +7,8 @@
 
 #include "pykd/kernels.h"
 #include "pykd/pykd.hpp"
-#include "support.h"
-#include "tiny_model.h"
+#include "tests/support.h"
+#include "tests/tiny_model.h"
 
 namespace pykd::tests {
 namespace {

@@ -1,4 +1,4 @@
-// File: kernel_threads.h
+// File: tests/kernel_threads.h
 //
 // Threads to run a kernel on in a test: as many as asked for, whatever the machine has.
 #ifndef PYKD_TESTS_KERNEL_THREADS_H_
@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "kernel.h"
+#include "kernels/kernel.h"
 
 namespace pykd::tests {
 

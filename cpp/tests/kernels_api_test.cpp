@@ -11,9 +11,9 @@
 #include <string>
 #include <vector>
 
-#include "error.h"
-#include "kernel.h"
-#include "support.h"
+#include "base/error.h"
+#include "kernels/kernel.h"
+#include "tests/support.h"
 
 namespace pykd::kernels {
 namespace {

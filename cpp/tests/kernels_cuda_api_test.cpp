@@ -5,9 +5,9 @@
 #include <cstdlib>
 #include <vector>
 
-#include "kernel.h"
+#include "kernels/kernel.h"
 #include "pykd/kernels.h"
-#include "support.h"
+#include "tests/support.h"
 
 namespace pykd::kernels {
 namespace {

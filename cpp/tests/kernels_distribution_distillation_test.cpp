@@ -1,6 +1,6 @@
 // The fused kernel of distribution distillation against its formula in float64, pair by pair and node by node, on every
 // instruction set of this machine.
-#include "distribution_distillation/distribution_distillation.h"
+#include "kernels/distribution_distillation/distribution_distillation.h"
 
 #include <gtest/gtest.h>
 
@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
-#include "kernel_threads.h"
-#include "simd.h"
+#include "kernels/simd/targets.h"
+#include "tests/kernel_threads.h"
 
 namespace pykd::kernels {
 namespace {

@@ -1,5 +1,5 @@
 // The fused distance of normalised features against its formula in float64, on every instruction set of this machine.
-#include "feature_distance/feature_distance.h"
+#include "kernels/feature_distance/feature_distance.h"
 
 #include <gtest/gtest.h>
 
@@ -12,9 +12,9 @@
 #include <string>
 #include <vector>
 
-#include "half_numbers.h"
-#include "kernel_threads.h"
-#include "simd.h"
+#include "kernels/simd/targets.h"
+#include "tests/half_numbers.h"
+#include "tests/kernel_threads.h"
 
 namespace pykd::kernels {
 namespace {

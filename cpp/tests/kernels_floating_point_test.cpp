@@ -9,10 +9,10 @@
 #include <string>
 #include <vector>
 
-#include "half_numbers.h"
-#include "kernel.h"
-#include "simd.h"
-#include "support.h"
+#include "kernels/kernel.h"
+#include "kernels/simd/targets.h"
+#include "tests/half_numbers.h"
+#include "tests/support.h"
 
 namespace pykd::kernels {
 namespace {

@@ -1,5 +1,5 @@
 // Memory for results: what is kept, for whom, and for how long.
-#include "memory.h"
+#include "kernels/host/memory.h"
 
 #include <gtest/gtest.h>
 

@@ -1,5 +1,5 @@
 // The fused MK-MMD kernel against its formula in float64, on every instruction set of this machine.
-#include "mk_mmd/mk_mmd.h"
+#include "kernels/mk_mmd/mk_mmd.h"
 
 #include <gtest/gtest.h>
 
@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "kernel_threads.h"
-#include "simd.h"
+#include "kernels/simd/targets.h"
+#include "tests/kernel_threads.h"
 
 namespace pykd::kernels {
 namespace {

@@ -1,12 +1,12 @@
 // kernels/simd: exp, log, and the conversions of half-precision entries, on every instruction set of this processor,
 // against the C library and the compiler's own half-precision type.
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "../tests/kernels_simd_test.cpp"  // beside kernels/, which is on the include path
+#define HWY_TARGET_INCLUDE "tests/kernels_simd_test.cpp"
 #include "hwy/foreach_target.h"
 
 #include "hwy/highway.h"
-#include "simd/math-inl.h"
-#include "simd/memory-inl.h"
+#include "kernels/simd/math-inl.h"
+#include "kernels/simd/memory-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace pykd::kernels::HWY_NAMESPACE {
@@ -93,8 +93,8 @@ HWY_AFTER_NAMESPACE();
 #include <string>
 #include <vector>
 
-#include "half_numbers.h"
-#include "simd.h"
+#include "kernels/simd/targets.h"
+#include "tests/half_numbers.h"
 
 namespace pykd::kernels {
 namespace {

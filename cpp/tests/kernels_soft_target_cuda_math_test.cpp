@@ -1,5 +1,6 @@
-// soft_target for CUDA without a GPU: its kernels run on an emulated one (gpu_emulation.h) and are compared with the
-// formulas in float64, in every layout that the launcher can choose; and that choice is tested as the arithmetic it is.
+// soft_target for CUDA without a GPU: its kernels run on an emulated one (kernels/cuda/gpu_emulation.h) and are
+// compared with the formulas in float64, in every layout that the launcher can choose; and that choice is tested as the
+// arithmetic it is.
 //
 // What this cannot show: the hardware's own exp2 and log2, real clusters and copies, speed.
 #include <gtest/gtest.h>
@@ -14,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "soft_target/soft_target_kernels.cuh"
+#include "kernels/soft_target/soft_target_kernels.cuh"
 
 namespace pykd::kernels::soft_target {
 namespace {

@@ -10,11 +10,11 @@
 #include <string>
 #include <vector>
 
-#include "half_numbers.h"
-#include "kernel.h"
-#include "kernel_threads.h"
-#include "simd.h"
-#include "soft_target/soft_target.h"
+#include "kernels/kernel.h"
+#include "kernels/simd/targets.h"
+#include "kernels/soft_target/soft_target.h"
+#include "tests/half_numbers.h"
+#include "tests/kernel_threads.h"
 
 namespace pykd::kernels {
 namespace {

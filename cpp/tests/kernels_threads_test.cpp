@@ -1,5 +1,5 @@
 // pykd's own threads: every task once, from many callers at once, after fork(), and never more than asked for.
-#include "threads.h"
+#include "kernels/host/threads.h"
 
 #include <gtest/gtest.h>
 

@@ -3,11 +3,11 @@
 #include <cstdint>
 #include <limits>
 
-#include "artefact.h"
-#include "error.h"
-#include "onnx_operators.h"
-#include "support.h"
-#include "tiny_model.h"
+#include "base/error.h"
+#include "runtime/artefact/artefact.h"
+#include "runtime/artefact/onnx_operators.h"
+#include "tests/support.h"
+#include "tests/tiny_model.h"
 
 namespace pykd::internal {
 namespace {
@@ -84,7 +84,7 @@ TEST(OnnxScan, KnowsItsOperators) {
   for (const char* op : {"If", "Loop", "Scan", "ConstantOfShape", "Tile", "RandomNormal", "Resize", "Pad", "NonZero",
                          "SequenceEmpty", "StringConcat", "EyeLike", "Anything"}) {
     EXPECT_BAD(scan(with({node(op, {"d"}, "x")})), "operators that pykd's loader knows", op,
-               "cpp/src/onnx_operators.h");
+               "cpp/runtime/artefact/onnx_operators.h");
     EXPECT_BAD(scan(with({}, {}, {function("pykd", "f", {node(op, {"x"}, "y")})})),
                "operators that pykd's loader knows");
   }

@@ -1,12 +1,12 @@
 // The metadata's parser and the checks of a call: what is wrong, and whether the message says so.
-#include "signature.h"
+#include "runtime/signature/signature.h"
 
 #include <cmath>
 #include <limits>
 
-#include "error.h"
-#include "support.h"
-#include "tiny_model.h"
+#include "base/error.h"
+#include "tests/support.h"
+#include "tests/tiny_model.h"
 
 namespace pykd::internal {
 namespace {

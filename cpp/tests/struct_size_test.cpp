@@ -1,8 +1,8 @@
 // Structs that grow: a caller with an older or a newer header than the library's.
-#include "struct_size.h"
+#include "base/struct_size.h"
 
-#include "error.h"
-#include "support.h"
+#include "base/error.h"
+#include "tests/support.h"
 
 namespace pykd::internal {
 namespace {

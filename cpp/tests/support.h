@@ -1,4 +1,4 @@
-// File: support.h
+// File: tests/support.h
 //
 // Small helpers that the tests share.
 #ifndef PYKD_TESTS_SUPPORT_H_

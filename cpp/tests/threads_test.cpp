@@ -4,8 +4,8 @@
 #include <thread>
 
 #include "pykd/pykd.hpp"
-#include "support.h"
-#include "tiny_model.h"
+#include "tests/support.h"
+#include "tests/tiny_model.h"
 
 namespace pykd::tests {
 namespace {

@@ -1,4 +1,4 @@
-// File: tiny_model.h
+// File: tests/tiny_model.h
 //
 // ONNX artefacts made by hand, byte by byte, for tests that need one without Python: the mean
 // squared error of two tensors with a weight, as value or with its gradient. Tests change its parts
@@ -20,7 +20,7 @@
 #include <utility>
 #include <vector>
 
-#include "../src/sha256.h"
+#include "runtime/artefact/sha256.h"
 
 namespace pykd::tests {
 

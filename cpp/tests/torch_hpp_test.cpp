@@ -16,8 +16,8 @@
 #include <thread>
 #include <vector>
 
-#include "support.h"
-#include "tiny_model.h"
+#include "tests/support.h"
+#include "tests/tiny_model.h"
 
 namespace {
 

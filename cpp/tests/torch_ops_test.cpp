@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "pykd/torch_kernels.hpp"
-#include "support.h"
+#include "tests/support.h"
 
 namespace {
 thread_local int large_requests = 0;

@@ -17,9 +17,9 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
-#include "half_numbers.h"
 #include "pykd/pykd.hpp"
-#include "support.h"
+#include "tests/half_numbers.h"
+#include "tests/support.h"
 
 namespace pykd::tests {
 namespace {

@@ -1,4 +1,4 @@
-#include "distribution_distillation/distribution_distillation.h"
+#include "kernels/distribution_distillation/distribution_distillation.h"
 
 #include <algorithm>
 #include <cmath>
@@ -12,11 +12,11 @@
 #include <vector>
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "distribution_distillation/distribution_distillation.cpp"
+#define HWY_TARGET_INCLUDE "kernels/distribution_distillation/distribution_distillation.cpp"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
-#include "memory.h"
-#include "simd/math-inl.h"
+#include "kernels/host/memory.h"
+#include "kernels/simd/math-inl.h"
 
 // ---- What does not depend on the instruction set -------------------------------------------------
 #ifndef PYKD_KERNELS_DISTRIBUTION_DISTILLATION_ONCE_

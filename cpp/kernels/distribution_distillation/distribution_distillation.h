@@ -39,7 +39,7 @@
 #ifndef PYKD_KERNELS_DISTRIBUTION_DISTILLATION_DISTRIBUTION_DISTILLATION_H_
 #define PYKD_KERNELS_DISTRIBUTION_DISTILLATION_DISTRIBUTION_DISTILLATION_H_
 
-#include "kernel.h"
+#include "kernels/kernel.h"
 
 namespace pykd::kernels {
 

@@ -1,4 +1,4 @@
-#include "feature_distance/feature_distance.h"
+#include "kernels/feature_distance/feature_distance.h"
 
 #include <algorithm>
 #include <cmath>
@@ -8,10 +8,10 @@
 #include <vector>
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "feature_distance/feature_distance.cpp"
+#define HWY_TARGET_INCLUDE "kernels/feature_distance/feature_distance.cpp"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
-#include "simd/memory-inl.h"
+#include "kernels/simd/memory-inl.h"
 
 // ---- What does not depend on the instruction set -------------------------------------------------
 #ifndef PYKD_KERNELS_FEATURE_DISTANCE_ONCE_

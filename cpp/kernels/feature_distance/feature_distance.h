@@ -21,7 +21,7 @@
 #ifndef PYKD_KERNELS_FEATURE_DISTANCE_FEATURE_DISTANCE_H_
 #define PYKD_KERNELS_FEATURE_DISTANCE_FEATURE_DISTANCE_H_
 
-#include "kernel.h"
+#include "kernels/kernel.h"
 
 namespace pykd::kernels {
 

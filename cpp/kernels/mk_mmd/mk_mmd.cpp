@@ -1,4 +1,4 @@
-#include "mk_mmd/mk_mmd.h"
+#include "kernels/mk_mmd/mk_mmd.h"
 
 #include <algorithm>
 #include <atomic>
@@ -12,10 +12,10 @@
 #include <vector>
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "mk_mmd/mk_mmd.cpp"
+#define HWY_TARGET_INCLUDE "kernels/mk_mmd/mk_mmd.cpp"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
-#include "memory.h"
+#include "kernels/host/memory.h"
 
 // ---- What does not depend on the instruction set -------------------------------------------------
 #ifndef PYKD_KERNELS_MK_MMD_ONCE_

@@ -33,7 +33,7 @@
 #ifndef PYKD_KERNELS_MK_MMD_MK_MMD_H_
 #define PYKD_KERNELS_MK_MMD_MK_MMD_H_
 
-#include "kernel.h"
+#include "kernels/kernel.h"
 
 namespace pykd::kernels {
 

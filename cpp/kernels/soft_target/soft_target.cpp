@@ -1,4 +1,4 @@
-#include "soft_target/soft_target.h"
+#include "kernels/soft_target/soft_target.h"
 
 #include <algorithm>
 #include <atomic>
@@ -8,15 +8,15 @@
 #include <limits>
 #include <new>
 
-#include "kernel.h"
+#include "kernels/kernel.h"
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "soft_target/soft_target.cpp"
+#define HWY_TARGET_INCLUDE "kernels/soft_target/soft_target.cpp"
 #include "hwy/foreach_target.h"  // compiles this file once per instruction set
 
 #include "hwy/highway.h"
-#include "simd/math-inl.h"
-#include "simd/memory-inl.h"
+#include "kernels/simd/math-inl.h"
+#include "kernels/simd/memory-inl.h"
 
 // ---- What all instruction sets share -------------------------------------------------------------
 #ifndef PYKD_KERNELS_SOFT_TARGET_SHARED_

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <mutex>
 
-#include "cuda.h"
-#include "soft_target/soft_target_kernels.cuh"
+#include "kernels/cuda/interface.h"
+#include "kernels/soft_target/soft_target_kernels.cuh"
 
 namespace pykd::kernels::soft_target {
 namespace {

@@ -20,10 +20,10 @@
 
 #include <cstddef>
 
-#include "../gpu.cuh"
-#include "soft_target.h"
-#include "soft_target_math.cuh"
-#include "soft_target_plan.h"
+#include "kernels/cuda/gpu.cuh"
+#include "kernels/soft_target/soft_target.h"
+#include "kernels/soft_target/soft_target_math.cuh"
+#include "kernels/soft_target/soft_target_plan.h"
 
 namespace pykd::kernels::soft_target {
 

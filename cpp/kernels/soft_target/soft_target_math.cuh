@@ -10,8 +10,8 @@
 #ifndef PYKD_KERNELS_SOFT_TARGET_SOFT_TARGET_MATH_CUH_
 #define PYKD_KERNELS_SOFT_TARGET_SOFT_TARGET_MATH_CUH_
 
-#include "../gpu.cuh"
-#include "soft_target.h"
+#include "kernels/cuda/gpu.cuh"
+#include "kernels/soft_target/soft_target.h"
 
 namespace pykd::kernels::soft_target {
 

@@ -1,4 +1,4 @@
-#include "custom_ops.h"
+#include "ops/onnxruntime/custom_ops.h"
 
 #include <algorithm>
 #include <climits>
@@ -11,11 +11,11 @@
 #include <thread>
 #include <utility>
 
-#include "cuda_loader.h"
-#include "error.h"
-#include "fork.h"
-#include "kernel.h"
-#include "tensor.h"
+#include "base/error.h"
+#include "base/fork.h"
+#include "base/tensor.h"
+#include "kernels/cuda/loader.h"
+#include "kernels/kernel.h"
 
 namespace pykd::internal {
 namespace {

@@ -23,7 +23,7 @@
 #include <string>
 #include <vector>
 
-#include "engine.h"
+#include "base/device.h"
 
 namespace pykd::internal {
 

@@ -1,0 +1,230 @@
+// File: kernels/cuda/gpu_emulation.h
+//
+// The names of gpu.cuh without a GPU: every GPU thread is a thread of this process. Slow, and good for what a
+// GPU does not show: results of the kernels themselves on any machine, accesses out of bounds under the address
+// sanitizer, missing barriers under the thread sanitizer.
+//
+//     gpu::Launch launch{blocks, blocks_per_cluster, threads, shared_bytes};
+//     launch.run([&] { some_kernel<gpu::Float32>(arguments); });
+//
+// Clusters run one after the other, in an order that run() can turn around; the threads of one at the same time.
+// Uninitialised shared memory holds NaN, and copies to shared memory arrive when they are waited for, not before.
+#ifndef PYKD_KERNELS_CUDA_GPU_EMULATION_H_
+#define PYKD_KERNELS_CUDA_GPU_EMULATION_H_
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace pykd::kernels::gpu {
+
+// ---- A cluster that is running -----------------------------------------------------------------------
+
+class Barrier {
+ public:
+  explicit Barrier(unsigned threads) { pthread_barrier_init(&barrier_, nullptr, threads); }
+  ~Barrier() { pthread_barrier_destroy(&barrier_); }
+  Barrier(const Barrier&) = delete;
+  Barrier& operator=(const Barrier&) = delete;
+  void wait() { pthread_barrier_wait(&barrier_); }
+
+ private:
+  pthread_barrier_t barrier_;
+};
+
+struct EmulatedWarp {
+  Barrier barrier{kWarp};
+  unsigned char lanes[kWarp][64];
+};
+
+struct EmulatedBlock {
+  EmulatedBlock(unsigned threads, std::size_t shared_bytes)
+      : barrier(threads), warps(threads / kWarp), shared(shared_bytes / sizeof(Words)) {
+    forget();
+  }
+  void forget() { std::memset(static_cast<void*>(shared.data()), 0xff, shared.size() * sizeof(Words)); }
+  Barrier barrier;
+  std::vector<EmulatedWarp> warps;
+  std::vector<Words> shared;
+};
+
+struct EmulatedThread {
+  unsigned block = 0, rank = 0, thread = 0, threads = 0;
+  EmulatedBlock* own = nullptr;
+  std::deque<EmulatedBlock>* cluster = nullptr;
+  Barrier* cluster_barrier = nullptr;
+  // Copies that were begun: those of groups that are closed, and those of the group that is open.
+  std::deque<std::vector<std::pair<void*, const void*>>> groups;
+  std::vector<std::pair<void*, const void*>> open;
+};
+
+inline thread_local EmulatedThread* self = nullptr;
+
+struct Launch {
+  unsigned blocks = 1, cluster = 1, threads = kWarp;
+  std::size_t shared_bytes = 0;
+
+  template <class Kernel>
+  void run(const Kernel& kernel, bool backwards = false) const {
+    if (threads % kWarp != 0 || blocks % cluster != 0 || shared_bytes % sizeof(Words) != 0) {
+      throw std::logic_error("a launch in whole warps, whole clusters and 16 bytes");
+    }
+    // The same threads serve one cluster after the other.
+    std::deque<EmulatedBlock> running;
+    for (unsigned rank = 0; rank < cluster; ++rank) running.emplace_back(threads, shared_bytes);
+    Barrier all(cluster * threads);
+    std::vector<std::thread> workers;
+    for (unsigned rank = 0; rank < cluster; ++rank) {
+      for (unsigned thread = 0; thread < threads; ++thread) {
+        workers.emplace_back([&, rank, thread] {
+          for (unsigned i = 0; i < blocks / cluster; ++i) {
+            const unsigned first = (backwards ? blocks / cluster - 1 - i : i) * cluster;
+            EmulatedThread state{first + rank, rank, thread, threads, &running[rank], &running, &all, {}, {}};
+            self = &state;
+            kernel();
+            running[rank].barrier.wait();
+            if (thread == 0) running[rank].forget();  // the block is over, whoever of the cluster still reads there
+            all.wait();
+          }
+        });
+      }
+    }
+    for (std::thread& worker : workers) worker.join();
+  }
+};
+
+// ---- The names ---------------------------------------------------------------------------------------
+
+inline unsigned block() { return self->block; }
+inline unsigned thread() { return self->thread; }
+inline unsigned threads() { return self->threads; }
+inline void block_barrier() { self->own->barrier.wait(); }
+inline unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(self->own->shared.data()); }
+
+template <class T>
+T shuffle_xor(const T& value, int mask) {
+  static_assert(sizeof(T) <= sizeof(EmulatedWarp::lanes[0]));
+  EmulatedWarp& warp = self->own->warps[self->thread / kWarp];
+  const unsigned lane = self->thread % kWarp;
+  std::memcpy(warp.lanes[lane], &value, sizeof(T));
+  warp.barrier.wait();
+  T result;
+  std::memcpy(&result, warp.lanes[lane ^ static_cast<unsigned>(mask)], sizeof(T));
+  warp.barrier.wait();
+  return result;
+}
+
+inline void cluster_barrier() { self->cluster_barrier->wait(); }
+
+template <class T>
+const T* of_cluster_block(T* mine, unsigned rank) {
+  const auto offset = reinterpret_cast<unsigned char*>(mine) - shared_memory();
+  return reinterpret_cast<const T*>(reinterpret_cast<unsigned char*>((*self->cluster)[rank].shared.data()) + offset);
+}
+
+inline void check_aligned(const void* p) {
+  if (reinterpret_cast<std::uintptr_t>(p) % sizeof(Words) != 0) std::abort();  // as a GPU would
+}
+inline Words load(const void* aligned) {
+  check_aligned(aligned);
+  Words words;
+  std::memcpy(&words, aligned, sizeof words);
+  return words;
+}
+inline void store(void* aligned, const Words& words) {
+  check_aligned(aligned);
+  std::memcpy(aligned, &words, sizeof words);
+}
+inline void store_streaming(void* aligned, const Words& words) { store(aligned, words); }
+
+inline void copy_to_shared(void* shared, const void* aligned) {
+  check_aligned(shared);
+  check_aligned(aligned);
+  self->open.emplace_back(shared, aligned);
+}
+inline void commit() {
+  self->groups.push_back(std::move(self->open));
+  self->open.clear();
+}
+template <int n>
+void wait_for_all_but() {
+  while (self->groups.size() > n) {
+    for (const auto& [to, from] : self->groups.front()) std::memcpy(to, from, sizeof(Words));
+    self->groups.pop_front();
+  }
+}
+
+inline float exp2(float x) {
+  const float y = std::exp2(x);
+  return y < std::numeric_limits<float>::min() ? 0.0f : y;
+}
+inline float log2_fast(float x) { return std::log2(x); }
+inline float log2(float x) { return std::log2(x); }
+inline float max(float a, float b) { return std::fmax(a, b); }
+inline float product(float a, float b) {
+  volatile float result = a * b;  // rounded, whatever comes next
+  return result;
+}
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+inline float infinity() { return std::numeric_limits<float>::infinity(); }
+inline float nan() { return std::numeric_limits<float>::quiet_NaN(); }
+
+inline float bits_to_float(std::uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline std::uint32_t float_to_bits(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float half_to_float(std::uint16_t bits) {
+  const int exponent = bits >> 10 & 31;
+  const int fraction = bits & 1023;
+  const float sign = (bits & 0x8000) != 0 ? -1.0f : 1.0f;
+  if (exponent == 31) return fraction == 0 ? sign * infinity() : nan();
+  return sign * (exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                               : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25));
+}
+inline std::uint16_t float_to_half(float x) {
+  const auto sign = static_cast<std::uint16_t>(std::signbit(x) ? 0x8000 : 0);
+  if (std::isnan(x)) return 0x7fff;
+  x = std::fabs(x);
+  if (x >= 65520.0f) return sign | 0x7c00;
+  if (x == 0.0f) return sign;
+  int exponent;
+  std::frexp(x, &exponent);
+  exponent = std::max(exponent, -13);  // of the lowest normal number, in frexp's counting
+  const auto units = static_cast<std::uint32_t>(std::nearbyint(std::ldexp(x, 11 - exponent)));  // 0 … 2048
+  // A carry into the next binade, or from the subnormal numbers into the normal, is one in the bits as well.
+  return static_cast<std::uint16_t>(sign | (units + static_cast<std::uint32_t>(exponent + 13) * 1024));
+}
+inline std::uint16_t float_to_bfloat(float x) {
+  if (std::isnan(x)) return 0x7fff;
+  const std::uint32_t bits = float_to_bits(x);
+  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline std::uint32_t floats_to_halves(float a, float b) {
+  return float_to_half(a) | static_cast<std::uint32_t>(float_to_half(b)) << 16;
+}
+inline std::uint32_t floats_to_bfloats(float a, float b) {
+  return float_to_bfloat(a) | static_cast<std::uint32_t>(float_to_bfloat(b)) << 16;
+}
+
+}  // namespace pykd::kernels::gpu
+
+#endif  // PYKD_KERNELS_CUDA_GPU_EMULATION_H_

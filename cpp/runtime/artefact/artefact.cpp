@@ -1,0 +1,246 @@
+#include "runtime/artefact/artefact.h"
+
+#include <zlib.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <protozero/pbf_reader.hpp>
+#include <system_error>
+
+#include "base/error.h"
+#include "runtime/artefact/sha256.h"
+
+namespace pykd::internal {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr std::string_view kZipMagic = "PK\x03\x04";
+constexpr std::size_t kMaxTorchScriptSize = 1u << 30;
+
+// The trailers of docs/artefacts.md, without the eight digits that follow.
+constexpr std::string_view kOnnxTrailer("\x72\x16\x0a\x0apykd.crc32\x12\x08", 16);
+constexpr std::string_view kZipTrailer = "pykd.crc32=";
+constexpr std::size_t kDigits = 8;
+
+// ---- Reading files -----------------------------------------------------------------------------
+
+[[noreturn]] void cannot_read(const std::string& path, const std::string& why) {
+  fail(PYKD_NOT_FOUND, "a file that can be read at " + path, why, "check the path and its permissions");
+}
+
+ArtefactFile read_file(const fs::path& path) {
+  ArtefactFile file;
+  file.label = path.string();
+  std::error_code error;
+  // A device or a pipe might never end.
+  if (!fs::is_regular_file(path, error)) cannot_read(file.label, "no regular file there");
+  std::ifstream stream(path, std::ios::binary);
+  if (!stream) cannot_read(file.label, std::strerror(errno));
+  // Of the file that is open: an export may put another one in its place.
+  const std::streamoff end = stream.seekg(0, std::ios::end).tellg();
+  if (end < 0) cannot_read(file.label, "no size");
+  const auto size = static_cast<std::uintmax_t>(end);
+  stream.seekg(0);
+  char magic[4] = {};
+  stream.read(magic, sizeof magic);
+  const auto start = static_cast<std::size_t>(stream.gcount());
+  file.format = detect_format({magic, start});
+  check_size(file.label, file.format, size);
+  file.bytes.assign(magic, start);
+  if (size > start) {
+    file.bytes.resize(static_cast<std::size_t>(size));
+    stream.read(&file.bytes[start], static_cast<std::streamsize>(size - start));
+    file.bytes.resize(start + static_cast<std::size_t>(stream.gcount()));
+  }
+  if (stream.bad()) cannot_read(file.label, "an error while reading it");
+  return file;
+}
+
+[[noreturn]] void not_of_the_manifest(const std::string& label, const std::string& expected, const std::string& got) {
+  fail(PYKD_BAD_ARTEFACT, label + " to be the file of manifest.json beside it, " + expected, got,
+       "the files of this folder do not belong together: copy the whole folder, or export the loss again");
+}
+
+std::optional<ArtefactFile> find_member(const fs::path& folder, const char* name, FileFormat format,
+                                        const Manifest& manifest) {
+  std::error_code error;
+  if (!fs::exists(folder / name, error)) return std::nullopt;
+  ArtefactFile file;
+  file.label = (folder / name).string();
+  file.format = format;
+  file.unread = true;
+  for (const ManifestEntry& entry : manifest.files) {
+    if (entry.name == name) file.described = entry;
+  }
+  if (!file.described) not_of_the_manifest(file.label, "which lists every file", "one that is not in it");
+  return file;
+}
+
+std::string read_manifest(const fs::path& folder) { return read_file(folder / "manifest.json").bytes; }
+
+Artefact read_folder(const fs::path& folder) {
+  std::error_code error;
+  const fs::path manifest_path = folder / "manifest.json";
+  if (!fs::exists(manifest_path, error)) {
+    fail(PYKD_NOT_FOUND, "a folder that pykd.export wrote at " + folder.string(), "one without manifest.json",
+         "give the folder that was exported, or one of its files by its path");
+  }
+  Artefact artefact;
+  artefact.folder = folder.string();
+  artefact.manifest = read_manifest(folder);
+  Manifest manifest;
+  try {
+    manifest = parse_manifest(artefact.manifest);
+  } catch (const Failure& failure) {
+    throw Failure(failure.status(), manifest_path.string() + ": " + failure.what());
+  }
+  artefact.value = find_member(folder, "loss.onnx", FileFormat::kOnnx, manifest);
+  artefact.gradient = find_member(folder, "loss.grad.onnx", FileFormat::kOnnx, manifest);
+  artefact.torchscript = find_member(folder, "loss.pt", FileFormat::kTorchScript, manifest);
+  if (!artefact.has_onnx() && !artefact.torchscript) {
+    fail(PYKD_NOT_FOUND, "loss.onnx, loss.grad.onnx or loss.pt in " + folder.string(), "none of them",
+         "export the loss again");
+  }
+  return artefact;
+}
+
+Artefact single(ArtefactFile file) {
+  Artefact artefact;
+  (file.format == FileFormat::kOnnx ? artefact.value : artefact.torchscript) = std::move(file);
+  return artefact;
+}
+
+// ---- Integrity ---------------------------------------------------------------------------------
+
+std::string hex_digits(unsigned long value) {
+  constexpr char kHex[] = "0123456789abcdef";
+  std::string text(kDigits, '0');
+  for (std::size_t i = 0; i < kDigits; ++i) text[i] = kHex[(value >> (28 - 4 * i)) & 15];
+  return text;
+}
+
+[[noreturn]] void cut_short(const ArtefactFile& file) {
+  fail(PYKD_BAD_ARTEFACT, "a whole file at " + file.label,
+       "one that was cut short or is damaged (" + std::to_string(file.bytes.size()) + " bytes)", "copy it again");
+}
+
+// Whether the file ends in the middle of something. Called where the checksum is missing.
+bool is_cut_short(const ArtefactFile& file) {
+  if (file.format == FileFormat::kTorchScript) {
+    // A ZIP archive ends with a record of at least 22 bytes and a comment of at most 65535.
+    const std::size_t tail = std::min<std::size_t>(file.bytes.size(), 22 + 65535);
+    return file.bytes.find("PK\x05\x06", file.bytes.size() - tail) == std::string::npos;
+  }
+  try {
+    protozero::pbf_reader model(file.bytes);
+    while (model.next()) model.skip();
+    return false;
+  } catch (const protozero::end_of_buffer_exception&) {
+    return true;
+  }
+}
+
+}  // namespace
+
+void check_size(const std::string& label, FileFormat format, std::uintmax_t size) {
+  const std::size_t limit = format == FileFormat::kOnnx ? kMaxOnnxSize : kMaxTorchScriptSize;
+  if (size > limit) {
+    fail(PYKD_BAD_ARTEFACT,
+         std::string(format == FileFormat::kOnnx ? "an ONNX" : "a TorchScript") + " file of at most " +
+             std::to_string(limit >> 20) + " MiB at " + label,
+         std::to_string(size) + " bytes", "load a file that pykd.export wrote; they hold no weights");
+  }
+}
+
+FileFormat detect_format(std::string_view bytes) {
+  return bytes.substr(0, kZipMagic.size()) == kZipMagic ? FileFormat::kTorchScript : FileFormat::kOnnx;
+}
+
+Artefact read_artefact(const std::string& path) {
+  std::error_code error;
+  const fs::file_status status = fs::status(path, error);
+  if (!fs::exists(status)) {
+    fail(PYKD_NOT_FOUND, "a folder that pykd.export wrote, or one of its files, at " + path,
+         error && error != std::errc::no_such_file_or_directory ? error.message() : "nothing there", "check the path");
+  }
+  if (fs::is_directory(status)) return read_folder(path);
+  return single(read_file(path));
+}
+
+void read_contents(ArtefactFile& file) {
+  if (!file.unread) return;
+  ArtefactFile read = read_file(file.label);
+  if (read.format != file.format) {
+    fail(PYKD_BAD_ARTEFACT,
+         std::string(file.format == FileFormat::kOnnx ? "an ONNX" : "a TorchScript") + " file at " + file.label,
+         file.format == FileFormat::kOnnx ? "a ZIP archive" : "no ZIP archive", "export the loss again");
+  }
+  file.bytes = std::move(read.bytes);
+  file.unread = false;
+}
+
+bool was_replaced(const Artefact& artefact) {
+  return !artefact.folder.empty() && read_manifest(artefact.folder) != artefact.manifest;
+}
+
+void check_sizes(const Artefact& artefact) {
+  for (const std::optional<ArtefactFile>* file : {&artefact.value, &artefact.gradient, &artefact.torchscript}) {
+    if (!file->has_value() || !(*file)->described) continue;
+    std::error_code error;
+    const std::uintmax_t size = fs::file_size((*file)->label, error);
+    if (error) cannot_read((*file)->label, error.message());
+    if (size != (*file)->described->bytes) {
+      not_of_the_manifest((*file)->label, std::to_string((*file)->described->bytes) + " bytes long",
+                          std::to_string(size) + " bytes");
+    }
+  }
+}
+
+Artefact wrap_artefact(const void* bytes, std::size_t size) {
+  ArtefactFile file;
+  file.label = "the bytes that were given";
+  const std::string_view view(static_cast<const char*>(bytes), size);
+  file.format = detect_format(view);
+  check_size(file.label, file.format, size);
+  file.bytes = view;
+  return single(std::move(file));
+}
+
+void check_integrity(const ArtefactFile& file) {
+  const std::string_view bytes = file.bytes;
+  const std::string_view trailer = file.format == FileFormat::kOnnx ? kOnnxTrailer : kZipTrailer;
+  const std::size_t length = trailer.size() + kDigits;
+  if (bytes.empty()) {
+    fail(PYKD_BAD_ARTEFACT, "a whole file at " + file.label, "an empty one", "copy it again");
+  }
+  if (bytes.size() < length || bytes.substr(bytes.size() - length, trailer.size()) != trailer) {
+    bool truncated = false;
+    try {
+      truncated = is_cut_short(file);
+    } catch (const protozero::exception&) {
+      fail(PYKD_BAD_ARTEFACT, "an ONNX or a TorchScript file at " + file.label, "neither",
+           "load a file that pykd.export wrote");
+    }
+    if (truncated) cut_short(file);
+    fail(PYKD_BAD_ARTEFACT, "pykd's checksum at the end of " + file.label, "none",
+         "it was not written by pykd.export or was changed afterwards: export the loss again, or "
+         "load it with the integrity check switched off if you changed it yourself");
+  }
+  const std::size_t covered = bytes.size() - length;
+  const unsigned long checksum = crc32_z(crc32_z(0, nullptr, 0), reinterpret_cast<const Bytef*>(bytes.data()), covered);
+  const std::string_view written = bytes.substr(bytes.size() - kDigits);
+  if (written != hex_digits(checksum)) {
+    fail(PYKD_BAD_ARTEFACT, "contents with the checksum " + in_quotes(written) + " at " + file.label,
+         in_quotes(hex_digits(checksum)), "the file is damaged: copy it again");
+  }
+  if (!file.described) return;
+  const std::string hash = Sha256::hex(bytes);
+  if (hash != file.described->sha256) {
+    not_of_the_manifest(file.label, "with the SHA-256 " + in_quotes(file.described->sha256), in_quotes(hash));
+  }
+}
+
+}  // namespace pykd::internal
