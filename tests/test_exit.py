@@ -44,7 +44,7 @@ print('the end', flush=True)
 def ends_well(code: str, folder: Path) -> None:
     for _ in range(3):
         command = [sys.executable, "-c", SETUP + code + ENDING, str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
         assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")
 
 
