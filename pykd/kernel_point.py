@@ -15,8 +15,10 @@ and the axis of several students need no words here: autograd finds the factor.
 Calls of one kernel on one student merge: the hard and the soft term of a recipe become a single pass over the logits.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -231,15 +233,41 @@ class Answer:
 
 
 class Point:
-    """The kernel point inside a graph: a place to put the one that counts now."""
-
-    def __init__(self) -> None:
-        self.now: KernelPoint | None = None
+    """The kernel point inside a graph: answers as the one that counts now, in each thread for itself."""
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Tensor:
-        if self.now is None:
+        now = _places().get(id(self))
+        if now is None:
             raise RuntimeError("expected a fused graph to run inside value_and_gradient, got a bare call; use that")
-        return self.now(*arguments, **keywords)
+        return now(*arguments, **keywords)
+
+    @contextlib.contextmanager
+    def answering(self, now: KernelPoint) -> Iterator[None]:
+        """For the length of a block, this thread's calls go to ``now``."""
+        places = _places()
+        before = places.get(id(self))
+        places[id(self)] = now
+        try:
+            yield
+        finally:
+            if before is None:
+                del places[id(self)]
+            else:
+                places[id(self)] = before
+
+
+# Threads share a graph, and with it its point; which walk a thread is on is its own matter. Not an attribute of the
+# point: a graph is copied and pickled.
+_thread = threading.local()
+
+
+def _places() -> dict[int, KernelPoint]:
+    """What counts now in this thread, by the id of the point."""
+    try:
+        return _thread.places  # type: ignore[no-any-return]
+    except AttributeError:
+        _thread.places = {}
+        return _thread.places  # type: ignore[no-any-return]
 
 
 Run = Callable[[Call, Mapping[str, Tensor]], dict[str, Tensor]]
@@ -263,30 +291,26 @@ def value_and_gradient(
             and returns its outputs.
     """
     planner = Planner()
-    point.now = planner
     gradients: list[Tensor | None] = []
-    try:
-        with torch.enable_grad():
+    with torch.enable_grad():
+        with point.answering(planner):
             loss = function()["loss"]
-            weights: dict[int, dict[str, Tensor]] = {id(call): {} for call in planner.calls}
-            if students:
-                every = [(call, value) for call in planner.calls for value in call.values]
-                found = torch.autograd.grad(
-                    loss * scale,
-                    [*(value.placeholder for _, value in every), *students],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                gradients += found[len(every) :]  # the plain terms'
-                for (call, value), weight in zip(every, found, strict=False):
-                    if weight is not None:  # None: a value that the loss does not depend on
-                        weights[id(call)][value.weight] = weight
-        results = {id(call): run(call, weights[id(call)]) for call in planner.calls}
-        point.now = Answer(planner.asked, results)
-        with torch.no_grad():
-            values = function()
-    finally:
-        point.now = None
+        weights: dict[int, dict[str, Tensor]] = {id(call): {} for call in planner.calls}
+        if students:
+            every = [(call, value) for call in planner.calls for value in call.values]
+            found = torch.autograd.grad(
+                loss * scale,
+                [*(value.placeholder for _, value in every), *students],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            gradients += found[len(every) :]  # the plain terms'
+            for (call, value), weight in zip(every, found, strict=False):
+                if weight is not None:  # None: a value that the loss does not depend on
+                    weights[id(call)][value.weight] = weight
+    results = {id(call): run(call, weights[id(call)]) for call in planner.calls}
+    with torch.no_grad(), point.answering(Answer(planner.asked, results)):
+        values = function()
     if not students:
         return values, []
     place = {id(student): i for i, student in enumerate(students)}

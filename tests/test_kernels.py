@@ -4,6 +4,8 @@ Nothing here names a loss. A kernel may be as far from float64 as the plain form
 for another order of the same sums.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -301,3 +303,24 @@ def test_kernels_and_formulas_of_one_file_agree(fusable, dtype, exported):
         fast, plain = (distances(loss.value_and_gradient(**tensors), want) for loss in (with_kernels, portable))
         for got, other, margin in zip(fast, plain, MARGIN[dtype], strict=True):
             assert got <= other + margin, f"kernels {fast}, portable {plain} at {sizes}"
+
+
+def test_threads_share_one_composition():
+    """Each thread gets the numbers that it would get alone, whatever walks the others are on."""
+    loss = pykd.compose({"hard": (pykd.HardTarget(), 1.0), "soft": (pykd.SoftTarget(temperature=2.0), 0.5)})
+    shapes = [(2 + index, 3 + 2 * index) for index in range(8)]
+
+    def call(index):
+        rows, classes = shapes[index]
+        generator = torch.Generator().manual_seed(index)
+        student, teacher = torch.randn(2, rows, classes, generator=generator)
+        student.requires_grad_()
+        labels = torch.randint(classes, (rows,), generator=generator)
+        values = loss(student_logits=student, teacher_logits=teacher, labels=labels, fused=True)
+        values["loss"].backward()
+        return values["loss"].item(), values["soft"].item(), student.grad.tolist()
+
+    alone = [call(index) for index in range(len(shapes))]
+    with ThreadPoolExecutor(len(shapes)) as pool:
+        for _ in range(30):
+            assert list(pool.map(call, range(len(shapes)))) == alone
