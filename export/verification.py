@@ -42,6 +42,9 @@ _MANIFEST_SIZE = 1 << 20
 _ROOM_FACTOR = 4.0
 _MOST_ROOM = (1e-3, 2e-2)
 
+# What gradients are multiplied by in calls that move the parameters: a power of 2, which adds no rounding of its own.
+_GRAD_SCALE = 2.0
+
 # Lengths by axis name: the smallest, odd ones, and some that differ from every example. An axis without a
 # name here takes the last entry.
 _SIZES: tuple[Mapping[str, int], ...] = (
@@ -187,12 +190,16 @@ def verify(
         inputs = composition.draw(graph.signature.inputs, sizes, seed + number, getattr(torch, dtype))
         numbers = {n: p.scalar.moved(p.default, move) for n, p in graph.signature.parameters.items()}
         given = numbers if move or form == "inputs" else {}
+        if move and form != "fixed":
+            given = {**given, metadata.GRAD_SCALE: _GRAD_SCALE}
         want = truth(composition, graph, inputs, numbers, per_sample)
         rounding = room(graph, inputs, numbers, want, dtype)
         for engine, device, run in runs:
             moved = {name: tensor.to(device) for name, tensor in inputs.items()}
             with _running(engine):
                 got = {name: tensor.cpu() for name, tensor in run(moved, given).items()}
+            scale = given.get(metadata.GRAD_SCALE, 1.0)
+            got = {name: tensor / scale if name.startswith("grad_") else tensor for name, tensor in got.items()}
             value_error, gradient_error = errors(got, want)
             size = " ".join(f"{axis} {length}" for axis, length in sizes.items())
             rows.append(Row(engine, device, dtype, size, value_error, gradient_error, *rounding))
@@ -377,8 +384,10 @@ def _torch_jit(data: bytes, wanted: Sequence[str]) -> Run:
 
     def run(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
         leaves = {name: t.detach().clone().requires_grad_(name in wanted) for name, t in inputs.items()}
-        outputs: dict[str, Tensor] = module(**leaves, **numbers)
-        gradients = torch.autograd.grad(outputs["loss"], [leaves[name] for name in wanted])
+        settings = dict(numbers)
+        scale = settings.pop(metadata.GRAD_SCALE, 1.0)
+        outputs: dict[str, Tensor] = module(**leaves, **settings)
+        gradients = torch.autograd.grad(outputs["loss"] * scale, [leaves[name] for name in wanted])
         return {**outputs, **{f"grad_{name}": g for name, g in zip(wanted, gradients, strict=True)}}
 
     return run
@@ -392,7 +401,8 @@ def _both_files(contents: Mapping[str, bytes], open_file: Callable[[bytes], Run]
 
     def run(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
         outputs = gradient(inputs, numbers)
-        for name, alone in value(inputs, numbers).items():
+        without_gradient = {name: number for name, number in numbers.items() if name != metadata.GRAD_SCALE}
+        for name, alone in value(inputs, without_gradient).items():
             if name not in outputs or not torch.equal(alone, outputs[name]):
                 return {}  # the two files disagree, which counts as an infinite error
         return outputs
@@ -413,7 +423,7 @@ def _onnxruntime(data: bytes) -> Run:
 
     def run(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
         feeds = {n: onnxruntime.OrtValue.from_dlpack(t.contiguous().__dlpack__()) for n, t in inputs.items()}
-        for name, value in {**numbers, **scale}.items():
+        for name, value in {**scale, **numbers}.items():
             array = np.array(value, dtype=np.float64 if "double" in compute[name] else np.float32)
             feeds[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
         results = session.run_with_ort_values(names, feeds)

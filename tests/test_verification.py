@@ -228,6 +228,7 @@ WRONG = {
     "the gradient with 1 class": ([plus_where(FIRST, 1, 1, 1e-3)], {"gradient"}),
     "a weight cannot be moved": ([frozen("logit_weight", 0.5)], {"value", "gradient"}),
     "a temperature cannot be moved": ([frozen("logit_temperature", 2.0)], {"value", "gradient"}),
+    "the scale of the gradient is ignored": ([frozen("grad_scale", 1.0)], {"gradient"}),
     "a weight has another default": ([other_default("logit_weight", 0.75)], {"value", "gradient"}),
 }
 
