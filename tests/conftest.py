@@ -78,6 +78,38 @@ def subjects() -> list[Subject]:
     return [*loss_subjects(), *composed_subjects()]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--loss", metavar="NAME", help="run the tests that are made for the loss of exactly this name")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    name = config.getoption("--loss")
+    if name is not None:
+        registry.load_all()
+        if not registry.is_registered(name):
+            known = ", ".join(registry.registered())
+            raise pytest.UsageError(f"expected --loss to name a registered loss ({known}), got {name!r}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    name = config.getoption("--loss")
+    if name is not None:
+        kept = [item for item in items if name in losses_of(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+
+
+def losses_of(item: pytest.Item) -> set[str]:
+    """The names of the losses that a test is made for; compositions are tests of the composition."""
+    found = set()
+    for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
+        if isinstance(value, Subject) and value.composition.single:
+            value = value.composition.terms_[0].parts[0].loss
+        if isinstance(value, registry.Loss) or (isinstance(value, type) and issubclass(value, registry.Loss)):
+            found.add(value.name)
+    return found
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "loss_subject" in metafunc.fixturenames:
         metafunc.parametrize("loss_subject", list(loss_subjects()), ids=str)

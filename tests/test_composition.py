@@ -46,6 +46,51 @@ def test_terms_and_inputs_can_be_renamed(tensors):
     assert again.recipe() == loss.recipe()
 
 
+def test_parts_have_weights_that_stay(tensors):
+    """Without a weight_name a factor is part of the loss: no parameter, and not lost."""
+    logits = {name: tensors[name] for name in ("student_logits", "teacher_logits")}
+    one, two = SoftTarget(4.0), SoftTarget(4.0, form="kl")
+    loss = compose({"soft": ([Part(one, 0.5), Part(two, 3.0), Part(two)], 2.0)})
+    assert list(loss.parameters_) == ["soft_weight", "soft_temperature"]
+    want = 2.0 * (0.5 * one(**logits) + 4.0 * two(**logits))
+    arrays = {name: tensor.numpy() for name, tensor in logits.items()}
+    for got in (loss(**logits), loss.graph()(**logits), loss.reference(**arrays)):
+        torch.testing.assert_close(torch.as_tensor(got["loss"], dtype=torch.float32), want)
+    samples = loss.graph(per_sample=True)(**logits)["loss_per_sample"]
+    torch.testing.assert_close(samples.mean(), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["call", "graph"])
+def test_gradients_of_terms_are_added_before_they_are_rounded(form, dtype):
+    """Two terms that nearly cancel: rounded one by one, they would leave few right digits of their sum."""
+    loss = compose({"warm": (SoftTarget(4.2), 1.0), "cool": (SoftTarget(4.0), -1.0)})
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 5, generator=generator).to(dtype) for _ in range(2))
+    run = loss if form == "call" else loss.graph()
+    given, exact = student.clone().requires_grad_(), student.double().requires_grad_()
+    run(student_logits=given, teacher_logits=teacher)["loss"].backward()
+    run(student_logits=exact, teacher_logits=teacher.double())["loss"].backward()
+    torch.testing.assert_close(given.grad.double(), exact.grad, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("first", ["teacher", "student"])
+def test_an_input_of_two_losses_receives_a_gradient_where_one_of_them_gives_it(tensors, first):
+    """The middle of a chain: the student of one loss and the teacher of another."""
+    names = {"student_logits": "middle", "teacher_logits": "large"}
+    terms = {
+        "student": [Part(SoftTarget(), inputs=names)],
+        "teacher": [Part(SoftTarget(), inputs={"student_logits": "small", "teacher_logits": "middle"})],
+    }
+    loss = compose(terms if first == "student" else dict(reversed(terms.items())))
+    assert {name for name, spec in loss.graph().signature.inputs.items() if spec.grad} == {"middle", "small"}
+    middle, large = tensors["student_logits"].clone().requires_grad_(), tensors["teacher_logits"]
+    loss(middle=middle, large=large, small=large.flip(0))["loss"].backward()
+    alone = tensors["student_logits"].clone().requires_grad_()
+    SoftTarget()(alone, large).backward()
+    torch.testing.assert_close(middle.grad, alone.grad)
+
+
 def test_recipes_of_every_form(loss):
     for given in (loss, SoftTarget(temperature=3.0, form="kl"), compose({"aux": MKMMD(spatial_avg="mean")})):
         composition = pykd.composition.as_composition(given)
@@ -167,6 +212,12 @@ WRONG_COMPOSITIONS = [
 def test_wrong_compositions(terms, error, message):
     with pytest.raises(error, match=message):
         compose(terms)
+
+
+def test_a_parameter_of_two_parts_has_one_default():
+    other = Part(SoftTarget(3.0), inputs={"student_logits": "other_logits"})
+    with pytest.raises(ValueError, match="expected one default for the parameter 'soft_temperature', got 2 and 3"):
+        compose({"soft": [Part(SoftTarget(2.0)), other]})
 
 
 def test_inputs_of_one_name_must_agree():

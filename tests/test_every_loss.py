@@ -175,6 +175,20 @@ def test_zero_when_student_equals_teacher(loss_subject):
             assert torch.isfinite(tensor.grad).all()
 
 
+def test_samples_that_nearly_coincide_are_told_apart(loss_subject):
+    """What is left of them is far above rounding: no threshold may take it for nothing."""
+    tensors = loss_subject.draw(seed=16)
+    generator = torch.Generator().manual_seed(0)
+    same = {}  # by their axes
+    for name, spec in loss_subject.graph().signature.inputs.items():
+        if spec.draw == "normal":
+            noise = torch.randn(tensors[name].shape, generator=generator, dtype=torch.float64)
+            tensors[name] = same.setdefault(spec.axes, tensors[name][:1]) + 1e-8 * noise
+    got = loss_subject.graph()(**tensors)["loss"]
+    want = loss_subject.composition.reference(**as_numpy(tensors))["loss"]
+    np.testing.assert_allclose(got.item(), want, rtol=1e-5, atol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-20, 1e4], ids=["equal", "tiny", "saturated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_gradients_are_finite_where_the_value_is(subject, scale, dtype):

@@ -44,9 +44,10 @@ def test_one_file_is_enough(tmp_path):
             "-p",
             "new_loss_plugin",
             "-q",
-            "-k",
+            "--loss",
             "probability_distance",
             "tests/test_every_loss.py",
+            "tests/test_forms.py",
             "tests/test_engines.py",
         ],
         plugins,
@@ -55,11 +56,35 @@ def test_one_file_is_enough(tmp_path):
     passed = int(ran.stdout.split(" passed")[0].split()[-1])
     assert passed > 40, f"the new loss reached only {passed} tests\n{ran.stdout}"
 
+    # A loss whose name is a part of it, and of other words: --loss means the one that is named.
+    (losses / "distance.py").write_text(
+        NEW_LOSS.replace("probability_distance", "distance").replace("ProbabilityDistance", "Distance")
+    )
+    ran = run(
+        [
+            "-m",
+            "pytest",
+            "-p",
+            "new_loss_plugin",
+            "-q",
+            "--collect-only",
+            "--loss",
+            "distance",
+            "tests/test_every_loss.py",
+        ],
+        plugins,
+    )
+    tests = [line for line in ran.stdout.splitlines() if "::" in line]
+    assert len(tests) > 20 and all("[distance" in line or "-distance[" in line for line in tests), ran.stdout
+    (losses / "distance.py").unlink()
+    ran = run(["-m", "pytest", "-q", "--loss", "distance"], plugins)
+    assert ran.returncode != 0 and "expected --loss to name a registered loss" in ran.stderr
+
     broken = NEW_LOSS.replace("((q - p) ** 2)", "abs(q - p)")
     assert broken != NEW_LOSS
     (losses / "probability_distance.py").write_text(broken)
     ran = run(
-        ["-m", "pytest", "-p", "new_loss_plugin", "-q", "-k", "probability_distance", "tests/test_every_loss.py"],
+        ["-m", "pytest", "-p", "new_loss_plugin", "-q", "--loss", "probability_distance", "tests/test_every_loss.py"],
         plugins,
     )
     assert ran.returncode == 1 and "test_value_matches_the_reference" in ran.stdout

@@ -1,6 +1,6 @@
 """Copy this file to ``pykd/losses/<name>.py`` and fill it in; nothing else needs to know of the new loss.
 
-Then: ``pytest -k <name>`` runs every check, ``pykd table --write README.md`` renews the table of losses.
+Then: ``pytest --loss <name>`` runs every check, ``pykd table --write README.md`` renews the table of losses.
 (Files that start with an underscore are not loaded; a test runs this one as it stands.)
 """
 
