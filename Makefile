@@ -98,6 +98,10 @@ tsan: $(VECTORS)
 	cmake --build --preset tsan
 	$(FACTS) $(CTEST) --preset tsan
 
+.PHONY: mutants
+mutants: tested-build ## change one line at a time, and see a test fail (tests/mutants.toml)
+	$(PY) scripts/mutants
+
 # How long each target of `make fuzz` runs, and from which random numbers.
 FUZZ_SECONDS ?= 600
 FUZZ_SEED    ?= 1
