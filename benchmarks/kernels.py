@@ -23,10 +23,11 @@ import pykd
 from benchmarks import c_interface
 from benchmarks.losses import truth
 from benchmarks.measure import median_seconds
-from pykd import config, kernel_point
+from pykd import config
 from pykd import kernels as library
 from pykd.composition import Composition, as_composition
 from pykd.export.verification import LIMITS, errors
+from pykd.fused import point as kernel_point
 
 Call = Callable[[], dict[str, Tensor]]
 Formula = Callable[[Mapping[str, Tensor]], Tensor]
@@ -163,9 +164,9 @@ def bare(case: Comparison, tensors: Mapping[str, Tensor]) -> Call:
     assert graph.kernel_point is not None
     students = [name for name, spec in graph.signature.inputs.items() if spec.grad]
     leaves = {name: t.detach().clone().requires_grad_(name in students) for name, t in tensors.items()}
-    if len(case.composition.terms_) == 1:  # a graph widens halves; the loss itself does not
+    if len(case.composition.named_terms) == 1:  # a graph widens halves; the loss itself does not
         point = kernel_point.Point()
-        loss = case.composition.terms_[0].parts[0].loss
+        loss = case.composition.named_terms[0].parts[0].loss
         function: Callable[[], dict[str, Tensor]] = lambda: {"loss": loss.fused(point, **leaves)}  # noqa: E731
     else:
         point, function = graph.kernel_point, lambda: graph(**leaves)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import pykd
 from benchmarks.measure import median_seconds
-from pykd import registry
 from pykd.composition import as_composition
+from pykd.definition import registry
 from pykd.export.verification import LIMITS, errors
 
 SIZES = {

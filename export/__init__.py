@@ -1,6 +1,7 @@
 """Export: a loss becomes TorchScript and ONNX files that describe and verify themselves."""
 
 import hashlib
+import inspect
 import json
 import sys
 import time
@@ -134,10 +135,14 @@ class _Step:
 
 
 class _Callable(types.ModuleType):
-    """``pykd.export`` is this package and the function at once, whichever of its modules was imported first."""
+    """``pykd.export`` is this package and the function at once, whichever of its modules was imported first.
 
-    def __call__(self, loss: Any, directory: str | Path, **options: Any) -> Path:
-        return export(loss, directory, **options)
+    Type checkers read in ``pykd/__init__.py`` that it is the function, and find the package under ``from pykd.export``.
+    """
+
+    def __call__(self, *arguments: Any, **options: Any) -> Path:
+        return export(*arguments, **options)
 
 
+__signature__ = inspect.signature(export)  # what help() and editors show of a call
 sys.modules[__name__].__class__ = _Callable

@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import onnx
+import onnx.inliner
 import torch
 from onnx import helper
 from torch import Tensor
 
-from pykd import kernel_point
 from pykd.composition import LossGraph
 from pykd.export import axes
-from pykd.kernel_point import Call
+from pykd.fused import point
+from pykd.fused.description import Kernel
+from pykd.fused.point import Call
 
 DOMAIN = "pykd"
 VERSION = 1
@@ -120,12 +122,12 @@ def _run(
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, Any],
     scale: Any,
-    run: kernel_point.Run,
+    run: point.Run,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     assert graph.kernel_point is not None
     leaves = {name: t.detach().requires_grad_() if name in wanted else t for name, t in tensors.items()}
     students = [leaves[name] for name in wanted]
-    return kernel_point.value_and_gradient(lambda: graph(**leaves, **numbers), graph.kernel_point, students, scale, run)
+    return point.value_and_gradient(lambda: graph(**leaves, **numbers), graph.kernel_point, students, scale, run)
 
 
 # ---- In the model -------------------------------------------------------------------------------
@@ -310,7 +312,7 @@ def _function(site: Site, node: onnx.NodeProto, dtype: str) -> onnx.FunctionProt
 
 
 def _with_casts(
-    nodes: Sequence[onnx.NodeProto], kernel: kernel_point.Kernel, inputs: set[str], outputs: set[str], dtype: str
+    nodes: Sequence[onnx.NodeProto], kernel: Kernel, inputs: set[str], outputs: set[str], dtype: str
 ) -> list[onnx.NodeProto]:
     """A float32 body for tensors that are halves."""
     kind = getattr(onnx.TensorProto, dtype.upper())
@@ -333,7 +335,8 @@ def _with_casts(
 
 
 def copy(node: onnx.NodeProto) -> onnx.NodeProto:
-    return onnx.NodeProto.FromString(node.SerializeToString())
+    copied: onnx.NodeProto = onnx.NodeProto.FromString(node.SerializeToString())
+    return copied
 
 
 def _set(field: Any, values: Sequence[str]) -> None:

@@ -208,7 +208,7 @@ def verify(
 
 def definition(manifest: Mapping[str, Any]) -> tuple[Any, Any, str]:
     """What the files of a manifest were made of: the composition, its graph, and the floating type."""
-    from pykd import recipe
+    from pykd.composition import recipe
 
     composition = recipe.build(manifest.get("recipe", {}))
     layouts, given = {}, {}

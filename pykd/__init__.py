@@ -14,35 +14,35 @@ from pykd._version import __version__
 
 if TYPE_CHECKING:
     from pykd.composition import Composition as Composition
+    from pykd.composition import DistillationLoss as DistillationLoss
     from pykd.composition import LossGraph as LossGraph
     from pykd.composition import Part as Part
     from pykd.composition import compose as compose
     from pykd.config import onnxruntime_ops_path as onnxruntime_ops_path
     from pykd.config import torch_ops_path as torch_ops_path
-    from pykd.distillation_loss import DistillationLoss as DistillationLoss
+    from pykd.definition import Case as Case
+    from pykd.definition import Loss as Loss
+    from pykd.definition import Scalar as Scalar
+    from pykd.definition import Spec as Spec
+    from pykd.definition import register as register
     from pykd.export import export as export
     from pykd.export import verify as verify
-    from pykd.registry import Case as Case
-    from pykd.registry import Loss as Loss
-    from pykd.registry import Scalar as Scalar
-    from pykd.registry import Spec as Spec
-    from pykd.registry import register as register
     from pykd.runtime import load as load
 
 _HOME = {
-    "Case": "pykd.registry",
+    "Case": "pykd.definition",
     "Composition": "pykd.composition",
-    "DistillationLoss": "pykd.distillation_loss",
-    "Loss": "pykd.registry",
+    "DistillationLoss": "pykd.composition",
+    "Loss": "pykd.definition",
     "LossGraph": "pykd.composition",
     "Part": "pykd.composition",
-    "Scalar": "pykd.registry",
-    "Spec": "pykd.registry",
+    "Scalar": "pykd.definition",
+    "Spec": "pykd.definition",
     "compose": "pykd.composition",
     "export": "pykd.export",
     "load": "pykd.runtime",
     "onnxruntime_ops_path": "pykd.config",
-    "register": "pykd.registry",
+    "register": "pykd.definition",
     "torch_ops_path": "pykd.config",
     "verify": "pykd.export",
 }
@@ -73,6 +73,6 @@ def __dir__() -> list[str]:
 
 def _losses() -> dict[str, Any]:
     """Every registered loss by its class name."""
-    registry = importlib.import_module("pykd.registry")
+    registry = importlib.import_module("pykd.definition.registry")
     registry.load_all()
     return {cls.__name__: cls for cls in registry.registered().values()}

@@ -13,8 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pykd
-
 __all__ = [
     "cmake_dir", "includedir", "libdir", "library", "onnxruntime_library", "onnxruntime_ops_path", "pkgconfig_dir",
     "root", "torch_ops_path",
@@ -27,11 +25,12 @@ def root() -> Path:
     Raises:
         FileNotFoundError: where this pykd is a source tree that was never built and installed.
     """
-    for folder in pykd.__path__:  # of an editable install: the source tree, and the place of what was built
+    package = sys.modules["pykd"].__path__  # of an editable install: the source tree, and the place of what was built
+    for folder in package:
         if Path(folder, "lib", "cmake", "pykd", "pykdConfig.cmake").is_file():
             return Path(folder)
     raise FileNotFoundError(
-        f"expected an installed pykd, got one without libraries ({', '.join(pykd.__path__)}); "
+        f"expected an installed pykd, got one without libraries ({', '.join(package)}); "
         "run `make build`, or `pip install --no-build-isolation .`"
     )
 

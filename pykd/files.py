@@ -40,4 +40,4 @@ def parse_json(data: bytes, name: object) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected {name} to be JSON, got {error}; mend the file") from error
+        raise ValueError(f"expected {name} to be JSON, got {error}; correct the file") from error

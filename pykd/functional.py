@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from pykd import checks, registry
+from pykd.definition import Loss, registry
 
 
 def __getattr__(name: str) -> Any:
@@ -41,7 +41,7 @@ def _with_fused(name: str) -> Callable[..., Any]:
     def call(*args: Any, fused: bool = False, **kwargs: Any) -> Any:
         if not fused:
             return formula(*args, **kwargs)
-        from pykd import fused as fusion
+        from pykd.fused import autograd
 
         given = signature.bind(*args, **kwargs).arguments
         tensors = {name: value for name, value in given.items() if name in cls.inputs and value is not None}
@@ -51,8 +51,8 @@ def _with_fused(name: str) -> Callable[..., Any]:
             loss = _with_settings(name, tuple(settings.items()))
         except TypeError:  # a setting that cannot be hashed
             loss = cls(**settings)
-        checks.check_call(loss, {**tensors, **numbers})
-        return fusion.evaluate(loss, tensors, numbers)
+        loss.check_call({**tensors, **numbers})
+        return autograd.evaluate(loss, tensors, numbers)
 
     call.__module__, call.__qualname__ = __name__, name  # where it is found again, by pickle as well
     # torch.jit.script takes the formula itself.
@@ -62,6 +62,6 @@ def _with_fused(name: str) -> Callable[..., Any]:
 
 
 @functools.lru_cache(maxsize=256)
-def _with_settings(name: str, settings: tuple[tuple[str, Any], ...]) -> registry.Loss:
+def _with_settings(name: str, settings: tuple[tuple[str, Any], ...]) -> Loss:
     """The loss with these settings: making it takes longer than a small call."""
     return registry.get(name)(**dict(settings))

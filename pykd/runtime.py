@@ -30,7 +30,7 @@ import numpy as np
 
 from pykd import _core
 
-__all__ = ["Loss", "ParameterInfo", "Signature", "TensorInfo", "load"]
+__all__ = ["LoadedLoss", "Loss", "ParameterInfo", "Signature", "TensorInfo", "load"]
 
 _DEFAULT_STREAM = 1  # cudaStreamLegacy: the default stream's other name, where 0 says that none was named
 
@@ -82,7 +82,7 @@ def _row(info: TensorInfo) -> tuple[str, str, str]:
     return info.name, f"({', '.join(info.axes)})", dtypes
 
 
-class Loss:
+class LoadedLoss:
     """A loaded loss. Immutable; any number of threads may call it at once, and calls release the GIL.
 
     :func:`load` makes it. ``print(loss.signature)`` shows what it takes and returns.
@@ -287,6 +287,9 @@ class Loss:
         return results
 
 
+Loss = LoadedLoss  # as it was called when the definition, pykd.Loss, was no neighbour
+
+
 def load(
     path: str | os.PathLike[str] | bytes,
     engine: str | None = None,
@@ -297,7 +300,7 @@ def load(
     check_integrity: bool = True,
     cuda_stream: int | None = None,
     kernels: str = "auto",
-) -> Loss:
+) -> LoadedLoss:
     """Loads an exported loss, ready to run.
 
     TorchScript files (``loss.pt``) are programs: load them only from a source you trust. ONNX files are
@@ -307,7 +310,7 @@ def load(
         path: the folder that :func:`pykd.export` wrote, or one of its files (``loss.onnx``: the value alone;
             ``loss.grad.onnx``: value and gradient; ``loss.pt``: both), or the bytes of one such file.
         engine: ``"onnxruntime"`` or ``"torchscript"``; None takes the first of the two for which the file
-            is there and the engine can be opened, and :attr:`Loss.passed_over` tells why it is not the first.
+            is there and the engine can be opened, and :attr:`LoadedLoss.passed_over` tells why it is not the first.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<id>"``.
         onnxruntime_library: path of ``libonnxruntime.so``, which also says that the engine is
             ``"onnxruntime"``. None: the path in the environment variable ``PYKD_ONNXRUNTIME_LIBRARY``. A
@@ -360,7 +363,7 @@ def load(
         handle,
         kernels,
     )
-    return Loss(core, cuda_stream)
+    return LoadedLoss(core, cuda_stream)
 
 
 def _as_float32(weights: Any) -> Any:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import pykd
-from pykd import registry
 from pykd.composition import Composition, LossGraph, as_composition
+from pykd.definition import registry
 
 torch.set_num_threads(1)  # small tensors, and one process per core beside this one
 
@@ -104,7 +104,7 @@ def losses_of(item: pytest.Item) -> set[str]:
     found = set()
     for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
         if isinstance(value, Subject) and value.composition.single:
-            value = value.composition.terms_[0].parts[0].loss
+            value = value.composition.named_terms[0].parts[0].loss
         if isinstance(value, registry.Loss) or (isinstance(value, type) and issubclass(value, registry.Loss)):
             found.add(value.name)
     return found

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 import pykd
-from pykd import registry
 from pykd.export import metadata
 from pykd.export.verification import LIMITS, truth
 from tests.conftest import Subject, subjects
@@ -65,13 +64,12 @@ def array(tensor: torch.Tensor, dtype: str) -> dict[str, Any]:
 
 def stamp() -> str:
     """Changes with the sources that make the files, and with the versions of what they use."""
-    package = Path(registry.__file__).parent
+    package = Path(pykd.__file__).parent
     here = Path(__file__).parent
-    definition = ("registry", "checks", "ops", "reference", "composition", "distillation_loss", "recipe")
+    rooms = ("definition", "losses", "composition", "fused")
     sources = sorted(
         {
-            *(package / f"{name}.py" for name in definition),
-            *(package / "losses").glob("[!_]*.py"),
+            *(path for room in rooms for path in (package / room).rglob("*.py")),
             *Path(metadata.__file__).parent.glob("*.py"),
             here / "make_vectors.py",
             here / "conftest.py",
@@ -90,7 +88,7 @@ def prepare(subject: Subject, dtype: str, root: Path) -> Path:
     current = stamp()
     if mark.is_file() and mark.read_text() == current:
         return folder
-    per_sample = any(not term.couples_batch for term in subject.composition.terms_)
+    per_sample = any(not term.couples_batch for term in subject.composition.named_terms)
     pykd.export(
         subject.composition,
         folder,

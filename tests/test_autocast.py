@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from pykd import ops
+from pykd.definition import ops
 
 
 def leaves(subject, tensors):
@@ -59,7 +59,7 @@ def test_autocast_changes_nothing(loss_subject, half, route):
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_equal_under_autocast_is_zero(loss_subject, half):
-    loss = loss_subject.composition.terms_[0].parts[0].loss
+    loss = loss_subject.composition.named_terms[0].parts[0].loss
     if not loss.zero_when_equal():
         pytest.skip("no divergence")
     tensors = loss_subject.draw(seed=4, dtype=torch.float32)
@@ -77,7 +77,7 @@ def test_equal_under_autocast_is_zero(loss_subject, half):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_divergence_is_never_negative_and_keeps_its_gradient(loss_subject, dtype):
     subject = loss_subject
-    loss = subject.composition.terms_[0].parts[0].loss
+    loss = subject.composition.named_terms[0].parts[0].loss
     if not loss.zero_when_equal():
         pytest.skip("no divergence")
     smallest = 0.0

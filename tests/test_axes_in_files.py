@@ -16,7 +16,7 @@ def forms():
     """One case for every loss and form of its inputs, and every composition."""
     found = {}
     for subject in loss_subjects():
-        key = (subject.composition.terms_[0].name, *sorted(subject.layouts.items()), *subject.optional)
+        key = (subject.composition.named_terms[0].name, *sorted(subject.layouts.items()), *subject.optional)
         found.setdefault(key, subject)
     return [*found.values(), *composed_subjects()]
 

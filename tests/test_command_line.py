@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pykd import __main__ as command_line
+from pykd import command_line
 
 GOOD = 'loss = "soft_target"\n'
 

@@ -5,8 +5,8 @@ import torch
 
 import pykd
 from pykd import MKMMD, FeatureL1, HardTarget, Part, SoftTarget, compose
-from pykd import recipe as recipes
-from pykd.__main__ import main
+from pykd.command_line import main
+from pykd.composition import recipe as recipes
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_parts_have_weights_that_stay(tensors):
     logits = {name: tensors[name] for name in ("student_logits", "teacher_logits")}
     one, two = SoftTarget(4.0), SoftTarget(4.0, form="kl")
     loss = compose({"soft": ([Part(one, 0.5), Part(two, 3.0), Part(two)], 2.0)})
-    assert list(loss.parameters_) == ["soft_weight", "soft_temperature"]
+    assert list(loss.scalars) == ["soft_weight", "soft_temperature"]
     want = 2.0 * (0.5 * one(**logits) + 4.0 * two(**logits))
     arrays = {name: tensor.numpy() for name, tensor in logits.items()}
     for got in (loss(**logits), loss.graph()(**logits), loss.reference(**arrays)):
@@ -97,7 +97,7 @@ def test_recipes_of_every_form(loss):
         table = recipes.tomllib.loads(recipes.dumps(composition.recipe()))
         again = recipes.build(table)
         assert again.recipe() == composition.recipe()
-        assert list(again.parameters_) == list(composition.parameters_)
+        assert list(again.scalars) == list(composition.scalars)
 
 
 WRONG_RECIPES = [
@@ -157,7 +157,7 @@ WRONG_TENSORS = [
         ValueError,
         'expected labels to hold indices along "classes" from 0 to 2 or -100',
     ),
-    (dict(labels=torch.tensor([0, -1])), ValueError, "got -1; mend the data"),
+    (dict(labels=torch.tensor([0, -1])), ValueError, "got -1; correct the data"),
     (
         dict(teacher_logits=torch.zeros(2, 3, device="meta")),
         TypeError,
@@ -185,7 +185,7 @@ def test_empty_batch(loss, tensors):
 def test_a_bare_loss_checks_as_well():
     with pytest.raises(ValueError, match='expected teacher_logits to have length 3 along "classes"'):
         SoftTarget()(torch.zeros(2, 3), torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="got 7; mend"):
+    with pytest.raises(ValueError, match="got 7; correct"):
         HardTarget()(torch.zeros(2, 3), torch.tensor([0, 7]))
     with pytest.raises(ValueError, match="expected temperature to be a number greater than 0, got -1"):
         SoftTarget()(torch.zeros(2, 3), torch.zeros(2, 3), temperature=-1.0)

@@ -44,7 +44,7 @@ def call(composition, tensors):
 
 def what_users_hold(subject):
     """The bare loss, or the composition."""
-    return subject.composition.terms_[0].parts[0].loss if subject.composition.single else subject.composition
+    return subject.composition.named_terms[0].parts[0].loss if subject.composition.single else subject.composition
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["unused", "used"])

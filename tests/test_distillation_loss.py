@@ -6,7 +6,7 @@ import torch
 
 import pykd
 from pykd import MKMMD, DistillationLoss, FeatureL1, FeatureL2, HardTarget, SoftTarget
-from pykd import recipe as recipes
+from pykd.composition import recipe as recipes
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def test_runtime_in_calls_with_changing_shapes(subject, engine, exported):
     """One loaded artefact, seven calls, back to the first shape in between; parameters change as well."""
     folder = exported(subject, "float32")
     loss = pykd.load(str(folder), engine=engine)
-    per_sample = any(not term.couples_batch for term in subject.composition.terms_)
+    per_sample = any(not term.couples_batch for term in subject.composition.named_terms)
     graph = subject.graph(per_sample)
     value_limit, gradient_limit = LIMITS["float32"]
     for number, lengths in enumerate((*SIZES, SIZES[0], SIZES[2])):

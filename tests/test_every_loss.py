@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pykd
-from pykd import registry
+from pykd.definition import Loss, Spec, registry
 
 SIZES = (
     {},
@@ -51,7 +51,7 @@ def test_value_matches_the_reference(subject, sizes):
 
 def test_parameters_reach_the_value(subject):
     tensors = subject.draw(seed=2)
-    numbers = {name: p.default * 1.5 + 0.25 for name, p in subject.composition.parameters_.items()}
+    numbers = {name: p.default * 1.5 + 0.25 for name, p in subject.composition.scalars.items()}
     got = subject.graph()(**tensors, **numbers)
     want = subject.composition.reference(parameters=numbers, **as_numpy(tensors))
     for name in want:
@@ -85,7 +85,7 @@ def test_gradient_matches_central_differences_of_the_reference(subject, sizes):
 
 
 def test_per_sample_values_match_the_reference(subject):
-    if all(term.couples_batch for term in subject.composition.terms_):
+    if all(term.couples_batch for term in subject.composition.named_terms):
         with pytest.raises(ValueError, match="splits over samples"):
             subject.graph(per_sample=True)
         return
@@ -159,7 +159,7 @@ def test_shifting_logits_changes_nothing(loss_subject):
 
 
 def test_zero_when_student_equals_teacher(loss_subject):
-    loss = loss_subject.composition.terms_[0].parts[0].loss
+    loss = loss_subject.composition.named_terms[0].parts[0].loss
     if not loss.zero_when_equal():
         pytest.skip(f"{loss.name} is no divergence under these settings")
     tensors = loss_subject.draw(seed=9)
@@ -223,7 +223,7 @@ def test_masked_classes_have_no_part(subject):
     if "class_weight" in tensors:
         masked["class_weight"] = torch.cat([tensors["class_weight"], torch.ones(1)])
     with_grad, plain = leaves(subject, masked), leaves(subject, tensors)
-    if any(part.loss.sees_masked_classes() for term in subject.composition.terms_ for part in term.parts):
+    if any(part.loss.sees_masked_classes() for term in subject.composition.named_terms for part in term.parts):
         assert subject.graph()(**with_grad)["loss"] == float("inf")
         return
     got, want = subject.graph()(**with_grad)["loss"], subject.graph()(**plain)["loss"]
@@ -237,7 +237,7 @@ def test_masked_classes_have_no_part(subject):
 
 
 def test_nothing_kept_is_zero_with_a_zero_gradient(subject):
-    if "sample_weight" not in subject.optional or any(t.couples_batch for t in subject.composition.terms_):
+    if "sample_weight" not in subject.optional or any(t.couples_batch for t in subject.composition.named_terms):
         pytest.skip("every sample counts")
     tensors = subject.draw(seed=12)
     tensors["sample_weight"] = torch.zeros_like(tensors["sample_weight"])
@@ -245,7 +245,7 @@ def test_nothing_kept_is_zero_with_a_zero_gradient(subject):
     values = subject.graph()(**with_grad)
     values["loss"].backward()
     aux_without_weight = [
-        t for t in subject.composition.terms_ if not any("sample_weight" in p.loss.inputs for p in t.parts)
+        t for t in subject.composition.named_terms if not any("sample_weight" in p.loss.inputs for p in t.parts)
     ]
     if not aux_without_weight:
         assert values["loss"] == 0
@@ -305,7 +305,7 @@ def test_docstring_examples_print_what_they_say(loss_class):
 
 
 def test_settings_build_the_same_loss(loss_subject):
-    loss = loss_subject.composition.terms_[0].parts[0].loss
+    loss = loss_subject.composition.named_terms[0].parts[0].loss
     again = type(loss)(**loss.settings())
     assert again.settings() == loss.settings()
     assert repr(again) == repr(loss)
@@ -340,8 +340,8 @@ def test_registry_refuses_a_second_loss_of_the_same_name():
     with pytest.raises(ValueError, match="expected a new name, got 'soft_target'"):
 
         @registry.register("soft_target")
-        class Another(registry.Loss):
-            inputs = {"student_logits": registry.Spec("batch classes", grad=True)}
+        class Another(Loss):
+            inputs = {"student_logits": Spec("batch classes", grad=True)}
             paper = "none"
 
             @staticmethod

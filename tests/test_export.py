@@ -10,7 +10,7 @@ import torch
 
 import pykd
 from pykd import MKMMD, HardTarget, SoftTarget, compose
-from pykd.__main__ import main
+from pykd.command_line import main
 from pykd.export import integrity
 from pykd.export.verification import verify
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pykd
-from pykd import registry
+from pykd.definition import REDUCTIONS
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # Largest errors of value and gradient, relative to max(1, |value|) and to the largest entry of the gradient. Halves are
@@ -24,14 +24,14 @@ class Form:
     """One case of a loss, with or without a weight per sample."""
 
     def __init__(self, subject, weighted: bool) -> None:
-        (term,) = subject.composition.terms_
+        (term,) = subject.composition.named_terms
         self.loss = term.parts[0].loss
         self.subject = subject
         self.weight = self.loss.weight_input()
         others = [name for name in subject.optional if name != self.weight]
         self.optional = [*others, self.weight] if weighted else others
         self.layouts = {name: axes for name, axes in subject.layouts.items() if weighted or name != self.weight}
-        self.reductions = ("mean",) if self.loss.couples_batch else registry.REDUCTIONS
+        self.reductions = ("mean",) if self.loss.couples_batch else REDUCTIONS
 
     @functools.cached_property
     def specs(self):

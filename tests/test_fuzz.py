@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pykd
-from pykd import names, recipe, registry
-from pykd.composition import Part, compose
+from pykd.composition import Part, compose, recipe
+from pykd.definition import names, registry
 from pykd.export import verify
-from pykd.losses.soft_target import SoftTarget
+from pykd.losses.logits.soft_target import SoftTarget
 
 SECONDS = float(os.environ.get("PYKD_FUZZ_SECONDS", "20"))
 MARK = Path(os.environ.get("TMPDIR", "/tmp")) / f"pykd-fuzz-{os.getpid()}"

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import pykd
-from pykd import FeatureL2, HardTarget, Part, SoftTarget, compose, recipe
-from pykd.composition import Composition
+from pykd import FeatureL2, HardTarget, Part, SoftTarget, compose
+from pykd.composition import Composition, recipe
 
 KEPT = [0, 2, 3]
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import pykd
-from pykd import kernel_point, kernels, registry
+from pykd import kernels
+from pykd.definition import REDUCTIONS, Loss
 from pykd.export.verification import truth
-from pykd.registry import Loss
+from pykd.fused.point import value_and_gradient
 from tests.conftest import Subject, composed_subjects, loss_subjects
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,7 +48,7 @@ def through(subject: Subject, tensors, run, scale=1.0):
     graph = subject.composition.graph(subject.layouts, subject.optional, check=False, fused=True)
     students = [name for name, spec in graph.signature.inputs.items() if spec.grad]
     leaves = {name: t.clone().requires_grad_(name in students) for name, t in tensors.items()}
-    values, gradients = kernel_point.value_and_gradient(
+    values, gradients = value_and_gradient(
         lambda: graph(**leaves), graph.kernel_point, [leaves[name] for name in students], scale, run
     )
     return {**values, **{f"grad_{name}": g for name, g in zip(students, gradients, strict=True)}}
@@ -194,10 +195,10 @@ def test_declarations_are_those_of_the_library():
 # ---- fused=True ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reduction", registry.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_functional_with_fused(loss_subject, reduction, dtype):
-    loss = loss_subject.composition.terms_[0].parts[0].loss
+    loss = loss_subject.composition.named_terms[0].parts[0].loss
     if not loss.has_kernel() or (loss.couples_batch and reduction != "mean"):
         pytest.skip("no such form")
     function = getattr(pykd.functional, loss.name)
@@ -296,7 +297,7 @@ def test_kernels_and_formulas_of_one_file_agree(fusable, dtype, exported):
     with_kernels = pykd.load(folder, engine="onnxruntime", kernels="on")
     portable = pykd.load(folder, engine="onnxruntime", kernels="off")
     assert with_kernels.kernels_in_use and not portable.kernels_in_use
-    per_sample = any(not term.couples_batch for term in fusable.composition.terms_)
+    per_sample = any(not term.couples_batch for term in fusable.composition.named_terms)
     for seed, sizes in enumerate((*SIZES, SIZES[0])):
         tensors = fusable.draw(sizes, seed=seed, dtype=DTYPES[dtype])
         want = truth(fusable.composition, fusable.graph(per_sample), tensors, {}, per_sample)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import pykd
-from pykd import registry
 from pykd.composition import as_composition
+from pykd.definition import REDUCTIONS, Loss, registry
 from tests.conftest import subjects
 
 KEPT = [0, 2, 3, 5]
@@ -24,7 +24,7 @@ POISON = (float("nan"), float("inf"), float("-inf"))
 class Way:
     """A loss, and how it leaves samples out."""
 
-    loss: registry.Loss
+    loss: Loss
     layouts: tuple[tuple[str, str], ...]
     by: str  # "weight", "mask" or "label"
     others: tuple[str, ...] = ()  # further optional inputs
@@ -68,7 +68,7 @@ def ways():
     for cls in registry.registered().values():
         made = set()
         for case in cls.cases:
-            for reduction in registry.REDUCTIONS if "sample_weight" in cls.inputs else ("mean",):
+            for reduction in REDUCTIONS if "sample_weight" in cls.inputs else ("mean",):
                 loss = cls(**{**case.settings, "reduction": reduction})
                 layouts = tuple(case.layouts.items())
                 others = tuple(name for name in case.optional if name != "sample_weight")
@@ -149,16 +149,18 @@ def test_in_the_graph(way):
 
 def test_in_the_kernel_and_in_the_formula_behind_it(way):
     """The formula behind a kernel is what runs in ONNX files where the kernel does not."""
-    from pykd import fused
+    from pykd.fused import autograd
 
     if not way.loss.covered_by_kernel(way.specs()):
         pytest.skip("no kernel")
-    check(way, lambda **given: fused.evaluate(way.loss, given, {}), torch.float32, way.loss, rtol=1e-5, atol=1e-6)
-    run, fused.run = fused.run, lambda call, weights: call.plain(call.tensors, weights)
+    check(way, lambda **given: autograd.evaluate(way.loss, given, {}), torch.float32, way.loss, rtol=1e-5, atol=1e-6)
+    run, autograd.run = autograd.run, lambda call, weights: call.plain(call.tensors, weights)
     try:
-        check(way, lambda **given: fused.evaluate(way.loss, given, {}), torch.float32, way.loss, rtol=1e-5, atol=1e-6)
+        check(
+            way, lambda **given: autograd.evaluate(way.loss, given, {}), torch.float32, way.loss, rtol=1e-5, atol=1e-6
+        )
     finally:
-        fused.run = run
+        autograd.run = run
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_masks_and_weights_of_any_type_go_with_logits_of_any_type(loss_class, dt
     if "sample_weight" not in loss_class.inputs:
         pytest.skip("no weights")
     for layouts in {tuple(case.layouts.items()) for case in loss_class.cases}:
-        for reduction in registry.REDUCTIONS:
+        for reduction in REDUCTIONS:
             way = Way(loss_class(reduction=reduction), layouts, "weight")
             tensors = way.draw(dtype)
             tensors["sample_weight"] = tensors["sample_weight"].to(by)

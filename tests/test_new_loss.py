@@ -90,7 +90,7 @@ def test_one_file_is_enough(tmp_path):
     assert ran.returncode == 1 and "test_value_matches_the_reference" in ran.stdout
 
     (losses / "probability_distance.py").write_text(NEW_LOSS)
-    code = "import new_loss_plugin, sys; from pykd.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    code = "import new_loss_plugin, sys; from pykd.command_line import main; sys.exit(main(sys.argv[1:]))"
     assert "ProbabilityDistance" in run(["-c", code, "list"], plugins).stdout
     assert "| `probability_distance` | `ProbabilityDistance` |" in run(["-c", code, "table"], plugins).stdout
     recipe = tmp_path / "recipe.toml"

@@ -14,7 +14,7 @@ import torch
 
 import pykd
 from pykd import HardTarget, SoftTarget, compose
-from pykd.__main__ import main
+from pykd.command_line import main
 from pykd.export import metadata, onnx_files, verify
 from pykd.export.verification import LIMITS, _onnx_reference, _onnxruntime, errors, truth
 from tests.conftest import loss_subjects
@@ -80,7 +80,7 @@ def first_cases():
     """The first case of every registered loss."""
     found = {}
     for subject in loss_subjects():
-        found.setdefault(subject.composition.terms_[0].name, subject)
+        found.setdefault(subject.composition.named_terms[0].name, subject)
     return list(found.values())
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pykd import kernel_point, kernels
+from pykd import kernels
+from pykd.fused.point import value_and_gradient
 from tests.test_kernels import DTYPES, in_library, through, with_kernel
 
 FUSABLE = pytest.mark.parametrize("fusable", with_kernel(), ids=str)
@@ -59,7 +60,9 @@ def test_lengths_do_not_matter(loss_subject, dtype, scale, side):
             **{n: t.double().numpy() if t.is_floating_point() else t.numpy() for n, t in moved.items()}
         )
         np.testing.assert_allclose(value.item(), reference["loss"], rtol=1e-5, atol=3e-6)
-        if dtype == torch.float32 and any(p.loss.has_kernel() for t in subject.composition.terms_ for p in t.parts):
+        if dtype == torch.float32 and any(
+            p.loss.has_kernel() for t in subject.composition.named_terms for p in t.parts
+        ):
             fast = through(subject, moved, in_library())
             torch.testing.assert_close(fast["loss"], value.detach(), rtol=1e-5, atol=3e-6)
             close = fast[f"grad_{student}"] * (factor if student in names else 1.0)
@@ -85,7 +88,7 @@ def test_rows_without_a_direction(loss_subject, dtype, what):
     for name in names:
         tensors[name][0] = fill if not (what == "subnormal" and dtype == torch.float16) else 0.0
     routes = {"formula": lambda given: subject.graph()(**given)["loss"]}
-    if dtype != torch.float64 and any(p.loss.has_kernel() for t in subject.composition.terms_ for p in t.parts):
+    if dtype != torch.float64 and any(p.loss.has_kernel() for t in subject.composition.named_terms for p in t.parts):
         routes["kernel"] = lambda given: subject.composition(**given, fused=True)["loss"]
     for route, run in routes.items():
         given = leaves(subject, tensors)
@@ -115,7 +118,7 @@ def test_the_value_alone_has_the_bits_of_the_value_with_its_gradient(fusable, dt
             graph = fusable.composition.graph(fusable.layouts, fusable.optional, check=False, fused=True)
             for threads in (1, 3):
                 both = through(fusable, tensors, in_library(threads))
-                alone, _ = kernel_point.value_and_gradient(
+                alone, _ = value_and_gradient(
                     lambda graph=graph, tensors=tensors: graph(**tensors),
                     graph.kernel_point,
                     [],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pykd import registry
+from pykd.definition import registry
 from pykd.export.verification import LIMITS
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ def test_links_lead_somewhere():
 
 
 def test_recipes_in_the_docs_build():
-    from pykd import recipe
+    from pykd.composition import recipe
 
     blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 4

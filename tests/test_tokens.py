@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import pykd
-from pykd import FeatureL2, HardTarget, SoftTarget, compose, registry
+from pykd import FeatureL2, HardTarget, SoftTarget, compose
 from pykd.composition import as_composition
+from pykd.definition import REDUCTIONS, registry
 
 registry.load_all()
 PER_TOKEN = [cls for cls in registry.registered().values() if "batch tokens" in cls.sample_axes]
@@ -17,7 +18,7 @@ PER_TOKEN = [cls for cls in registry.registered().values() if "batch tokens" in 
 def cases():
     """Losses whose inputs per token are those per sample with one axis more."""
     for cls in PER_TOKEN:
-        for case, reduction in itertools.product(cls.cases, registry.REDUCTIONS):
+        for case, reduction in itertools.product(cls.cases, REDUCTIONS):
             layouts = {
                 name: " ".join(axes.replace("batch tokens", "batch").split()) for name, axes in case.layouts.items()
             }
@@ -72,7 +73,7 @@ def test_the_reference_takes_tokens(loss, layouts, optional):
     np.testing.assert_allclose(loss(**tensors).numpy(), want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("reduction", registry.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("tokens", [False, True])
@@ -103,7 +104,7 @@ def test_class_weights_through_the_kernel(dtype):
     student, labels = torch.randn(3, 4, 6).to(dtype), torch.randint(6, (3, 4))
     labels[0] = -100
     weight = torch.rand(6)
-    for reduction in registry.REDUCTIONS:
+    for reduction in REDUCTIONS:
         results = []
         for fused in (False, True):
             leaf = student.clone().requires_grad_()

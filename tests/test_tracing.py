@@ -16,7 +16,9 @@ class Named(torch.nn.Module):
 
     def __init__(self, subject):
         super().__init__()
-        self.loss = subject.composition.terms_[0].parts[0].loss if subject.composition.single else subject.composition
+        self.loss = (
+            subject.composition.named_terms[0].parts[0].loss if subject.composition.single else subject.composition
+        )
 
     def forward(self, **tensors):
         if isinstance(self.loss, Composition):
@@ -66,7 +68,7 @@ def test_inductor(name):
 
 
 def test_functions_compile(loss_subject):
-    loss = loss_subject.composition.terms_[0].parts[0].loss
+    loss = loss_subject.composition.named_terms[0].parts[0].loss
     function = getattr(pykd.functional, loss.name)
 
     def step(**tensors):

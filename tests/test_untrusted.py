@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import pykd
-from pykd import Part, SoftTarget, compose, names
-from pykd import recipe as recipes
-from pykd.__main__ import main
+from pykd import Part, SoftTarget, compose
+from pykd.command_line import main
+from pykd.command_line.artefacts import export_arguments
 from pykd.composition import MAX_PARTS
+from pykd.composition import recipe as recipes
+from pykd.definition import names
 from pykd.export import verify
 
 PWNED = "__import__('pathlib').Path('{mark}').touch()"
@@ -167,11 +169,11 @@ def test_a_graph_takes_no_name_that_was_not_checked():
     composition = compose({"soft": SoftTarget()})
     for name in ("a=print(1)", "torch", "a b"):
         changed = recipes.build(composition.recipe())
-        changed.layouts_[name] = changed.layouts_.pop("student_logits")
+        changed.input_layouts[name] = changed.input_layouts.pop("student_logits")
         with pytest.raises(ValueError, match="expected an input or parameter of the loss"):
             changed.graph()
         changed = recipes.build(composition.recipe())
-        changed.parameters_[name] = changed.parameters_["soft_weight"]
+        changed.scalars[name] = changed.scalars["soft_weight"]
         with pytest.raises(ValueError, match="expected an input or parameter of the loss"):
             changed.graph()
 
@@ -292,7 +294,7 @@ WRONG_EXPORTS = [
 @pytest.mark.parametrize("table", WRONG_EXPORTS, ids=str)
 def test_wrong_tables_of_an_export(table):
     with pytest.raises(ValueError, match="expected "):
-        recipes.export_arguments({"loss": "soft_target", "export": table})
+        export_arguments({"loss": "soft_target", "export": table})
 
 
 TOML_BOMBS = {

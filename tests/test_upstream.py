@@ -66,7 +66,7 @@ def test_a_scaled_loss_has_the_formulas_gradient(fusable, dtype):
 
 def test_a_scaled_function_has_the_formulas_gradient(loss_subject):
     subject = loss_subject
-    loss = subject.composition.terms_[0].parts[0].loss
+    loss = subject.composition.named_terms[0].parts[0].loss
     if not loss.covered_by_kernel(subject.graph().signature.inputs):
         pytest.skip("no kernel computes it")
     function = getattr(pykd.functional, loss.name)

@@ -52,9 +52,9 @@ def _need(*modules: str) -> None:
 def _run(out: Path, examples_dir: str | Path | None, seeds: int, epochs: int) -> int:
     import torch
 
+    from pykd.composition import DistillationLoss
     from pykd.demo import digits as data
     from pykd.demo import parity, plots, programs, tensor_file
-    from pykd.distillation_loss import DistillationLoss
     from pykd.export import export
 
     found = programs.find(examples_dir)

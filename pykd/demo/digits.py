@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from pykd.distillation_loss import DistillationLoss
+    from pykd.composition import DistillationLoss
 
 TRAIN = 898  # of scikit-learn's 1797 images; the other 899 are the test images
 FEATURES = 64

@@ -1,4 +1,4 @@
-"""Copy this file to ``pykd/losses/<name>.py`` and fill it in; nothing else needs to know of the new loss.
+"""Copy this file to ``pykd/losses/<family>/<name>.py`` and fill it in; nothing else needs to know of the new loss.
 
 Then: ``pytest --loss <name>`` runs every check, ``pykd table --write README.md`` renews the table of losses.
 (Files that start with an underscore are not loaded; a test runs this one as it stands.)
@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd import ops
-from pykd.reference import log_softmax, reduce_samples
-from pykd.registry import Case, Loss, Scalar, Spec, register
+from pykd.definition import Case, Loss, Scalar, Spec, ops, register
+from pykd.definition.reference import log_softmax, reduce_samples
 
 
 # 1. The formula: a function that torch.jit.script accepts, named like the loss.

@@ -1,7 +1,7 @@
 // File: kernels/distribution_distillation/distribution_distillation.h
 //
 // How far the distribution of a student's pairwise similarities is from the teacher's, with the gradient. The
-// definition is pykd/losses/distribution_distillation.py, from the point where the embeddings have length 1:
+// definition is pykd/losses/relations/distribution_distillation.py, from the point where the embeddings have length 1:
 //
 //     s_ij     = x_i . x_j                      x: the student's embeddings; for the teacher's likewise
 //     h_r(A)   ~ sum over a in A of exp(-(a - t_r)^2 / (2 width^2)), sum over r = 1;   t_r = -1 + 2 r / (bins - 1)

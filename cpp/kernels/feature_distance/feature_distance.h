@@ -1,7 +1,7 @@
 // File: kernels/feature_distance/feature_distance.h
 //
 // Distance between the student's and the teacher's features, each token normalised along its channels, and the
-// gradient through the normalisation. The definitions are pykd/losses/feature_l1.py and feature_l2.py:
+// gradient through the normalisation. The definitions are pykd/losses/features/feature_l1.py and feature_l2.py:
 //
 //     value_b = mean over tokens of sum over channels of |x^ - y^| (l1) or (x^ - y^)^2 (l2),   x^ = x / |x|
 //     grad    = weight_b / (tokens |x|) (u - x^ (x^ . u)),   u = sign(x^ - y^), sign(0) = 0, or 2 (x^ - y^)

@@ -1,7 +1,7 @@
 // File: kernels/mk_mmd/mk_mmd.h
 //
 // Squared maximum mean discrepancy with five Gaussian kernels between two sets of N samples with D features, and its
-// gradient. The definition is pykd/losses/mk_mmd.py, from the point where the samples are normalised and flattened:
+// gradient. The definition is pykd/losses/features/mk_mmd.py, where the samples are normalised and flattened already:
 //
 //     k(u, v) = sum over f in {1, 2, 4, 8, 16} of exp(-|u - v|^2 / (2 f s2))
 //     value   = mean k(x_i, x_j) + mean k(y_i, y_j) - 2 mean k(x_i, y_j)      x: student, y: teacher

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd import ops
-from pykd.kernel_point import Argument, Kernel, KernelPoint
-from pykd.reference import unit
-from pykd.registry import Case, Loss, Scalar, Spec, register
+from pykd.definition import Case, Loss, Scalar, Spec, ops, register
+from pykd.definition.reference import unit
+from pykd.fused.description import Argument, Kernel, KernelPoint
 
 KERNEL = Kernel(
     "distribution_distillation",

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pykd import checks, registry
-from pykd.composition import MAX_PARTS, Composition, Part, Term
+from pykd.composition.composition import Composition
+from pykd.composition.terms import MAX_PARTS, Part, Term
+from pykd.definition import checks, registry
 
 # aux_loss → the registered loss behind it
 _AUX = {"l1": "feature_l1", "l2": "feature_l2", "MK-MMD": "mk_mmd"}
@@ -176,11 +177,11 @@ class DistillationLoss(Composition):
         flat: dict[str, Any] = {}
         for name in ("student_features", "teacher_features"):
             features = inputs.pop(name, None)
-            if f"{name}_0" in self.layouts_:
+            if f"{name}_0" in self.input_layouts:
                 flat |= self._pick(name, features)
         known = ("teacher_logits", "student_logits", "labels", "student_logits_teacher_features")
         for name, value in inputs.items():
-            if name in self.layouts_ or name in self.parameters_ or name not in known:
+            if name in self.input_layouts or name in self.scalars or name not in known:
                 flat[name] = value
         if self.multiple_lrs is not None:
             self._check_students(flat)
@@ -207,7 +208,7 @@ class DistillationLoss(Composition):
         return {f"{name}_{i}": features[index] for i, index in enumerate(self.features_index)}
 
     def _check_students(self, flat: Mapping[str, Any]) -> None:
-        for name, layouts in self.layouts_.items():
+        for name, layouts in self.input_layouts.items():
             tensor = flat.get(name)
             if tensor is not None and layouts[0].grad:
                 checks.resolve(name, tensor, layouts)

@@ -1,30 +1,30 @@
-"""L1 distance between normalised features."""
+"""Squared L2 distance between normalised features."""
 
 import numpy as np
 from torch import Tensor
 
-from pykd.losses._feature_distance import FeatureDistance, feature_distance
-from pykd.reference import reduce_samples, rows, unit
-from pykd.registry import register
+from pykd.definition import register
+from pykd.definition.reference import reduce_samples, rows, unit
+from pykd.losses.features._shared import FeatureDistance, feature_distance
 
 
-def feature_l1(
+def feature_l2(
     student_features: Tensor,
     teacher_features: Tensor,
     sample_weight: Tensor | None = None,
     spatial_avg: str | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Sum over channels of |x̂ − ŷ|, mean over tokens; see :class:`FeatureL1`."""
-    return feature_distance(student_features, teacher_features, sample_weight, spatial_avg, "l1", reduction)
+    """Sum over channels of (x̂ − ŷ)², mean over tokens; see :class:`FeatureL2`."""
+    return feature_distance(student_features, teacher_features, sample_weight, spatial_avg, "l2", reduction)
 
 
-@register("feature_l1")
-class FeatureL1(FeatureDistance):
-    r"""L1 distance between the student's and the teacher's features, each normalised along its channels.
+@register("feature_l2")
+class FeatureL2(FeatureDistance):
+    r"""Squared L2 distance between the student's and the teacher's features, each normalised along its channels.
 
-    .. math:: \ell_b = \frac1N \sum_n \sum_c \left| \frac{x_{bnc}}{\lVert x_{bn}\rVert_2}
-              - \frac{y_{bnc}}{\lVert y_{bn}\rVert_2} \right|
+    .. math:: \ell_b = \frac1N \sum_n \sum_c \left( \frac{x_{bnc}}{\lVert x_{bn}\rVert_2}
+              - \frac{y_{bnc}}{\lVert y_{bn}\rVert_2} \right)^2
 
     Args:
         spatial_avg: ``"mean"``: average each feature map over its tokens before it is normalised and
@@ -41,32 +41,31 @@ class FeatureL1(FeatureDistance):
             sample (of a sequence with padding, say); not together with ``spatial_avg``.
 
     Returns:
-        Between 0 and 2·√channels, no unit; a scalar unless ``reduction="none"``; 0 when the directions
+        Between 0 and 4 (it is 2 − 2·cosine), no unit; a scalar unless ``reduction="none"``; 0 when the directions
         agree. A token whose features are all 0 (or whose norm is below any normal number, 1.2e-38 in float32) keeps
-        the direction 0 and gets the gradient 0. Where a component of student and teacher agrees exactly its
-        subgradient is 0.
+        the direction 0 and gets the gradient 0.
 
     Raises:
         ValueError: for shapes that do not fit (map the student's channels to the teacher's first), an empty batch.
 
-    Who differs: ``F.l1_loss`` also divides by the number of channels and does not normalise.
+    Who differs: ``F.mse_loss`` also divides by the number of channels and does not normalise.
 
     Example:
         >>> student, teacher = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 5.0]]])
-        >>> FeatureL1()(student, teacher)
-        tensor(0.6000)
+        >>> FeatureL2()(student, teacher)
+        tensor(0.4000)
 
     References:
         Wang et al.: Improved Knowledge Distillation for Training Fast Low Resolution Face Recognition
         Model, ICCVW 2019; Romero et al.: FitNets, 2015, arXiv:1412.6550 (comparing features as such).
     """
 
-    kernel_power = "l1"
+    kernel_power = "l2"
 
     def forward(
         self, student_features: Tensor, teacher_features: Tensor, sample_weight: Tensor | None = None
     ) -> Tensor:
-        return feature_l1(student_features, teacher_features, sample_weight, self.spatial_avg, self.reduction)
+        return feature_l2(student_features, teacher_features, sample_weight, self.spatial_avg, self.reduction)
 
     @staticmethod
     def reference(student_features, teacher_features, sample_weight=None, spatial_avg=None, reduction="mean"):
@@ -77,7 +76,7 @@ class FeatureL1(FeatureDistance):
         for x, y in zip(student_features, teacher_features, strict=True):
             if spatial_avg == "mean":
                 x, y = x.mean(axis=0, keepdims=True), y.mean(axis=0, keepdims=True)
-            values.append(np.mean([np.abs(unit(a) - unit(b)).sum() for a, b in zip(x, y, strict=True)]))
+            values.append(np.mean([((unit(a) - unit(b)) ** 2).sum() for a, b in zip(x, y, strict=True)]))
         return reduce_samples(
             values, sample_weight, reduction, None if sample_weight is None else np.shape(sample_weight)
         )

@@ -8,7 +8,7 @@ import inspect
 import re
 from pathlib import Path
 
-from pykd import registry
+from pykd.definition import registry
 
 
 def parts() -> dict[str, str]:

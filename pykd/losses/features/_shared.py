@@ -4,9 +4,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pykd import ops
-from pykd.kernel_point import Argument, Kernel, KernelPoint
-from pykd.registry import Case, Loss, Spec
+from pykd.definition import Case, Loss, Spec, ops
+from pykd.fused.description import Argument, Kernel, KernelPoint
 
 KERNEL = Kernel(
     "feature_distance",

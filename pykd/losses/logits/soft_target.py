@@ -7,32 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd import ops
-from pykd.kernel_point import Argument, Kernel, KernelPoint
-from pykd.reference import log_softmax, reduce_samples, rows
-from pykd.registry import Case, Loss, Scalar, Spec, register
+from pykd.definition import Case, Loss, Scalar, Spec, ops, register
+from pykd.definition.reference import log_softmax, reduce_samples, rows
+from pykd.fused.description import KernelPoint
+from pykd.losses.logits._shared import KERNEL
 
 FORMS = ("cross_entropy", "kl", "reverse_kl", "symmetric_kl", "jsd")
-
-# One pass over a row of logits serves the soft term, the hard term (hard_target.py), or both.
-KERNEL = Kernel(
-    "soft_target",
-    inputs={
-        "student": Argument("batch classes"),
-        "teacher": Argument("batch classes"),
-        "temperature": Argument("", "number"),
-        "soft_weight": Argument("batch", "float32"),
-        "labels": Argument("batch", "index"),
-        "label_probs": Argument("batch classes"),
-        "hard_weight": Argument("batch", "float32"),
-    },
-    outputs={
-        "soft": Argument("batch", "float32"),
-        "hard": Argument("batch", "float32"),
-        "grad_student": Argument("batch classes"),
-    },
-    attributes={"form": "cross_entropy", "soften_student": True, "beta": 0.5},
-)
 
 
 def soft_target_rows(

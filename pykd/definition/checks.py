@@ -4,14 +4,12 @@ Every message has three parts: what was expected, what came, what to do; and it 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-if TYPE_CHECKING:
-    from pykd.registry import Layouts, Loss, Spec
+from pykd.definition.spec import Layouts, Spec
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -51,7 +49,7 @@ def check_axes(tensors: list[Tensor], names: list[str], axes: list[list[str]]) -
                 )
 
 
-def resolve(name: str, tensor: Tensor, layouts: "Layouts") -> "Spec":
+def resolve(name: str, tensor: Tensor, layouts: Layouts) -> Spec:
     """The one of ``layouts`` that ``tensor`` has, by its rank and type."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"expected {name} to be a torch.Tensor, got {type(tensor).__name__}; convert it first")
@@ -70,7 +68,7 @@ def samples_of(forms: Mapping[str, Mapping[str, Sequence[str]]], axes: Mapping[s
     """The axes that count the samples of a loss, on which its inputs have to agree.
 
     Args:
-        forms: for each choice of such axes, the axes that every input may have; see :class:`pykd.registry.Loss`.
+        forms: for each choice of such axes, the axes that every input may have; see :class:`pykd.Loss`.
         axes: those that the inputs at hand have.
     """
     for samples, fitting in forms.items():
@@ -88,7 +86,7 @@ def samples_of(forms: Mapping[str, Mapping[str, Sequence[str]]], axes: Mapping[s
     raise ValueError(f"expected axes that go together, got {dict(axes)}; pass others")
 
 
-def check_tensors(specs: Mapping[str, "Spec"], tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(specs: Mapping[str, Spec], tensors: Mapping[str, Tensor]) -> None:
     """Axes, one floating type, one device, integer ranges (on the CPU; a GPU is not waited for)."""
     names = list(specs)
     check_axes([tensors[n] for n in names], names, [list(specs[n].names) for n in names])
@@ -139,33 +137,11 @@ def check_range(name: str, tensor: Tensor, limit: int, axis: str, ignore_index: 
         value = int(data[bad][0])
         allowed = f"0 to {limit - 1}" + (f" or {ignore_index} (ignored)" if ignore_index is not None else "")
         raise ValueError(
-            f'expected {name} to hold indices along "{axis}" from {allowed}, got {value}; mend the data or the number of {axis}'
+            f'expected {name} to hold indices along "{axis}" from {allowed}, got {value}; correct the data or the number of {axis}'
         )
 
 
-def check_call(loss: "Loss", arguments: Mapping[str, object]) -> None:
-    """What :class:`pykd.registry.Loss` checks before it computes."""
-    specs: dict[str, Spec] = {}
-    tensors: dict[str, Tensor] = {}
-    for name in loss.inputs:
-        tensor = arguments.get(name)
-        if tensor is not None:
-            specs[name] = resolve(name, tensor, loss.layouts(name))  # type: ignore[arg-type]
-            tensors[name] = tensor  # type: ignore[assignment]
-    if len(loss.sample_axes) > 1:
-        samples_of(loss.forms(), {name: spec.axes for name, spec in specs.items()})
-    check_tensors(specs, tensors)
-    if not are_data_visible():
-        return
-    ignore_index = getattr(loss, "ignore_index", None)
-    check_ranges(specs, tensors, {} if ignore_index is None else dict.fromkeys(specs, ignore_index))
-    for name, scalar in loss.scalars.items():
-        value = arguments.get(name)
-        if value is not None:
-            scalar.check(name, value)
-
-
-def check_ranges(specs: Mapping[str, "Spec"], tensors: Mapping[str, Tensor], ignore_indices: Mapping[str, int]) -> None:
+def check_ranges(specs: Mapping[str, Spec], tensors: Mapping[str, Tensor], ignore_indices: Mapping[str, int]) -> None:
     """:func:`check_range` for every input that counts along an axis."""
     sizes = {
         axis: size for name, spec in specs.items() for axis, size in zip(spec.names, tensors[name].shape, strict=True)
@@ -175,7 +151,7 @@ def check_ranges(specs: Mapping[str, "Spec"], tensors: Mapping[str, Tensor], ign
             check_range(name, tensors[name], sizes[spec.index_of], spec.index_of, ignore_indices.get(name))
 
 
-def _dtypes(spec: "Spec") -> tuple[torch.dtype, ...]:
+def _dtypes(spec: Spec) -> tuple[torch.dtype, ...]:
     if spec.dtype == "weight":
         return (*_FLOATS, torch.bool, torch.uint8, torch.int32, torch.int64)
     return _FLOATS if spec.dtype == "float" else (torch.int64,)

@@ -24,53 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykd import ops
-
-
-@dataclasses.dataclass(frozen=True)
-class Argument:
-    """One input or output of a kernel.
-
-    Attributes:
-        axes: names separated by spaces.
-        role: ``"tensor"`` (the floating type of the call), ``"float32"`` (values, weights), ``"number"`` (one
-            number on the CPU) or ``"index"`` (int64).
-    """
-
-    axes: str
-    role: str = "tensor"
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """What ``cpp/kernels/<name>/`` computes, as Python needs to know it. A test compares it with the library.
-
-    Attributes:
-        name: the kernel's name.
-        inputs: by name, in the library's order.
-        outputs: values first, then ``grad_<input>``.
-        attributes: settings with their defaults; a string where the setting is a choice.
-    """
-
-    name: str
-    inputs: Mapping[str, Argument]
-    outputs: Mapping[str, Argument]
-    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def differentiable(self) -> tuple[str, ...]:
-        """The inputs that have a gradient among the outputs."""
-        return tuple(name.removeprefix("grad_") for name in self.outputs if name.startswith("grad_"))
-
-    def shape(self, output: str, tensors: Mapping[str, Any]) -> list[Any]:
-        """The shape of an output, from the axes of the tensors that are given."""
-        lengths = {
-            axis: length
-            for name, tensor in tensors.items()
-            if isinstance(tensor, Tensor)
-            for axis, length in zip(self.inputs[name].axes.split(), tensor.shape, strict=True)
-        }
-        return [lengths[axis] for axis in self.outputs[output].axes.split()]
+from pykd.definition import ops
+from pykd.fused.description import Kernel, KernelPoint
 
 
 @dataclasses.dataclass
@@ -161,9 +116,6 @@ def _over(rows: Tensor, samples: list[Any]) -> Tensor:
 
 def _same(a: Any, b: Any) -> bool:
     return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
-
-
-KernelPoint = Callable[..., Tensor]  # what `fused` is given: a Planner first, then an Answer
 
 
 class Planner:

@@ -6,11 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd import ops
-from pykd.kernel_point import KernelPoint
-from pykd.losses.soft_target import KERNEL
-from pykd.reference import log_softmax, reduce_samples, rows
-from pykd.registry import Case, Loss, Spec, register
+from pykd.definition import Case, Loss, Spec, ops, register
+from pykd.definition.reference import log_softmax, reduce_samples, rows
+from pykd.fused.description import KernelPoint
+from pykd.losses.logits._shared import KERNEL
 
 
 def hard_target_rows(student: Tensor, labels: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykd import checks, kernel_point, ops, torch_kernels
-from pykd.kernel_point import Call, Point
-from pykd.registry import Loss
+from pykd.definition import Loss, checks, ops
+from pykd.fused import torch_operators
+from pykd.fused.point import Call, Point, value_and_gradient
 
 
 def evaluate(loss: Loss, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Tensor:
@@ -83,12 +83,10 @@ def _scalar(
 
     def compute(names: list[str], scale: Any, widened: bool = False) -> tuple[dict[str, Tensor], list[Tensor]]:
         leaves = _leaves(tensors, names, widened)
-        return kernel_point.value_and_gradient(
-            lambda: function(own, leaves), own, [leaves[name] for name in names], scale, run
-        )
+        return value_and_gradient(lambda: function(own, leaves), own, [leaves[name] for name in names], scale, run)
 
     def gradients_of(upstream: Tensor) -> list[Tensor]:
-        if torch_kernels.is_plain(upstream):
+        if torch_operators.is_plain(upstream):
             return compute(wanted, upstream)[1]
         wide = compute(wanted, 1.0, widened=True)[1]
         return [(gradient * upstream).to(tensors[name].dtype) for name, gradient in zip(wanted, wide, strict=True)]
@@ -116,10 +114,10 @@ def _per_sample(function: Function, tensors: Mapping[str, Tensor], students: lis
             values = function(point, leaves)["loss"]
             return {"loss": values if upstream is None else (values * upstream).sum()}
 
-        return kernel_point.value_and_gradient(weighted, point, [leaves[name] for name in names], 1.0, run)
+        return value_and_gradient(weighted, point, [leaves[name] for name in names], 1.0, run)
 
     def gradients_of(upstream: Tensor) -> list[Tensor]:
-        if not torch_kernels.is_plain(upstream):
+        if not torch_operators.is_plain(upstream):
             raise RuntimeError(
                 "expected one upstream gradient at a time for a fused loss with reduction='none', got a batch of them "
                 "(is_grads_batched=True, vectorize=True, vmap); take them one by one, or leave fused out"
@@ -133,7 +131,7 @@ def _per_sample(function: Function, tensors: Mapping[str, Tensor], students: lis
 def _wanted(tensors: Mapping[str, Tensor], students: list[str]) -> list[str]:
     """The students whose gradient this call is to have, after a check that it is a call and no trace of one."""
     _refuse_traces(tensors)
-    torch_kernels.refuse_transforms(tensors, students, "leave fused out")
+    torch_operators.refuse_transforms(tensors, students, "leave fused out")
     return [name for name in students if tensors[name].requires_grad] if torch.is_grad_enabled() else []
 
 
@@ -145,7 +143,7 @@ def _leaves(tensors: Mapping[str, Tensor], wanted: list[str], widened: bool = Fa
 
 def run(call: Call, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Runs one kernel call through the torch operator."""
-    return torch_kernels.fused_call(call.kernel.name, call.inputs(weights), call.attributes, call.outputs(weights))
+    return torch_operators.fused_call(call.kernel.name, call.inputs(weights), call.attributes, call.outputs(weights))
 
 
 def _refuse_traces(tensors: Mapping[str, Tensor]) -> None:
@@ -173,8 +171,8 @@ class _Given(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        torch_kernels.refuse_second_derivatives()
-        gradients = [torch_kernels.scaled(gradient, upstream[0]) for gradient in ctx.saved_tensors]
+        torch_operators.refuse_second_derivatives()
+        gradients = [torch_operators.scaled(gradient, upstream[0]) for gradient in ctx.saved_tensors]
         return (None, None, *[None] * ctx.count, *gradients)
 
 
@@ -207,6 +205,6 @@ class _Later(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        torch_kernels.refuse_second_derivatives()
+        torch_operators.refuse_second_derivatives()
         _ = ctx.saved_tensors
         return (None, None, None, *ctx.gradients_of(upstream[0]))

@@ -1,0 +1,52 @@
+"""What there is: ``pykd list``, ``show``, ``table``."""
+
+import argparse
+import inspect
+from pathlib import Path
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    listing = commands.add_parser("list", help="every loss in a line")
+    listing.set_defaults(run=_list)
+
+    show = commands.add_parser("show", help="the specification of one loss")
+    show.add_argument("loss", help="its name, as `pykd list` prints it")
+    show.set_defaults(run=_show)
+
+    table = commands.add_parser("table", help="the generated parts of the README")
+    table.add_argument("--write", type=Path, metavar="README", help="write them into this file")
+    table.add_argument("--check", type=Path, metavar="README", help="exit with 1 where this file is out of date")
+    table.set_defaults(run=_table)
+
+
+def _list(options: argparse.Namespace) -> None:
+    from pykd.definition import registry
+
+    registry.load_all()
+    for name, cls in registry.registered().items():
+        print(f"{name:20} {cls.__name__:16} {(inspect.getdoc(cls) or '').splitlines()[0]}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    from pykd.definition import registry
+
+    registry.load_all()
+    cls = registry.get(options.loss)
+    print(f"{cls.__name__}{inspect.signature(cls)}\n\n{inspect.getdoc(cls)}")
+
+
+def _table(options: argparse.Namespace) -> int:
+    from pykd.command_line import table
+
+    if options.write:
+        table.write(options.write)
+        return 0
+    if options.check:
+        stale = table.stale(options.check)
+        for name in stale:
+            print(f"{options.check}: the part {name!r} is out of date; run `pykd table --write {options.check}`")
+        return 1 if stale else 0
+    for text in table.parts().values():
+        print(text, end="\n\n")
+    return 0

@@ -1,0 +1,56 @@
+"""What the fused kernels compute, as Python needs to know it: names, axes, roles and settings."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """One input or output of a kernel.
+
+    Attributes:
+        axes: names separated by spaces.
+        role: ``"tensor"`` (the floating type of the call), ``"float32"`` (values, weights), ``"number"`` (one
+            number on the CPU) or ``"index"`` (int64).
+    """
+
+    axes: str
+    role: str = "tensor"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What ``cpp/kernels/<name>/`` computes, as Python needs to know it. A test compares it with the library.
+
+    Attributes:
+        name: the kernel's name.
+        inputs: by name, in the library's order.
+        outputs: values first, then ``grad_<input>``.
+        attributes: settings with their defaults; a string where the setting is a choice.
+    """
+
+    name: str
+    inputs: Mapping[str, Argument]
+    outputs: Mapping[str, Argument]
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """The inputs that have a gradient among the outputs."""
+        return tuple(name.removeprefix("grad_") for name in self.outputs if name.startswith("grad_"))
+
+    def shape(self, output: str, tensors: Mapping[str, Any]) -> list[Any]:
+        """The shape of an output, from the axes of the tensors that are given."""
+        lengths = {
+            axis: length
+            for name, tensor in tensors.items()
+            if isinstance(tensor, Tensor)
+            for axis, length in zip(self.inputs[name].axes.split(), tensor.shape, strict=True)
+        }
+        return [lengths[axis] for axis in self.outputs[output].axes.split()]
+
+
+KernelPoint = Callable[..., Tensor]  # what a loss's method `fused` is given; see pykd.fused.point

@@ -1,0 +1,1 @@
+"""Losses on class scores: how the student's classification agrees with the teacher's, or with the labels."""
