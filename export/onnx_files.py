@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, fx
@@ -162,6 +163,8 @@ def _export(composition: Composition, graph: LossGraph, dtype: str) -> tuple[onn
     outputs = [*signature.outputs, *(f"grad_{name}" for name in gradients)]
     model = _to_onnx(function, {**examples, **scalars}, outputs)
     kernel_nodes.place(model, sites)
+    if dtype == "float64":
+        _part_transposes(model)
     if sites:
         parameters = {name: scalars[name] for name in signature.parameters}
         kernel_nodes.write_bodies(sites, graph, gradients, examples, parameters, _to_onnx)
@@ -193,6 +196,28 @@ def _to_onnx(
     _clean(model)
     _name(model, list(arguments), outputs)
     return model
+
+
+def _part_transposes(model: onnx.ModelProto) -> None:
+    """Puts a Reshape that changes nothing between each Transpose and the MatMul that reads it.
+
+    ONNX Runtime 1.21 to 1.24 make one operator of such a pair, for float64, too, where it has no kernel for it: the file
+    did not load. A Reshape moves no memory, and no optimiser takes it away.
+    """
+    transposes = {node.output[0]: node for node in model.graph.node if node.op_type == "Transpose"}
+    nodes = []
+    for node in model.graph.node:
+        node = kernel_nodes.copy(node)
+        for i, name in enumerate(node.input):
+            if node.op_type == "MatMul" and name in transposes:
+                rank = len(transposes[name].attribute[0].ints)
+                same = onnx.numpy_helper.from_array(np.zeros(rank, np.int64), f"_{node.name}_same_{i}")
+                model.graph.initializer.append(same)
+                node.input[i] = f"_{node.name}_transposed_{i}"
+                nodes.append(onnx.helper.make_node("Reshape", [name, same.name], [node.input[i]]))
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _name(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:

@@ -53,6 +53,21 @@ def test_the_operators_of_exported_files_are_those_of_the_table(models):
 
 
 @pytest.mark.slow
+def test_no_product_of_float64_reads_a_transpose(exported):
+    """ONNX Runtime 1.21 to 1.24 would fuse the two, and have no float64 kernel for what comes out."""
+    products = 0
+    for subject in subjects():
+        for name in ("loss.onnx", "loss.grad.onnx"):
+            nodes = onnx.load(exported(subject, "float64") / name).graph.node
+            transposed = {node.output[0] for node in nodes if node.op_type == "Transpose"}
+            for node in nodes:
+                if node.op_type == "MatMul":
+                    products += 1
+                    assert transposed.isdisjoint(node.input), (subject.name, name, node.name)
+    assert products > 0
+
+
+@pytest.mark.slow
 def test_a_composition_of_the_largest_losses_is_within_the_limit_of_nodes(models):
     limit = int(re.search(r"kMaxNodes = (\d+)", (ROOT / "cpp/runtime/artefact/onnx_scan.cpp").read_text()).group(1))
     largest = max(expanded(model) for model in models if len(model.functions) <= 1)
