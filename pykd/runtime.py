@@ -300,11 +300,12 @@ def load(
     check_integrity: bool = True,
     cuda_stream: int | None = None,
     kernels: str = "auto",
+    trust: bool = True,
 ) -> LoadedLoss:
     """Loads an exported loss, ready to run.
 
-    TorchScript files (``loss.pt``) are programs: load them only from a source you trust. ONNX files are
-    checked before ONNX Runtime sees them.
+    TorchScript files (``loss.pt``) are programs: load what is not your own with ``trust=False``, which reads data alone.
+    ONNX files are checked before ONNX Runtime sees them.
 
     Args:
         path: the folder that :func:`pykd.export` wrote, or one of its files (``loss.onnx``: the value alone;
@@ -329,6 +330,8 @@ def load(
             that device. ``"on"``: the same, and a RuntimeError where it has none, or one that no kernel
             computes. ``"off"``: the portable operators that the file carries.
             :attr:`Loss.kernels_in_use` tells what came of it.
+        trust: whether whoever wrote the files may run programs in this process. False takes the ONNX files or nothing, as
+            ``engine="onnxruntime"`` does, which is also how C and C++ say it.
 
     Returns:
         The loss, with :meth:`Loss.value` and :meth:`Loss.value_and_gradient`.
@@ -342,6 +345,12 @@ def load(
         >>> loss = pykd.load("build/losses/hard_soft", engine="onnxruntime", threads=1)
         >>> print(loss.signature)
     """
+    if not trust and engine == "torchscript":
+        raise ValueError(
+            "expected data for trust=False, got engine='torchscript', which runs a program; leave the engine out, or trust "
+            "whoever wrote it"
+        )
+    engine = engine if trust else "onnxruntime"
     source = bytes(path) if isinstance(path, (bytes, bytearray, memoryview)) else os.fsdecode(path)
     named = None if onnxruntime_library is None else os.fsdecode(onnxruntime_library)
     if named is None and engine != "torchscript" and _has(source, onnx=True):

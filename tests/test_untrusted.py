@@ -348,6 +348,18 @@ def test_verify_runs_loss_pt_where_it_is_trusted(exported_folder):
     assert {row.engine for row in report.rows} >= {"torch.jit", "torchscript (C++)"}
 
 
+def test_load_of_what_is_not_trusted_takes_no_program(exported_folder, tmp_path):
+    assert pykd.load(exported_folder, trust=False).engine == "onnxruntime"
+    with pytest.raises(ValueError, match="runs a program"):
+        pykd.load(exported_folder, engine="torchscript", trust=False)
+    program = (exported_folder / "loss.pt").read_bytes()
+    (tmp_path / "loss.onnx").write_bytes(program)
+    for source in (exported_folder / "loss.pt", program, tmp_path / "loss.onnx"):
+        assert pykd.load(source).engine == "torchscript"
+        with pytest.raises((ValueError, OSError), match="expected "):
+            pykd.load(source, trust=False)
+
+
 def test_verify_of_nothing_but_a_program_runs_nothing(exported_folder, tmp_path, capsys):
     manifest = copy(exported_folder, tmp_path)
     for name in ("loss.onnx", "loss.grad.onnx"):
