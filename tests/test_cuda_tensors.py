@@ -9,71 +9,30 @@ import pytest
 import torch
 
 from pykd import kernels
-
-
-class DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-class Versioned(ctypes.Structure):
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("manager", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-        ("tensor", DLTensor),
-    )
-
-
-FromObject = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
-
-
-class Exchange(ctypes.Structure):
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("older", ctypes.c_void_p),
-        ("allocate", ctypes.c_void_p),
-        ("from_object", FromObject),
-        ("rest", ctypes.c_void_p * 3),
-    )
+from tests import dlpack
 
 
 def tensor_type(of_torch: bool, asked: list[str]) -> type:
     """A type whose tensors lie on cuda:3 and offer themselves to C; `asked`: each time that `__dlpack__` is called."""
     numbers = (ctypes.c_float * 6)()
     shape = (ctypes.c_int64 * 2)(2, 3)
-    there = DLTensor(ctypes.addressof(numbers), 2, 3, 2, 2, 32, 1, ctypes.addressof(shape), None, 0)
-    versioned = Versioned(1, 0, None, None, 0, there)
+    there = dlpack.Tensor(ctypes.addressof(numbers), 2, 3, 2, 2, 32, 1, ctypes.addressof(shape), None, 0)
+    versioned = dlpack.Versioned(1, 0, None, None, 0, there)
 
-    @FromObject
+    @dlpack.FromObject
     def from_object(_: Any, target: Any) -> int:
         target[0] = ctypes.addressof(versioned)
         return 0
 
-    exchange = Exchange(1, 3, None, None, from_object)
-    new_capsule = ctypes.pythonapi.PyCapsule_New
-    new_capsule.restype, new_capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    exchange = dlpack.Exchange(1, 3, None, None, from_object)
 
-    def dlpack(self: Any, **keywords: Any) -> Any:
+    def ask(self: Any, **keywords: Any) -> Any:
         asked.append(repr(keywords.get("stream")))
         raise BufferError("another device is current")
 
     members: dict[str, Any] = {
-        "__dlpack_c_exchange_api__": new_capsule(ctypes.addressof(exchange), b"dlpack_exchange_api", None),
-        "__dlpack__": dlpack,
+        "__dlpack_c_exchange_api__": dlpack.capsule_of(exchange, b"dlpack_exchange_api"),
+        "__dlpack__": ask,
         "keep": (numbers, shape, versioned, from_object, exchange),
     }
     if of_torch:

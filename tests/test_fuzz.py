@@ -6,7 +6,6 @@ likes: PYKD_FUZZ_SECONDS is the time that each test here takes, 20 seconds by de
 
 import contextlib
 import copy
-import io
 import json
 import os
 import time
@@ -22,6 +21,7 @@ from pykd.composition import Part, compose, recipe
 from pykd.definition import names, registry
 from pykd.export import verify
 from pykd.losses.logits.soft_target import SoftTarget
+from tests.test_untrusted import works_in_torchscript
 
 SECONDS = float(os.environ.get("PYKD_FUZZ_SECONDS", "20"))
 MARK = Path(os.environ.get("TMPDIR", "/tmp")) / f"pykd-fuzz-{os.getpid()}"
@@ -91,19 +91,14 @@ GOOD = [
 
 
 @st.composite
-def recipes(draw):
-    """A good recipe with a few places replaced, or anything at all."""
-    if draw(st.integers(0, 9)) == 0:
-        return draw(values)
-    table = copy.deepcopy(draw(st.sampled_from(GOOD)))
-    for _ in range(draw(st.integers(1, 3))):
+def changed(draw, good, most, depth):
+    """One of the good tables with up to ``most`` places replaced; the larger ``depth``, the deeper they lie."""
+    table = copy.deepcopy(draw(st.sampled_from(good)))
+    for _ in range(draw(st.integers(1, most))):
         place = table
-        while True:
-            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-            if not keys:
-                break
-            key = draw(st.sampled_from(keys))
-            if isinstance(place[key], dict | list) and place[key] and draw(st.integers(0, 3)):
+        while place:
+            key = draw(st.sampled_from(list(place) if isinstance(place, dict) else list(range(len(place)))))
+            if isinstance(place[key], dict | list) and place[key] and draw(st.integers(0, depth)):
                 place = place[key]
                 continue
             if isinstance(place, dict) and draw(st.booleans()):
@@ -112,6 +107,12 @@ def recipes(draw):
                 place[key] = draw(values)
             break
     return table
+
+
+@st.composite
+def recipes(draw):
+    """A good recipe with a few places replaced, or anything at all."""
+    return draw(values if draw(st.integers(0, 9)) == 0 else changed(GOOD, most=3, depth=3))
 
 
 @for_a_while
@@ -150,24 +151,6 @@ def folder(tmp_path_factory):
     return pykd.export(SoftTarget(), tmp_path_factory.mktemp("fuzz"), progress=lambda line: None)
 
 
-@st.composite
-def manifests(draw, good):
-    table = copy.deepcopy(good)
-    for _ in range(draw(st.integers(1, 2))):
-        place = table
-        while isinstance(place, dict | list) and place:
-            key = draw(st.sampled_from(list(place) if isinstance(place, dict) else list(range(len(place)))))
-            if isinstance(place[key], dict | list) and place[key] and draw(st.integers(0, 2)):
-                place = place[key]
-                continue
-            if isinstance(place, dict) and draw(st.booleans()):
-                place[draw(texts)] = place.pop(key)
-            else:
-                place[key] = draw(values)
-            break
-    return table
-
-
 def test_manifests(folder, monkeypatch):
     """verify() of a folder whose manifest was changed: a report or a ValueError, and loss.pt is never run."""
     good = json.loads((folder / "manifest.json").read_text())
@@ -175,7 +158,7 @@ def test_manifests(folder, monkeypatch):
 
     @for_a_while
     @forever
-    @given(table=manifests(good))
+    @given(table=changed([good], most=2, depth=2))
     def run(table, end):
         if time.monotonic() > end:
             raise TimeIsOver
@@ -196,9 +179,4 @@ def test_every_name_that_is_taken_works_in_torchscript(name):
         composition = compose({"soft": [Part(SoftTarget(), inputs={"student_logits": name})]})
     except ValueError:
         return
-    graph = composition.graph()
-    tensors = composition.draw(graph.signature.inputs)
-    buffer = io.BytesIO()
-    torch.jit.save(torch.jit.script(graph.eval()), buffer)
-    loaded = torch.jit.load(io.BytesIO(buffer.getvalue()))
-    torch.testing.assert_close(loaded(**tensors), composition(**tensors))
+    works_in_torchscript(composition)

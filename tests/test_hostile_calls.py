@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pykd import _core, kernels, runtime
+from tests import dlpack
 from tests.test_runtime import tensors, truth
 
 GOOD = tensors()
@@ -144,36 +145,6 @@ def test_a_call_inside_a_call(loss: runtime.Loss) -> None:
 # ---- DLPack --------------------------------------------------------------------------------------
 
 
-class RawTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-class Managed(ctypes.Structure):
-    _fields_ = [("tensor", RawTensor), ("manager", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
-
-
-class Exchange(ctypes.Structure):
-    _fields_ = [("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("older", ctypes.c_void_p)]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("allocate", "from_object", "to_object", "view", "stream")]
-
-
-def capsule_of(pointer: int, name: bytes) -> Any:
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    return new(pointer, name, None)
-
-
 class Made:
     """A float32 tensor [3, 4] of zeros in DLPack, some of whose fields are others."""
 
@@ -183,10 +154,10 @@ class Made:
         self.steps = (ctypes.c_int64 * 2)(*fields.pop("steps", (4, 1)))
         defaults: dict[str, Any] = dict(device_type=1, rank=2, code=2, bits=32, lanes=1, byte_offset=0)
         defaults |= dict(data=self.memory.ctypes.data, shape=ctypes.addressof(self.lengths))
-        self.managed = Managed(RawTensor(**(defaults | fields)))
+        self.managed = dlpack.Managed(dlpack.Tensor(**(defaults | fields)))
 
     def __dlpack__(self) -> Any:
-        return capsule_of(ctypes.addressof(self.managed), b"dltensor")
+        return dlpack.capsule_of(self.managed, b"dltensor")
 
 
 def test_a_made_tensor_that_is_good(loss: runtime.Loss) -> None:
@@ -297,7 +268,7 @@ class Unprintable(ValueError):
 def test_answers_that_are_no_tensor(loss: runtime.Loss) -> None:
     used = GOOD["teacher"].__dlpack__()
     np.from_dlpack(AnswersOnTheCpu(used))
-    for answer in (None, 1, "dltensor", used, capsule_of(1, b"other"), capsule_of(1, b"used_dltensor")):
+    for answer in (None, 1, "dltensor", used, dlpack.capsule_of(1, b"other"), dlpack.capsule_of(1, b"used_dltensor")):
         with pytest.raises(TypeError, match="teacher"):
             loss.value(**{**GOOD, "teacher": Answers(answer)})
     for error in (ValueError("\ud800"), Unprintable(), BufferError(), RuntimeError("x"), TypeError("y")):
@@ -321,12 +292,12 @@ def test_a_capsule_counts_once(loss: runtime.Loss) -> None:
 
 
 def test_an_exchange_table_without_functions(loss: runtime.Loss) -> None:
-    empty = Exchange(major=1)
-    strange = Exchange(major=7)
+    empty = dlpack.Exchange(major=1)
+    strange = dlpack.Exchange(major=7)
     strange.older = ctypes.addressof(strange)  # without end
-    newer = Exchange(major=2, older=ctypes.addressof(empty))
+    newer = dlpack.Exchange(major=2, older=ctypes.addressof(empty))
     for table in (empty, strange, newer):
-        capsule = capsule_of(ctypes.addressof(table), b"dlpack_exchange_api")
+        capsule = dlpack.capsule_of(table, b"dlpack_exchange_api")
         cls = type("Exchanging", (Answers,), {"__dlpack_c_exchange_api__": capsule})
         given = cls(GOOD["teacher"].__dlpack__())
         np.testing.assert_allclose(loss.value(**{**GOOD, "teacher": given})["loss"], truth(GOOD)[0], rtol=1e-6)

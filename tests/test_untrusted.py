@@ -129,6 +129,16 @@ def test_variables_leave_the_words_of_the_generated_code_alone(place, name):
         recipes.build(PLACES[place](name))
 
 
+def works_in_torchscript(composition):
+    """Its graph, saved and loaded, computes what the module computes."""
+    graph = composition.graph()
+    tensors = composition.draw(graph.signature.inputs)
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(graph.eval()), buffer)
+    loaded = torch.jit.load(io.BytesIO(buffer.getvalue()))
+    torch.testing.assert_close(loaded(**tensors), composition(**tensors))
+
+
 @pytest.mark.parametrize(
     "name", ["x", "a" * 188, "match", "training", "code", "forward", "loss_", "shape", "pykd", "Tensor"]
 )
@@ -136,12 +146,7 @@ def test_other_names_work_everywhere(name):
     """In the module, and in TorchScript that was saved and loaded."""
     terms = {name: ([Part(SoftTarget(), 2.0, f"{name}_factor", inputs={"student_logits": f"{name}_in"})], 0.5)}
     composition = compose(terms)
-    graph = composition.graph()
-    tensors = composition.draw(graph.signature.inputs)
-    buffer = io.BytesIO()
-    torch.jit.save(torch.jit.script(graph.eval()), buffer)
-    loaded = torch.jit.load(io.BytesIO(buffer.getvalue()))
-    torch.testing.assert_close(loaded(**tensors), composition(**tensors))
+    works_in_torchscript(composition)
 
 
 def test_every_word_that_python_or_torchscript_takes_is_refused_or_works():
@@ -159,9 +164,7 @@ def test_every_word_that_python_or_torchscript_takes_is_refused_or_works():
             composition = compose({"soft": [Part(SoftTarget(), inputs={"student_logits": word})]})
         except ValueError:
             continue
-        graph = composition.graph()
-        tensors = composition.draw(graph.signature.inputs)
-        torch.testing.assert_close(torch.jit.script(graph.eval())(**tensors), composition(**tensors))
+        works_in_torchscript(composition)
 
 
 def test_a_graph_takes_no_name_that_was_not_checked():

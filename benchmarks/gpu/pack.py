@@ -83,6 +83,10 @@ def run(*command: Any, **settings: Any) -> None:
     subprocess.run([str(part) for part in command], check=True, **settings)
 
 
+def install(python: Path, *what: Any, **settings: Any) -> None:
+    run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *what, **settings)
+
+
 # ---- pykd, built for that machine ---------------------------------------------------------------
 
 
@@ -92,17 +96,7 @@ def interpreter() -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         run(base_interpreter(), "-m", "venv", folder)
-    run(
-        python,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--disable-pip-version-check",
-        "scikit-build-core>=0.11",
-        "pybind11>=2.13",
-        "ninja",
-    )
+    install(python, "scikit-build-core>=0.11", "pybind11>=2.13", "ninja")
     return python
 
 
@@ -160,24 +154,12 @@ def build_site(site: Path, torch: Path, prefix: Path) -> None:
         "cmake.define.CMAKE_CUDA_ARCHITECTURES": ARCHITECTURES,
         "cmake.define.PYKD_ORT_INCLUDE_DIR": str(prefix / "include" / "onnxruntime"),
     }
-    run(
-        python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--upgrade",
-        "--target", site, ROOT, *(f"--config-settings={key}={value}" for key, value in settings.items()), env=environment,
+    install(
+        python, "--no-deps", "--no-build-isolation", "--upgrade", "--target", site, ROOT,
+        *(f"--config-settings={key}={value}" for key, value in settings.items()), env=environment,
     )  # fmt: skip
     for package in PURE_PACKAGES:
-        run(
-            python,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--no-compile",
-            "--target",
-            site,
-            package,
-        )
+        install(python, "--no-deps", "--no-compile", "--target", site, package)
 
 
 def collect_prefix(prefix: Path) -> None:
