@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pykd import kernels
+from pykd.fused import library
 from tests import dlpack
 
 
@@ -83,7 +84,7 @@ def test_a_kernel_runs_on_torchs_current_stream(monkeypatch: pytest.MonkeyPatch,
 
     streams = []
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
-    monkeypatch.setattr(kernels._core, "run_kernel", lambda *arguments: streams.append(arguments[-1]))
+    monkeypatch.setattr(library._core, "run_kernel", lambda *arguments: streams.append(arguments[-1]))
     kernels.run("soft_target", {"student": torch.ones(1, 2).as_subclass(OnDevice)}, {}, {}, cuda_stream=given)
     kernels.run("soft_target", {"student": np.ones((1, 2), np.float32)}, {}, {}, cuda_stream=given)
     assert streams == [used, given or 0]
