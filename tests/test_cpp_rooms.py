@@ -13,7 +13,7 @@ LIBRARY = ["base", "kernels", "ops", "runtime"]
 MAY_KNOW = {
     "include": [],
     **{room: LIBRARY[: i + 1] for i, room in enumerate(LIBRARY)},
-    "bindings": ["bindings"],
+    "bindings": ["base", "bindings"],
     "examples": ["examples"],
     "tests": [*LIBRARY, "tests"],
     "fuzz": [*LIBRARY, "tests", "fuzz"],

@@ -5,27 +5,10 @@
 
 namespace pykd::internal {
 
-std::string dtype_name(pykd_dtype dtype) {
-  switch (dtype) {
-    case PYKD_FLOAT16:
-      return "float16";
-    case PYKD_BFLOAT16:
-      return "bfloat16";
-    case PYKD_FLOAT32:
-      return "float32";
-    case PYKD_FLOAT64:
-      return "float64";
-    case PYKD_INT64:
-      return "int64";
-  }
-  return "";  // not reached: what callers give is checked before
-}
-
 std::string dtypes_text(std::uint32_t dtypes) {
   std::vector<std::string> names;
-  for (int dtype = PYKD_FLOAT16; dtype <= PYKD_INT64; ++dtype) {
-    const auto known = static_cast<pykd_dtype>(dtype);
-    if (dtypes & dtype_bit(known)) names.push_back(dtype_name(known));
+  for (const pykd_dtype dtype : kDtypes) {
+    if (dtypes & dtype_bit(dtype)) names.emplace_back(dtype_name(dtype));
   }
   std::string last = names.back();
   names.pop_back();
@@ -55,11 +38,6 @@ std::string join(const std::vector<std::string>& words) {
   std::string text;
   for (const std::string& word : words) text += (text.empty() ? "" : ", ") + word;
   return text;
-}
-
-std::size_t dtype_size(pykd_dtype dtype) {
-  if (dtype == PYKD_FLOAT16 || dtype == PYKD_BFLOAT16) return 2;
-  return dtype == PYKD_FLOAT32 ? 4 : 8;
 }
 
 std::size_t check_size(std::string_view name, const pykd_tensor& tensor) {

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "base/device.h"
+#include "base/dtypes.h"
 #include "base/error.h"
 #include "pykd/pykd.h"
 
@@ -25,16 +26,8 @@ namespace pykd::internal {
 
 constexpr std::size_t kMaxRank = 8;
 
-// Sets of dtypes, as in pykd_tensor_info::dtypes.
-constexpr std::uint32_t dtype_bit(pykd_dtype dtype) { return 1u << static_cast<unsigned>(dtype); }
-constexpr std::uint32_t kAnyFloat =
-    dtype_bit(PYKD_FLOAT16) | dtype_bit(PYKD_BFLOAT16) | dtype_bit(PYKD_FLOAT32) | dtype_bit(PYKD_FLOAT64);
+// ---- Words --------------------------------------------------------------------------------------
 
-// ---- Words
-// ---------------------------------------------------------------------------------------
-
-// "float32" and the like.
-std::string dtype_name(pykd_dtype dtype);
 // "float16 or float32"; the set is not empty.
 std::string dtypes_text(std::uint32_t dtypes);
 // The same for what a caller gave, which may be no value of the enumeration.
@@ -45,8 +38,7 @@ std::string shape_text(const std::int64_t* shape, std::int32_t rank);
 // "a, b, c".
 std::string join(const std::vector<std::string>& words);
 
-// ---- Values
-// --------------------------------------------------------------------------------------
+// ---- Values -------------------------------------------------------------------------------------
 
 template <class Enumeration>
 int raw(const Enumeration& field) {
@@ -58,11 +50,7 @@ int raw(const Enumeration& field) {
 
 inline bool is_dtype(const pykd_dtype& dtype) { return raw(dtype) >= PYKD_FLOAT16 && raw(dtype) <= PYKD_INT64; }
 
-// Bytes of one element; `dtype` is one of the enumeration.
-std::size_t dtype_size(pykd_dtype dtype);
-
-// ---- Checks: each throws a Failure that names the tensor
-// -----------------------------------------
+// ---- Checks: each throws a Failure that names the tensor ----------------------------------------
 
 // Bytes of a tensor whose lengths are all at least 1.
 std::size_t check_size(std::string_view name, const pykd_tensor& tensor);
@@ -96,8 +84,7 @@ void check_no_overlap(const Extent& written, const Extent& other);
 // pykd_tensor::extension is for later versions.
 void check_extension(const pykd_tensor& tensor);
 
-// ---- Checks of lists of named things
-// -------------------------------------------------------------
+// ---- Checks of lists of named things ------------------------------------------------------------
 
 [[noreturn]] void given_twice(const char* name);
 // `what` is "an input"; `owner` is whose names they are.

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/dtypes.h"
 #include "bindings/borrowed_tensor.h"
 #include "bindings/interpreter.h"
 #include "pykd/kernels.h"
@@ -38,22 +39,6 @@ PyObject* exception_of(pykd_status status) {
 // Throws what libpykd reported on this thread.
 void check(pykd_status status) {
   if (status != PYKD_OK) raise(exception_of(status), pykd_last_error());
-}
-
-const char* dtype_name(pykd_dtype dtype) {
-  switch (dtype) {
-    case PYKD_FLOAT16:
-      return "float16";
-    case PYKD_BFLOAT16:
-      return "bfloat16";
-    case PYKD_FLOAT32:
-      return "float32";
-    case PYKD_FLOAT64:
-      return "float64";
-    case PYKD_INT64:
-      return "int64";
-  }
-  return "unknown";
 }
 
 constexpr char kNameOfTensor[] = "the name of a tensor";
@@ -203,7 +188,7 @@ class CoreLoss {
     for (std::int32_t axis = 0; axis < rank; ++axis) {
       PyTuple_SET_ITEM(shape.ptr(), axis, PyLong_FromLongLong(lengths[axis]));
     }
-    return py::make_tuple(std::move(shape), dtype_name(dtype));
+    return py::make_tuple(std::move(shape), pykd::internal::dtype_name(dtype));
   }
 
   template <class Info>
@@ -217,8 +202,8 @@ class CoreLoss {
         axes[static_cast<std::size_t>(axis)] = py::str(info.axes[axis]);
       }
       py::list names;
-      for (const pykd_dtype dtype : {PYKD_FLOAT16, PYKD_BFLOAT16, PYKD_FLOAT32, PYKD_FLOAT64, PYKD_INT64}) {
-        if ((info.dtypes & (1u << dtype)) != 0) names.append(dtype_name(dtype));
+      for (const pykd_dtype dtype : pykd::internal::kDtypes) {
+        if ((info.dtypes & pykd::internal::dtype_bit(dtype)) != 0) names.append(pykd::internal::dtype_name(dtype));
       }
       all.append(py::make_tuple(info.name, axes, py::tuple(names), info.has_gradient != 0));
     }

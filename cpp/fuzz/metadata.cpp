@@ -1,7 +1,7 @@
 // The metadata of an artefact: any text is a signature or a Failure(PYKD_BAD_ARTEFACT).
+#include "runtime/signature/metadata.h"
 #include "base/error.h"
 #include "fuzz/fuzz.h"
-#include "runtime/signature/signature.h"
 #include "tests/tiny_model.h"
 
 pykd::fuzz::Form pykd::fuzz::form() { return Form::kBytes; }

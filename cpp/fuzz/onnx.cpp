@@ -1,7 +1,9 @@
 // The scan of ONNX files, and the checksum before it: any bytes are a signature or a Failure(PYKD_BAD_ARTEFACT).
 #include "base/error.h"
 #include "fuzz/fuzz.h"
-#include "runtime/artefact/artefact.h"
+#include "runtime/artefact/checksum.h"
+#include "runtime/artefact/files.h"
+#include "runtime/artefact/onnx_scan.h"
 #include "tests/tiny_model.h"
 
 namespace {

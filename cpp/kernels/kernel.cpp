@@ -106,19 +106,6 @@ class Lengths {
   std::size_t count_ = 0;
 };
 
-pykd_dtype dtype_of(Role role, pykd_dtype tensors) {
-  switch (role) {
-    case Role::kTensor:
-      return tensors;
-    case Role::kFloat32:
-    case Role::kNumber:
-      return PYKD_FLOAT32;
-    case Role::kIndex:
-      return PYKD_INT64;
-  }
-  return tensors;  // not reached: those are all the roles
-}
-
 void check_dtype(const Kernel& kernel, const Argument& argument, const Array& array, const Call& call) {
   const pykd_dtype expected = dtype_of(argument.role, call.dtype);
   if (array.dtype == expected) return;
@@ -177,6 +164,11 @@ const Kernel* find(const std::string& name) {
     if (name == kernel.name) return &kernel;
   }
   return nullptr;
+}
+
+pykd_dtype dtype_of(Role role, pykd_dtype tensors) {
+  if (role == Role::kTensor) return tensors;
+  return role == Role::kIndex ? PYKD_INT64 : PYKD_FLOAT32;
 }
 
 void check(const Kernel& kernel, const Call& call) {

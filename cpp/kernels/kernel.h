@@ -51,6 +51,9 @@ enum class Role {
   kIndex,    // int64: labels
 };
 
+// In a call whose tensors have the dtype `tensors`.
+pykd_dtype dtype_of(Role role, pykd_dtype tensors);
+
 constexpr bool kOptional = true;
 
 struct Argument {

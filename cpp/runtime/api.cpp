@@ -8,7 +8,10 @@
 #include "kernels/host/hooks.h"
 #include "kernels/host/memory.h"
 #include "pykd/pykd.h"
+#include "runtime/artefact/checksum.h"
+#include "runtime/artefact/onnx_scan.h"
 #include "runtime/loss.h"
+#include "runtime/signature/call.h"
 
 using pykd::internal::copy_sized;
 using pykd::internal::fail;

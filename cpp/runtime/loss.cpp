@@ -10,7 +10,10 @@
 #include "base/shared_library.h"
 #include "base/struct_size.h"
 #include "ops/onnxruntime/custom_ops.h"
+#include "runtime/artefact/checksum.h"
+#include "runtime/artefact/onnx_scan.h"
 #include "runtime/engines/engines.h"
+#include "runtime/signature/metadata.h"
 
 namespace pykd::internal {
 namespace {

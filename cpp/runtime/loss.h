@@ -10,8 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "runtime/artefact/artefact.h"
+#include "runtime/artefact/files.h"
 #include "runtime/engines/engine.h"
+#include "runtime/signature/call.h"
 #include "runtime/signature/signature.h"
 
 namespace pykd::internal {

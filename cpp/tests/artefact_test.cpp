@@ -1,6 +1,8 @@
 // The loader against damaged, foreign and hostile files: every one is refused with a Failure that
 // says why, and none of them crashes the scanner. No engine takes part.
-#include "runtime/artefact/artefact.h"
+#include "runtime/artefact/checksum.h"
+#include "runtime/artefact/files.h"
+#include "runtime/artefact/onnx_scan.h"
 
 #include <random>
 
@@ -50,8 +52,7 @@ bool is_refused(const std::string& bytes) {
   }
 }
 
-// ---- Integrity
-// -------------------------------------------------------------------------------------
+// ---- Integrity ----------------------------------------------------------------------------------
 
 TEST(Integrity, AcceptsWhatExportWrites) {
   check_integrity(file_of(sealed(tiny_model(true).bytes())));
@@ -97,8 +98,7 @@ TEST(Integrity, RefusesEveryFlippedBit) {
   }
 }
 
-// ---- The scanner on bytes that nothing vouches for
-// --------------------------------------------------
+// ---- The scanner on bytes that nothing vouches for ----------------------------------------------
 
 TEST(Scan, AcceptsWhatExportWrites) {
   EXPECT_EQ(scan(tiny_model(true)).outputs.size(), 4u);
@@ -161,8 +161,7 @@ TEST(Scan, RefusesFilesThatAreTooLarge) {
   EXPECT_BAD(wrap_artefact(large.data(), large.size()), "at most 16 MiB");
 }
 
-// ---- Things that ONNX allows and pykd does not
-// ------------------------------------------------------
+// ---- Things that ONNX allows and pykd does not --------------------------------------------------
 
 std::string external_tensor() {
   std::string bytes = scalar("weight", 1.0f);
@@ -406,8 +405,7 @@ TEST(Scan, TheDefaultsOfTheGraphAreThoseOfTheMetadata) {
   EXPECT_BAD(scan(model), "every initializer once", "\"weight\" twice");
 }
 
-// ---- Folders
-// ---------------------------------------------------------------------------------------
+// ---- Folders ------------------------------------------------------------------------------------
 
 TEST(Folder, FindsItsFiles) {
   TemporaryFolder folder;

@@ -1,4 +1,4 @@
-// File: child.h
+// File: tests/child.h
 //
 // Children of fork() in tests.
 #ifndef PYKD_TESTS_CHILD_H_
@@ -18,9 +18,10 @@ constexpr bool kForksWhileThreadsWork = false;
 #else
 constexpr bool kForksWhileThreadsWork = true;
 #endif
-#define PYKD_SKIP_WHERE_CHILDREN_HANG()                                                                          \
-  if (!::pykd::tests::kForksWhileThreadsWork) GTEST_SKIP() << "a sanitizer's child would wait for its parent's " \
-                                                              "threads"
+#define PYKD_SKIP_WHERE_CHILDREN_HANG()                              \
+  if (!::pykd::tests::kForksWhileThreadsWork)                        \
+  GTEST_SKIP() << "a sanitizer's child would wait for its parent's " \
+                  "threads"
 
 // What waitpid() says of a child that ends with 0 where `body` returns true, with 1 where it does not, and with SIGALRM
 // where it hangs; -1 where there is no child.

@@ -334,7 +334,7 @@ TEST_F(KernelsApi, TakesNoTemperatureWhoseReciprocalIsInfinite) {
             PYKD_OK);
 }
 
-// ---- Descriptions --------------------------------------------------------------------------------------------------
+// ---- Descriptions -------------------------------------------------------------------------------
 
 json description(const char* name) {
   for (std::size_t i = 0; i < pykd_num_kernels(); ++i) {

@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "child.h"
+#include "tests/child.h"
 
 namespace pykd::kernels {
 namespace {

@@ -4,8 +4,10 @@
 #include <limits>
 
 #include "base/error.h"
-#include "runtime/artefact/artefact.h"
+#include "runtime/artefact/checksum.h"
+#include "runtime/artefact/files.h"
 #include "runtime/artefact/onnx_operators.h"
+#include "runtime/artefact/onnx_scan.h"
 #include "tests/support.h"
 #include "tests/tiny_model.h"
 

@@ -1,5 +1,6 @@
 // The metadata's parser and the checks of a call: what is wrong, and whether the message says so.
-#include "runtime/signature/signature.h"
+#include "runtime/signature/call.h"
+#include "runtime/signature/metadata.h"
 
 #include <cmath>
 #include <limits>
@@ -21,8 +22,7 @@ using tests::tiny_metadata;
 
 Signature parse(const json& metadata) { return parse_signature(metadata.dump()); }
 
-// ---- Metadata
-// --------------------------------------------------------------------------------------
+// ---- Metadata -----------------------------------------------------------------------------------
 
 TEST(Metadata, ReadsTheSignature) {
   const Signature signature = parse(tiny_metadata(true));
@@ -158,8 +158,7 @@ TEST(Metadata, RefusesFilesOfDifferentExports) {
   EXPECT_BAD(check_one_export(parse(tiny_metadata(false)), parse(other)), "one export");
 }
 
-// ---- Calls
-// -----------------------------------------------------------------------------------------
+// ---- Calls --------------------------------------------------------------------------------------
 
 json labelled_metadata(const char* float_dtype = "float32", const char* kind = "value") {
   json labels = tensor_json("labels", {"batch"}, "int64");

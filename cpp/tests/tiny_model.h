@@ -29,8 +29,7 @@ using protozero::pbf_writer;
 
 constexpr int kFloat = 1, kInt64 = 7;  // onnx.TensorProto.DataType
 
-// ---- Parts of an ONNX file, serialised
-// -----------------------------------------------------------
+// ---- Parts of an ONNX file, serialised ----------------------------------------------------------
 
 inline std::string attribute(const std::string& name, std::int64_t value) {
   std::string bytes;
@@ -127,8 +126,7 @@ inline std::string property(const std::string& key, const std::string& value) {
   return bytes;
 }
 
-// ---- The model
-// -------------------------------------------------------------------------------------
+// ---- The model ----------------------------------------------------------------------------------
 
 struct TinyModel {
   json metadata;
@@ -245,8 +243,7 @@ inline TinyModel tiny_model(bool gradient) {
   return model;
 }
 
-// ---- Files
-// -----------------------------------------------------------------------------------------
+// ---- Files --------------------------------------------------------------------------------------
 
 // A folder that goes away with this object.
 class TemporaryFolder {

@@ -98,8 +98,7 @@ struct Array {
   std::vector<unsigned char> bytes;
 };
 
-// ---- Comparison
-// ------------------------------------------------------------------------------------
+// ---- Comparison ---------------------------------------------------------------------------------
 
 bool is_gradient(const std::string& name) { return name.rfind("grad_", 0) == 0; }
 
@@ -138,8 +137,7 @@ void compare(const std::string& name, const json& expected, const Array& got, co
   }
 }
 
-// ---- One case with one engine
-// ------------------------------------------------------------------------
+// ---- One case with one engine -------------------------------------------------------------------
 
 json read_json(const fs::path& path) {
   std::ifstream stream(path);
@@ -199,8 +197,7 @@ class VectorsTest : public testing::Test {
   std::string engine_;
 };
 
-// ---- Damage
-// ------------------------------------------------------------------------------------------
+// ---- Damage -------------------------------------------------------------------------------------
 
 // Real files are refused, cut at any length and with any byte changed; large ones at a few thousand
 // places.
@@ -242,8 +239,7 @@ class BrokenSetup : public testing::Test {
   std::string why_;
 };
 
-// ---- The list of tests
-// ---------------------------------------------------------------------------------
+// ---- The list of tests --------------------------------------------------------------------------
 
 std::string test_name(const fs::path& path) {
   std::string name = path.filename().string();

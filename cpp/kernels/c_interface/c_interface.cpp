@@ -52,8 +52,7 @@ const Kernel& kernel_named(const char* name) {
   return *kernel;
 }
 
-// ---- Tensors
-// -------------------------------------------------------------------------------------
+// ---- Tensors ------------------------------------------------------------------------------------
 
 // The tensors of one side of a call, in the order of the kernel's description.
 struct Ordered {
@@ -112,8 +111,7 @@ void check_no_overlap(const Ordered& inputs, const Ordered& outputs) {
   }
 }
 
-// ---- Devices
-// -------------------------------------------------------------------------------------
+// ---- Devices ------------------------------------------------------------------------------------
 
 void check_on(const Device& device, const pykd_tensor& tensor, const char* because) {
   const bool same = raw(tensor.device) == device.kind && (device.kind == PYKD_CPU || tensor.device_id == device.id);
@@ -157,8 +155,7 @@ pykd_dtype tensor_dtype(const Kernel& kernel, const Ordered& inputs) {
   return PYKD_FLOAT32;  // check() then says which one is missing
 }
 
-// ---- Attributes and host
-// -------------------------------------------------------------------------
+// ---- Attributes and host ------------------------------------------------------------------------
 
 double value_of(const Attribute& attribute, const pykd_kernel_attribute& given) {
   const std::string name = attribute.name;
@@ -206,8 +203,7 @@ pykd_kernel_host host_of(const pykd_kernel_host* given) {
   return host;
 }
 
-// ---- A call
-// --------------------------------------------------------------------------------------
+// ---- A call -------------------------------------------------------------------------------------
 
 // The threads of the host, whose exceptions are no mistake of ours.
 struct HostThreads {
@@ -246,8 +242,7 @@ void run_on_cuda(const Kernel& kernel, const Device& device, const Call& call, c
   }
 }
 
-// ---- Descriptions
-// --------------------------------------------------------------------------------
+// ---- Descriptions -------------------------------------------------------------------------------
 
 const char* role_name(Role role) {
   switch (role) {
@@ -297,9 +292,8 @@ std::string describe(const Kernel& kernel) {
     }
     object["attributes"].push_back(std::move(item));
   }
-  for (int dtype = PYKD_FLOAT16; dtype <= PYKD_INT64; ++dtype) {
-    const auto known = static_cast<pykd_dtype>(dtype);
-    if (kernel.dtypes & dtype_bit(known)) object["dtypes"].push_back(dtype_name(known));
+  for (const pykd_dtype dtype : kDtypes) {
+    if (kernel.dtypes & dtype_bit(dtype)) object["dtypes"].push_back(dtype_name(dtype));
   }
   return object.dump();
 }

@@ -50,11 +50,6 @@ ONNXTensorElementDataType element_type(Role role, pykd_dtype tensors) {
   }
 }
 
-pykd_dtype dtype_of(Role role, pykd_dtype tensors) {
-  if (role == Role::kTensor) return tensors;
-  return role == Role::kIndex ? PYKD_INT64 : PYKD_FLOAT32;
-}
-
 // ---- Talking to ONNX Runtime ---------------------------------------------------------------------------------------
 
 // What it answered, for code that gives up where it failed.
@@ -390,11 +385,10 @@ StaticMutex& ops_mutex = *new StaticMutex;
 constexpr const char* kSuffixes[] = {"", "_2", "_3", "_4"};
 
 void add_op(Ops& ops, const Kernel& kernel, const kernels::CudaKernel* cuda) {
-  for (int dtype = PYKD_FLOAT16; dtype <= PYKD_FLOAT64; ++dtype) {
-    const auto known = static_cast<pykd_dtype>(dtype);
-    if ((kernel.dtypes & dtype_bit(known)) == 0) continue;
+  for (const pykd_dtype dtype : kDtypes) {
+    if ((kernel.dtypes & dtype_bit(dtype)) == 0) continue;
     for (const char* suffix : kSuffixes) {
-      ops.ops.push_back(std::make_unique<Op>(kernel, known, suffix, cuda));
+      ops.ops.push_back(std::make_unique<Op>(kernel, dtype, suffix, cuda));
       ops.names.push_back(ops.ops.back()->name);
     }
   }

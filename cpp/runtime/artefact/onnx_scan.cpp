@@ -7,8 +7,8 @@
 #include <unordered_set>
 
 #include "base/error.h"
-#include "runtime/artefact/artefact.h"
 #include "runtime/artefact/onnx_operators.h"
+#include "runtime/artefact/onnx_scan.h"
 
 namespace pykd::internal {
 namespace {
@@ -847,8 +847,8 @@ void check_default(const Scan& scan, const ParameterSpec& parameter, pykd_dtype 
 
 // "float" is for TorchScript files, so that every dtype here is a single one.
 pykd_dtype single_dtype(std::uint32_t dtypes) {
-  for (int dtype = PYKD_FLOAT16; dtype <= PYKD_INT64; ++dtype) {
-    if (dtypes == dtype_bit(static_cast<pykd_dtype>(dtype))) return static_cast<pykd_dtype>(dtype);
+  for (const pykd_dtype dtype : kDtypes) {
+    if (dtypes == dtype_bit(dtype)) return dtype;
   }
   return PYKD_FLOAT32;
 }

@@ -12,7 +12,7 @@
 #include "base/error.h"
 #include "kernels/cuda/context.h"
 #include "ops/onnxruntime/custom_ops.h"
-#include "runtime/artefact/artefact.h"
+#include "runtime/artefact/onnx_scan.h"
 #include "runtime/engines/engines.h"
 #include "runtime/engines/onnxruntime_library.h"
 #include "runtime/signature/signature.h"

@@ -44,6 +44,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "pykd/torch_tensors.hpp"
 #include "runtime/engines/engine.h"
 #include "runtime/signature/signature.h"
 
@@ -134,24 +135,7 @@ class AutocastOff {
   bool was_;
 };
 
-// ---- Tensors -------------------------------------------------------------------------------------
-
-at::ScalarType scalar_type(pykd_dtype dtype) {
-  switch (dtype) {
-    case PYKD_FLOAT16:
-      return at::kHalf;
-    case PYKD_BFLOAT16:
-      return at::kBFloat16;
-    case PYKD_FLOAT32:
-      return at::kFloat;
-    case PYKD_FLOAT64:
-      return at::kDouble;
-    case PYKD_INT64:
-      return at::kLong;
-  }
-  fail(PYKD_INTERNAL, "one of the values of pykd_dtype", std::to_string(static_cast<int>(dtype)),
-       "this is a mistake in pykd, please report it");
-}
+// ---- Tensors ------------------------------------------------------------------------------------
 
 c10::Device torch_device(pykd_device kind, int id) {
   return kind == PYKD_CUDA ? c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(id)) : c10::Device(c10::kCPU);
@@ -160,7 +144,7 @@ c10::Device torch_device(pykd_device kind, int id) {
 at::Tensor view_of(const pykd_tensor& tensor) {
   const c10::Device device = torch_device(tensor.device, tensor.device_id);
   return at::for_blob(tensor.data, at::IntArrayRef(tensor.shape, static_cast<std::size_t>(tensor.rank)))
-      .options(at::TensorOptions().dtype(scalar_type(tensor.dtype)).device(device))
+      .options(at::TensorOptions().dtype(torch_scalar_type(tensor.dtype)).device(device))
       .target_device(device)
       .make_tensor();
 }

@@ -1,8 +1,7 @@
 // File: runtime/signature/signature.h
 //
 // The signature of a loss: the inputs, parameters and outputs that an artefact's metadata declares
-// (docs/artefacts.md), and the checks of a call against it. Every check happens before an engine
-// runs, so that an engine may rely on names, ranks, lengths, dtypes, devices and labels.
+// (docs/artefacts.md). metadata.h reads it, call.h checks calls against it.
 #ifndef PYKD_RUNTIME_SIGNATURE_SIGNATURE_H_
 #define PYKD_RUNTIME_SIGNATURE_SIGNATURE_H_
 
@@ -11,15 +10,13 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
-#include "base/device.h"
 #include "base/tensor.h"
-#include "pykd/pykd.h"
 
 namespace pykd::internal {
 
-constexpr int kFormatVersion = 2;  // the newest metadata that this library understands
 constexpr std::size_t kNone = std::numeric_limits<std::size_t>::max();  // "no such index"
 
 // What inputs and outputs have in common.
@@ -78,49 +75,14 @@ struct Signature {
   std::size_t grad_scale = kNone;  // index of the parameter of that name
 };
 
-// Reads the metadata of one artefact. Throws Failure(PYKD_BAD_ARTEFACT) that names the field which
-// is missing, has the wrong type or contradicts another one.
-Signature parse_signature(std::string json);
-
-// Throws Failure(PYKD_BAD_ARTEFACT) where loss.onnx and loss.grad.onnx are not of one export: all that
-// both say is the same, so that the gradient's file has every input, parameter and output of the other.
-void check_one_export(const Signature& value, const Signature& gradient);
-
-// What manifest.json says of one file.
-struct ManifestEntry {
-  std::string name;
-  std::uint64_t bytes = 0;
-  std::string sha256;
-};
-
-struct Manifest {
-  std::string export_id;  // empty: written before there was one
-  std::vector<ManifestEntry> files;
-};
-
-// Reads manifest.json. Throws Failure(PYKD_BAD_ARTEFACT).
-Manifest parse_manifest(const std::string& text);
-
-// What the inputs of a call determine.
-struct Binding {
-  std::vector<std::int64_t> lengths;      // by Signature::axes
-  pykd_dtype float_dtype = PYKD_FLOAT32;  // of the first floating input
-};
-
-// Each of these throws Failure(PYKD_INVALID_VALUE or PYKD_INVALID_TYPE) with a message that names
-// the argument. `ordered` is filled in the order of the signature.
-Binding check_inputs(const Signature& signature, Device device, const pykd_tensor* inputs, std::size_t num_inputs,
-                     std::vector<pykd_tensor>& ordered);
-void check_parameters(const Signature& signature, const Binding& binding, const pykd_parameter* parameters,
-                      std::size_t num_parameters, std::vector<double>& ordered);
-void check_outputs(const Signature& signature, Device device, const Binding& binding,
-                   const std::vector<pykd_tensor>& inputs, const pykd_tensor* outputs, std::size_t num_outputs,
-                   std::vector<std::size_t>& output_ids);
-
-// The index of the output `name`; throws Failure(PYKD_INVALID_VALUE) where there is none.
-std::size_t find_output(const Signature& signature, const char* name);
-// The dtype that an output has in a call with these inputs.
-pykd_dtype output_dtype(const OutputSpec& output, pykd_dtype float_dtype);
+// The index of the one of that name; kNone where there is none.
+template <class Specs>
+std::size_t find_spec(const Specs& specs, std::string_view name) {
+  for (std::size_t i = 0; i < specs.size(); ++i) {
+    if (specs[i].name == name) return i;
+  }
+  return kNone;
+}
 
 }  // namespace pykd::internal
 

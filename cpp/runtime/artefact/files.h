@@ -1,19 +1,17 @@
-// File: runtime/artefact/artefact.h
+// File: runtime/artefact/files.h
 //
 // The files that pykd.export wrote (docs/artefacts.md), as bytes: finding them in a folder, telling
-// their kind, checking their integrity, and scanning ONNX files, all before an engine sees them.
-// These functions meet hostile bytes first: whatever is wrong becomes a Failure(PYKD_BAD_ARTEFACT).
-#ifndef PYKD_RUNTIME_ARTEFACT_ARTEFACT_H_
-#define PYKD_RUNTIME_ARTEFACT_ARTEFACT_H_
+// their kind, reading them. Whatever is wrong becomes a Failure(PYKD_BAD_ARTEFACT).
+#ifndef PYKD_RUNTIME_ARTEFACT_FILES_H_
+#define PYKD_RUNTIME_ARTEFACT_FILES_H_
 
 #include <cstddef>
-#include <map>
+#include <cstdint>
 #include <optional>
-#include <set>
 #include <string>
 #include <string_view>
 
-#include "runtime/signature/signature.h"
+#include "runtime/signature/metadata.h"
 
 namespace pykd::internal {
 
@@ -63,28 +61,9 @@ Artefact wrap_artefact(const void* bytes, std::size_t size);
 
 FileFormat detect_format(std::string_view bytes);
 
-// Compares the checksum at the end with the bytes before it, and the whole with the manifest's hash.
-// Tells a file that was cut short, one that was damaged, and one without a checksum apart.
-void check_integrity(const ArtefactFile& file);
-
-// The operators of domain "pykd" in an ONNX file, by the names of the functions that are their
-// portable bodies.
-struct PykdNodes {
-  std::set<std::string> in_graph;
-  std::map<std::string, std::set<std::string>> in_functions;  // by the function's name
-
-  // Which of the ops an engine would run: it looks at a node's op first, and only where it does not
-  // know that one does it go on to the nodes of the function.
-  std::set<std::string> that_run(const std::set<std::string>& ops) const;
-};
-
-// Looks through an ONNX file without ONNX Runtime: the operators of onnx_operators.h and functions of
-// domain "pykd" alone, in an order in which each has what it needs; a function for every operator of
-// that domain; no external data, subgraphs or sparse tensors; bounded numbers of nodes and constants,
-// and nothing large that depends on constants alone; inputs, outputs and defaults as its metadata
-// says. Returns the signature in that metadata, and fills in `nodes` where it is wanted.
-Signature scan_onnx(const ArtefactFile& file, PykdNodes* nodes = nullptr);
+// Throws Failure(PYKD_BAD_ARTEFACT): `label`, a file of a folder, is not the one that its manifest describes.
+[[noreturn]] void not_of_the_manifest(const std::string& label, const std::string& expected, const std::string& got);
 
 }  // namespace pykd::internal
 
-#endif  // PYKD_RUNTIME_ARTEFACT_ARTEFACT_H_
+#endif  // PYKD_RUNTIME_ARTEFACT_FILES_H_
