@@ -68,7 +68,7 @@ def export(
         OSError: where the folder cannot be written.
     """
     from pykd.composition import as_composition
-    from pykd.export import folder, metadata, onnx_files, torchscript
+    from pykd.export import folder, metadata, onnx_files, torchscript, tracing
 
     say = progress or (lambda line: print(line, file=sys.stderr, flush=True))
     for name, given, known in (
@@ -84,8 +84,8 @@ def export(
     fused = composition.graph(layouts, optional_inputs, per_sample, check=False, fused=True)
     described = {
         "torchscript": metadata.of_graph(composition, graph, "torchscript", "float", None, parameters),
-        "value": metadata.of_graph(composition, graph, "value", dtype, onnx_files.OPSET, parameters),
-        "gradient": metadata.of_graph(composition, graph, "gradient", dtype, onnx_files.OPSET, parameters),
+        "value": metadata.of_graph(composition, graph, "value", dtype, tracing.OPSET, parameters),
+        "gradient": metadata.of_graph(composition, graph, "gradient", dtype, tracing.OPSET, parameters),
     }
     with folder.replacing(directory, [*FILES.values(), MANIFEST]) as made:
         step = _Step(say)

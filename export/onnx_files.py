@@ -1,16 +1,12 @@
 """The two ONNX files: value, and value with gradient, from one trace.
 
-The gradient is traced first (``make_fx`` with symbolic sizes, decomposed to core operators) and the trace
-is exported; a module that calls autograd inside ``forward`` does not survive ``torch.export``. The value file is
-the same graph with the gradients taken out, so both files give the same value to the last bit. Files for
+The gradient is traced first and the trace is exported (tracing.py); a module that calls autograd inside ``forward``
+does not survive ``torch.export``. The value file is the same graph with the gradients taken out, so both files give the same value to the last bit. Files for
 float16 and bfloat16 are the float32 graph with a cast at each end, which is what a loss does with halves; kernels take
 and give halves themselves (kernel_nodes.py). Files for float64 have no kernels.
 """
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,15 +14,12 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, fx
-from torch._decomp import core_aten_decompositions
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor
 
 from pykd.composition import Composition, LossGraph
-from pykd.export import axes, integrity, kernel_nodes, metadata
+from pykd.export import axes, integrity, kernel_nodes, metadata, tracing
 from pykd.export.kernel_nodes import Site
 
-OPSET = 18
 _ONNX_TYPES = {
     "float16": onnx.TensorProto.FLOAT16,
     "bfloat16": onnx.TensorProto.BFLOAT16,
@@ -161,41 +154,17 @@ def _export(composition: Composition, graph: LossGraph, dtype: str) -> tuple[onn
     sites: list[Site] = []
     function = value_and_gradient(graph, list(examples), list(signature.parameters), sites)
     outputs = [*signature.outputs, *(f"grad_{name}" for name in gradients)]
-    model = _to_onnx(function, {**examples, **scalars}, outputs)
+    model = tracing.to_onnx(function, {**examples, **scalars}, outputs)
     kernel_nodes.place(model, sites)
     if dtype == "float64":
         _part_transposes(model)
     if sites:
         parameters = {name: scalars[name] for name in signature.parameters}
-        kernel_nodes.write_bodies(sites, graph, gradients, examples, parameters, _to_onnx)
+        kernel_nodes.write_bodies(sites, graph, gradients, examples, parameters, tracing.to_onnx)
     for name, value in numbers.items():
         kind = onnx.TensorProto.DOUBLE if compute_dtype == torch.float64 else onnx.TensorProto.FLOAT
         model.graph.initializer.append(onnx.helper.make_tensor(name, kind, [], [value]))
     return model, sites
-
-
-def _to_onnx(
-    function: Callable[..., tuple[Tensor, ...]], arguments: Mapping[str, Tensor], outputs: Sequence[str]
-) -> onnx.ModelProto:
-    """The ONNX model of a function of tensors, with our names, free axes, and nothing that torch left in it."""
-    values = tuple(arguments.values())
-    with _quiet():
-        table = {**core_aten_decompositions(), torch.ops.aten._log_softmax.default: _log_softmax}
-        traced = make_fx(function, tracing_mode="symbolic", decomposition_table=table)(*values)
-        _tidy(traced)
-        free = [dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO) for value in values]
-        exported = torch.export.export(traced, values, dynamic_shapes=tuple(free))
-        program = torch.onnx.export(
-            exported,
-            dynamo=True,
-            opset_version=OPSET,
-            verbose=False,
-        )
-    assert program is not None
-    model: onnx.ModelProto = program.model_proto
-    _clean(model)
-    _name(model, list(arguments), outputs)
-    return model
 
 
 def _part_transposes(model: onnx.ModelProto) -> None:
@@ -218,73 +187,6 @@ def _part_transposes(model: onnx.ModelProto) -> None:
         nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-
-
-def _name(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """Our names at the ends of a model; before every other an underscore, with which no name of a recipe begins.
-
-    The exporter calls values "mul_4" or "expand", which may be somebody's term.
-    """
-    ends = {
-        item.name: name
-        for items, names in ((model.graph.input, inputs), (model.graph.output, outputs))
-        for item, name in zip(items, names, strict=True)
-    }
-    if len(ends) != len(inputs) + len(outputs):
-        raise RuntimeError("expected the exporter to give every output a value of its own, got one twice; report this")
-    for node in model.graph.node:
-        for field in (node.input, node.output):
-            names = [ends.get(name, f"_{name}") if name else "" for name in field]
-            del field[:]
-            field.extend(names)
-    for item in (*model.graph.input, *model.graph.output, *model.graph.initializer):
-        item.name = ends.get(item.name, f"_{item.name}")
-
-
-def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    """Written out: some runtimes compute ONNX's LogSoftmax as log(softmax), which is −∞ where the softmax underflows."""
-    shifted = x - x.amax(dim, keepdim=True)
-    return shifted - shifted.exp().sum(dim, keepdim=True).log()
-
-
-def _tidy(traced: fx.GraphModule) -> None:
-    """Drops the markers that tracing leaves and that compute nothing; keeps numbers exact."""
-    for node in list(traced.graph.nodes):
-        if node.op == "call_function" and node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            node.replace_all_uses_with(node.args[0])
-            traced.graph.erase_node(node)
-    traced.graph.eliminate_dead_code()
-    _keep_numbers_exact(traced)
-    traced.recompile()
-
-
-def _keep_numbers_exact(traced: fx.GraphModule) -> None:
-    """Numbers in a float64 graph become tensors: the exporter would write 0.3 as a float32, 1e-8 away from itself."""
-    for node in traced.graph.nodes:
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor) or value.dtype != torch.float64 or len(node.args) != 2:
-            continue
-        number = node.args[1]
-        packet = node.target.overloadpacket
-        if isinstance(number, float) and torch.tensor(number).double() != number and "Tensor" in packet.overloads():
-            name = f"number_{node.name}"
-            traced.register_buffer(name, torch.tensor(number, dtype=torch.float64))
-            with traced.graph.inserting_before(node):
-                node.args = (node.args[0], traced.graph.get_attr(name))
-            node.target = packet.Tensor
-
-
-def _clean(model: onnx.ModelProto) -> None:
-    """Traces of the exporting machine go."""
-    del model.metadata_props[:]
-    del model.graph.metadata_props[:]
-    del model.graph.value_info[:]
-    model.doc_string = model.graph.doc_string = ""
-    for item in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.initializer):
-        del item.metadata_props[:]
-        item.doc_string = ""
-    for index, node in enumerate(model.graph.node):
-        node.name = f"{node.op_type}_{index}"
 
 
 def _remove(model: onnx.ModelProto, without: Sequence[str], sites: Sequence[Site]) -> None:
@@ -343,19 +245,3 @@ def _describe(model: onnx.ModelProto, described: dict[str, Any]) -> None:
                 dim.dim_param = axis
     onnx.helper.set_model_props(model, {metadata.KEY: metadata.dumps(described)})
     onnx.checker.check_model(model, full_check=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporter's notes about itself off the user's screen; errors still come."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch._export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -15,7 +15,7 @@ import torch
 import pykd
 from pykd import HardTarget, SoftTarget, compose
 from pykd.command_line import main
-from pykd.export import metadata, onnx_files, verify
+from pykd.export import metadata, onnx_files, tracing, verify
 from pykd.export.verification import LIMITS, _onnx_reference, _onnxruntime, errors, truth
 from tests.conftest import loss_subjects
 
@@ -31,7 +31,7 @@ def write(subject, folder, kernels, parameters="overridable", dtype="float32"):
     models = onnx_files.build(composition, plain, fused, dtype, kernels, parameters)
     data = {}
     for kind, model in models.items():
-        described = metadata.of_graph(composition, plain, kind, dtype, onnx_files.OPSET, parameters)
+        described = metadata.of_graph(composition, plain, kind, dtype, tracing.OPSET, parameters)
         onnx_files.write(model, described, folder / f"{kind}.onnx")
         data[kind] = (folder / f"{kind}.onnx").read_bytes()
     return data
