@@ -2,7 +2,7 @@
 
 One folder per loss, case and dtype, with the exported files and ``vectors.json``: calls with changing shapes, and
 what float64 says they return. The C++ tests load them without a Python in the process. Folders that are
-up to date (same sources, same versions) are left alone.
+up to date (same settings, same sources, same versions) are left alone.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import pykd
 from pykd.export import metadata
 from pykd.export.verification import LIMITS, truth
 from tests.conftest import Subject, subjects
+from tests.sources import used_by
 
 SIZES: tuple[dict[str, int], ...] = (
     {"batch": 3, "classes": 5, "tokens": 2, "channels": 4, "students": 2},
@@ -62,22 +64,18 @@ def array(tensor: torch.Tensor, dtype: str) -> dict[str, Any]:
     return {"dtype": dtype, "shape": list(tensor.shape), "data": words}
 
 
-def stamp() -> str:
-    """Changes with the sources that make the files, and with the versions of what they use."""
-    package = Path(pykd.__file__).parent
-    here = Path(__file__).parent
-    rooms = ("definition", "losses", "composition", "fused")
-    sources = sorted(
-        {
-            *(path for room in rooms for path in (package / room).rglob("*.py")),
-            *Path(metadata.__file__).parent.glob("*.py"),
-            here / "make_vectors.py",
-            here / "conftest.py",
-        }
-    )
-    digest = hashlib.sha256(json.dumps(metadata.versions()).encode())
-    for path in sources:
-        digest.update(path.read_bytes())
+def stamp(subject: Subject, read: Callable[[Path], bytes] = Path.read_bytes) -> str:
+    """Changes with the sources that make a subject's files, with its settings, and with the versions of what is used.
+
+    Of the losses those count that the subject has, with what they import; so a comment in one makes its own files new.
+    """
+    losses = {type(part.loss).__module__ for term in subject.composition.named_terms for part in term.parts}
+    makers = (__name__ if __name__ != "__main__" else "tests.make_vectors", "pykd.export", "pykd.composition")
+    used = used_by(makers, not_through="pykd.losses") | used_by(losses)
+    settings = [subject.composition.recipe(), subject.layouts, subject.optional, metadata.versions()]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name in sorted(used):
+        digest.update(f"{name} {len(data := read(used[name]))} ".encode() + data)
     return digest.hexdigest()
 
 
@@ -85,7 +83,7 @@ def prepare(subject: Subject, dtype: str, root: Path) -> Path:
     """The folder of a subject in a dtype, made where it is not up to date."""
     folder = root / f"{subject.name}-{dtype}".replace(" ", "")
     mark = folder / "stamp"
-    current = stamp()
+    current = stamp(subject)
     if mark.is_file() and mark.read_text() == current:
         return folder
     per_sample = any(not term.couples_batch for term in subject.composition.named_terms)
