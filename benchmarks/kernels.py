@@ -167,7 +167,7 @@ def bare(case: Comparison, tensors: Mapping[str, Tensor]) -> Call:
     if len(case.composition.named_terms) == 1:  # a graph widens halves; the loss itself does not
         point = kernel_point.Point()
         loss = case.composition.named_terms[0].parts[0].loss
-        function: Callable[[], dict[str, Tensor]] = lambda: {"loss": loss.fused(point, **leaves)}  # noqa: E731
+        function: Callable[[], dict[str, Tensor]] = lambda: {"loss": loss.by_kernel(point, leaves)}  # noqa: E731
     else:
         point, function = graph.kernel_point, lambda: graph(**leaves)
     prepared: list[tuple[str, dict[str, Tensor], dict[str, Any], dict[str, Tensor]]] = []

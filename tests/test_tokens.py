@@ -69,7 +69,7 @@ def test_a_token_is_a_sample(loss, layouts, optional, form):
 @pytest.mark.parametrize(("loss", "layouts", "optional"), cases(), ids=str)
 def test_the_reference_takes_tokens(loss, layouts, optional):
     tensors, _ = draw(loss, layouts, optional)
-    want = type(loss).reference(**{n: t.numpy() for n, t in tensors.items()}, **loss.settings())
+    want = loss.reference(**{n: t.numpy() for n, t in tensors.items()})
     np.testing.assert_allclose(loss(**tensors).numpy(), want, rtol=1e-12, atol=1e-12)
 
 
@@ -93,8 +93,8 @@ def test_the_numbers_of_torch(indices, tokens, weighted, smoothing, reduction):
         *classes_second, weight=weight, label_smoothing=smoothing, reduction=reduction
     )
     torch.testing.assert_close(got, want)
-    reference = HardTarget.reference(
-        student.numpy(), labels.numpy(), None, None if weight is None else weight.numpy(), smoothing, -100, reduction
+    reference = HardTarget(label_smoothing=smoothing, reduction=reduction).reference(
+        student.numpy(), labels.numpy(), class_weight=None if weight is None else weight.numpy()
     )
     np.testing.assert_allclose(got.numpy(), reference, rtol=1e-12, atol=1e-12)
 

@@ -111,12 +111,12 @@ def agrees_with_numpy(case: Case) -> bool:
     def values(student: Any) -> dict[str, Any]:
         found = {}
         if case.form:
-            found["soft"] = SoftTarget.reference(
-                student, arrays["teacher"], temperature=case.temperature, soften_student=case.soften_student,
-                form=case.form, beta=case.beta, reduction="none",
-            )  # fmt: skip
+            found["soft"] = SoftTarget(
+                temperature=case.temperature, soften_student=case.soften_student, form=case.form, beta=case.beta,
+                reduction="none",
+            ).reference(student, arrays["teacher"])  # fmt: skip
         if case.hard:
-            found["hard"] = HardTarget.reference(student, arrays[case.hard], reduction="none")
+            found["hard"] = HardTarget(reduction="none").reference(student, arrays[case.hard])
         return found
 
     want = {name: tensor.numpy() for name, tensor in soft_target.expected(case, inputs).items()}

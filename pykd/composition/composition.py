@@ -143,17 +143,17 @@ class Composition(nn.Module, Interface):
             for reduction in [None, "none"] if per_sample and not term.couples_batch else [None]:
                 value: Any = 0.0
                 for part in term.parts:
-                    settings = {**part.loss.settings(), **self.numbers_of(term, part, numbers)}
-                    settings["reduction"] = reduction or part.loss.reduction
+                    settings = {**self.numbers_of(term, part, numbers), "reduction": reduction or part.loss.reduction}
+                    loss = part.loss.with_settings(**settings)
                     names = {n: part.graph_input(n) for n in part.loss.inputs if part.graph_input(n) in arrays}
                     own = {name: arrays[given] for name, given in names.items()}
                     weighed = part.loss.weight_input()
                     if padding is not None and weighed is not None and not part.has_labels(specs):
                         own[weighed] = np.where(padding, 0.0, own.get(weighed, 1.0))
                     if constants_at is not None:
-                        own |= part.loss.constants(**{n: fixed[given] for n, given in names.items()}, **settings)
+                        own |= loss.constants(**{n: fixed[given] for n, given in names.items()})
                     factor = numbers[part.weight_name] if part.weight_name else part.weight
-                    value = value + factor * part.loss.reference(**own, **settings)
+                    value = value + factor * loss.reference(**own)
                 weight = 1.0 if self.single else numbers[f"{term.name}_weight"]
                 if reduction == "none":
                     value = value.reshape(-1, students) if students else value

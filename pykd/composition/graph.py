@@ -83,7 +83,7 @@ class _Fused(nn.Module):
         self.point = point
 
     def forward(self, **arguments: Any) -> Tensor:
-        return self.loss.fused(self.point, **arguments)
+        return self.loss.by_kernel(self.point, arguments)
 
 
 def _variable(graph: fx.Graph, name: str, kind: Any, *default: float) -> fx.Node:
@@ -99,7 +99,8 @@ class Now:
         return function(*arguments)
 
     def loss(self, path: str, loss: Loss, arguments: Mapping[str, Any], covered: bool) -> Any:
-        return loss.forward(**arguments)
+        formula, every = loss.formula_call(arguments)
+        return formula(**every)
 
 
 class _Later:
@@ -114,12 +115,11 @@ class _Later:
         return self.graph.call_function(function, arguments)
 
     def loss(self, path: str, loss: Loss, arguments: Mapping[str, Any], covered: bool) -> Any:
-        module: nn.Module = loss.with_settings()
-        module.checks_inputs = False  # type: ignore[assignment]
         if self.point is not None and covered:
-            module = _Fused(module, self.point)  # type: ignore[arg-type]
-        self.modules[path] = module
-        return self.graph.call_module(path, kwargs=dict(arguments))
+            self.modules[path] = _Fused(loss, self.point)
+            return self.graph.call_module(path, kwargs=dict(arguments))
+        formula, every = loss.formula_call(arguments)
+        return self.graph.call_function(formula, kwargs=every)
 
 
 def compute_outputs(

@@ -107,13 +107,12 @@ def arguments_of(
         what: how messages call them, such as ``"the settings of soft_target"``.
         without: arguments that are not to be given.
     """
-    described = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
-    hints = typing.get_type_hints(described)
-    known = [name for name in inspect.signature(function).parameters if name not in without]
+    kinds = {name: p.annotation for name, p in inspect.signature(function).parameters.items() if name not in without}
+    known = list(kinds)
     for name, value in given.items():
         if name not in known:
             raise ValueError(f"expected {what}, got {name!r}; it takes {', '.join(known)}")
-        _checked(value, hints.get(name, Any), f"{name} among {what}")
+        _checked(value, kinds[name], f"{name} among {what}")
     return dict(given)
 
 

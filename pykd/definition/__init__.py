@@ -7,6 +7,11 @@ A loss is one file in ``pykd/losses/<family>/``, which takes everything it needs
 from pykd.definition.loss import REDUCTIONS as REDUCTIONS
 from pykd.definition.loss import Loss as Loss
 from pykd.definition.registry import register as register
+from pykd.definition.settings import choice as choice
+from pykd.definition.settings import flag as flag
+from pykd.definition.settings import number as number
+from pykd.definition.settings import scalar as scalar
+from pykd.definition.settings import whole as whole
 from pykd.definition.spec import Case as Case
 from pykd.definition.spec import Layouts as Layouts
 from pykd.definition.spec import Scalar as Scalar

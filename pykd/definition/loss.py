@@ -1,33 +1,37 @@
-"""The base of every loss: what it declares, and the checks and copies that follow from that."""
+"""The base of every loss: what it declares, and the constructor, checks and copies that follow from that."""
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Optional, cast
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from typing_extensions import dataclass_transform
 
-from pykd.definition import checks
+from pykd.definition import checks, names, ops
+from pykd.definition.settings import Setting, choice, flag, number, scalar, whole
 from pykd.definition.spec import Case, Layouts, Scalar, Spec
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
+@dataclass_transform(field_specifiers=(scalar, number, whole, choice, flag))
 class Loss(nn.Module):
     """Base of every loss.
 
-    A subclass declares, besides ``forward`` and a docstring that is its specification:
+    A subclass declares its settings as fields (:mod:`pykd.definition.settings`), of which the constructor is made, and its
+    formula is the function of the loss's name in the same file, which takes the inputs, then the settings. Besides, and
+    besides a docstring that is its specification:
 
     Attributes:
         name: how it is called in recipes, files and tables. Set by :func:`register`.
-        inputs: tensors by name, in the order of ``forward``; a tuple of Specs where one input may take
+        inputs: tensors by name, in the order in which the formula takes them; a tuple of Specs where one input may take
             several forms (class indices or probabilities, say).
-        scalars: those constructor arguments that can change in every call. ``forward`` takes each as
-            ``Optional[float] = None`` after the tensors, and uses the attribute of that name for None.
         cases: settings to test.
         sample_axes: the axes that may count the samples: ``"batch"``, and ``"batch tokens"`` where a sample may also be one
             token of a sequence; all inputs of a call agree on them, and values per sample have these axes.
         couples_batch: why there is no value per sample; empty where the loss splits over samples.
         paper: author, year, arXiv id.
+        scalars: the settings that can change in every call. A call takes them after the tensors. Follows from the fields.
     """
 
     name: ClassVar[str] = ""
@@ -38,13 +42,18 @@ class Loss(nn.Module):
     couples_batch: ClassVar[str] = ""
     paper: ClassVar[str] = ""
 
-    reduction: str
+    reduction: str = choice("mean", REDUCTIONS, kw_only=True)
+
+    _formula: ClassVar[Callable[..., Tensor]]
+    _formula_settings: ClassVar[Sequence[str]] = ()
+    _settings: ClassVar[Mapping[str, Setting]] = {"reduction": cast("Setting", reduction)}
     _layouts: ClassVar[Mapping[str, Layouts]] = {}
     _forms: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]] = {}
     _weight_input: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._declare_settings()
         over = {
             samples: {n: [spec.over(samples) for spec in cls.declared(n)] for n in cls.inputs}
             for samples in cls.sample_axes
@@ -65,27 +74,95 @@ class Loss(nn.Module):
             for samples, specs in over.items()
         }
 
-    def __init__(self, reduction: str = "mean", **scalars: float) -> None:
-        super().__init__()
-        allowed = ("mean",) if self.couples_batch else REDUCTIONS
-        if reduction not in allowed:
-            why = f", since {type(self).__name__} {self.couples_batch}" if self.couples_batch else ""
-            raise ValueError(
-                f"expected reduction to be one of {', '.join(map(repr, allowed))}{why}, "
-                f"got {reduction!r}; pass one of these"
+    @classmethod
+    def _declare_settings(cls) -> None:
+        own = {name: value for name, value in cls.__dict__.items() if isinstance(value, Setting)}
+        known = {name: setting for name, setting in cls._settings.items() if name != "reduction"}
+        reduction = own.pop("reduction", Loss._settings["reduction"])  # the last, wherever it is declared
+        cls._settings = {**known, **own, "reduction": reduction}
+        cls.scalars = {name: setting.scalar for name, setting in cls._settings.items() if setting.scalar is not None}
+        kinds: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):
+            kinds |= inspect.get_annotations(base)
+        parameters = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=setting.default,
+                annotation=kinds.get(name, inspect.Parameter.empty),
             )
-        self.reduction = reduction
-        self.checks_inputs = True  # a loss graph, which checks for all its losses at once, turns it off
-        for name, value in scalars.items():
-            setattr(self, name, self.scalars[name].check(name, value))
+            for name, setting in cls._settings.items()
+        ]
+        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+
+    @classmethod
+    def takes(cls, formula: Callable[..., Tensor]) -> None:
+        """Makes ``formula`` that of the class, and ``forward`` the call of it with the settings."""
+        parameters = inspect.signature(formula).parameters
+        mandatory = {name for name, p in parameters.items() if p.default is p.empty}
+        wanted = [*cls.inputs, *(name for name in cls._settings if name in parameters)]
+        optional = {name for name in cls.inputs if cls.declared(name)[0].optional}
+        if list(parameters) != wanted or mandatory != cls.inputs.keys() - optional:
+            raise TypeError(
+                f"expected the function {formula.__name__} to take the inputs of {cls.__name__}, then its settings, as they are "
+                f"declared ({', '.join(wanted)}), with defaults but for tensors that must be there, got "
+                f"({', '.join(parameters)}) of which {', '.join(parameters.keys() - mandatory) or 'none'} have one; correct one of them"
+            )
+        differing = [
+            name
+            for name, setting in cls._settings.items()
+            if name in parameters and parameters[name].default != setting.default
+        ]
+        if differing:
+            raise TypeError(
+                f"expected the function {formula.__name__} and {cls.__name__} to have one default for {', '.join(differing)}, got "
+                f"{', '.join(repr(parameters[name].default) for name in differing)} and "
+                f"{', '.join(repr(cls._settings[name].default) for name in differing)}; correct one of them"
+            )
+        cls._formula = staticmethod(formula)
+        cls._formula_settings = tuple(name for name in cls._settings if name in parameters)
+        if "forward" not in cls.__dict__:
+            cls.forward = _forward(formula, cls.inputs, optional, cls.scalars, cls._formula_settings)
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        """Takes the settings that the class declares, by position or by name."""
+        super().__init__()
+        kind = type(self)
+        given = kind._by_name("the settings", tuple(kind._settings), args, settings)
+        for name, setting in kind._settings.items():
+            value = given.get(name, setting.default)
+            if name == "reduction" and self.couples_batch and value != "mean":
+                raise ValueError(
+                    f"expected reduction to be 'mean', since {kind.__name__} {self.couples_batch}, got {value!r}; pass that"
+                )
+            setattr(self, name, setting.check(name, value))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Checks the tensors by their declared axes, then computes."""
-        if self.checks_inputs:
-            # By position as forward takes them; what it does not take, it refuses itself.
-            by_position = dict(zip((*self.inputs, *self.scalars), args, strict=False))
-            self.check_call({**by_position, **kwargs})
+        given = self._by_name("the inputs", (*self.inputs, *self.scalars), args, kwargs)
+        self.check_call(given)
         return super().__call__(*args, **kwargs)
+
+    @classmethod
+    def _by_name(cls, what: str, known: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by their names; a TypeError says which is one too many."""
+        given = dict(zip(known, args, strict=False))
+        if not kwargs and len(args) <= len(known):
+            return given
+        if len(args) > len(known):
+            got = f"{len(args)} of them"
+        elif unknown := kwargs.keys() - set(known):
+            got = f"the unknown {', '.join(sorted(unknown))}"
+        elif twice := kwargs.keys() & given.keys():
+            got = f"{', '.join(sorted(twice))} twice"
+        else:
+            return given | kwargs
+        raise TypeError(f"expected {what} of {cls.__name__} ({', '.join(known)}), got {got}; pass these by name")
+
+    def formula_call(self, given: Mapping[str, Any]) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+        """The formula and its arguments: tensors and numbers as given, everything else as set."""
+        settings = {name: getattr(self, name) for name in self._formula_settings if name not in given}
+        return type(self)._formula, {**given, **settings}
 
     def check_call(self, arguments: Mapping[str, object]) -> None:
         """Raises where tensors or numbers do not fit the declaration."""
@@ -103,14 +180,24 @@ class Loss(nn.Module):
             return
         ignore_index = getattr(self, "ignore_index", None)
         checks.check_ranges(specs, tensors, {} if ignore_index is None else dict.fromkeys(specs, ignore_index))
-        for name, scalar in self.scalars.items():
+        for name, declared in self.scalars.items():
             value = arguments.get(name)
             if value is not None:
-                scalar.check(name, value)
+                declared.check(name, value)
 
-    def fused(self, kernel: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The same as ``forward``, with a fused kernel in the middle; see :mod:`pykd.fused.point`. Losses without one have none."""
+    def fused(self, kernel: Any, *inputs_and_scalars: Any) -> Tensor:
+        """The same as the formula, with a fused kernel in the middle; see :mod:`pykd.fused.point`. Losses without one have none.
+
+        Takes every input, or None, and the value of every scalar, in the order of their declaration; all else it reads from
+        ``self``.
+        """
         raise NotImplementedError
+
+    def by_kernel(self, kernel: Any, given: Mapping[str, Any]) -> Tensor:
+        """``fused`` of these tensors and numbers."""
+        numbers = (given.get(name) for name in self.scalars)
+        scalars = (getattr(self, name) if n is None else n for name, n in zip(self.scalars, numbers, strict=True))
+        return self.fused(kernel, *map(given.get, self.inputs), *scalars)
 
     @classmethod
     def has_kernel(cls) -> bool:
@@ -126,17 +213,15 @@ class Loss(nn.Module):
         """The input that weighs samples, where there is one."""
         return cls._weight_input
 
-    @staticmethod
-    def reference(**inputs: Any) -> Any:
-        """The same in NumPy float64, written from the paper, to be obvious."""
+    def reference(self, *args: Any, **inputs: Any) -> Any:
+        """The same in NumPy float64, written from the paper, to be obvious. Takes the inputs as arrays; settings are those of ``self``."""
         raise NotImplementedError
 
-    @staticmethod
-    def constants(**inputs: Any) -> dict[str, Any]:
+    def constants(self, *args: Any, **inputs: Any) -> dict[str, Any]:
         """What the gradient treats as constant although it is computed from the inputs (a bandwidth, say).
 
-        Takes the arguments of :meth:`reference` and returns further ones for it, so that differences of the
-        reference can be taken with these held fast.
+        Takes the inputs and returns further arguments of :meth:`reference`, so that differences of the reference can be
+        taken with these held fast.
         """
         return {}
 
@@ -166,8 +251,7 @@ class Loss(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, as this instance has them."""
-        names = [name for name in inspect.signature(type(self).__init__).parameters if name != "self"]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self._settings}
 
     def with_settings(self, **changes: Any) -> "Loss":
         """A copy with other settings."""
@@ -175,3 +259,33 @@ class Loss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+
+
+def _forward(
+    formula: Callable[..., Tensor],
+    inputs: Sequence[str] | Mapping[str, Any],
+    optional: set[str],
+    scalars: Mapping[str, Scalar],
+    settings: Sequence[str],
+) -> Callable[..., Any]:
+    """``forward(self, <inputs>, <scalars>)``, which calls the formula with the settings of ``self``.
+
+    Written by torch.fx, as loss graphs are, so that TorchScript finds a source with every argument by its name.
+    """
+    graph, root = fx.Graph(), nn.Module()
+    arguments: dict[str, Any] = {}
+    for name in inputs:
+        names.check_variable(name, "an input of the loss")
+        arguments[name] = (
+            graph.placeholder(name, Optional[Tensor], None) if name in optional else graph.placeholder(name, Tensor)  # noqa: UP045
+        )
+    given = {
+        names.check_variable(name, "a setting of the loss"): graph.placeholder(name, Optional[float], None)  # noqa: UP045
+        for name in scalars
+    }
+    for name in settings:
+        setattr(root, name, None)
+        own = graph.get_attr(name)
+        arguments[name] = graph.call_function(ops.given_or, (given[name], own)) if name in given else own
+    graph.output(graph.call_function(formula, (), arguments))
+    return type(fx.GraphModule(root, graph, "Forward")).forward

@@ -15,6 +15,13 @@ def upcast(x: Tensor) -> Tensor:
     return x
 
 
+def given_or(number: float | None, default: float) -> float:
+    """The number, or the default where none is given."""
+    if number is None:
+        return default
+    return number
+
+
 def normalize(x: Tensor, dim: list[int]) -> Tensor:
     """``x`` divided by its Euclidean norm over the axes ``dim``.
 
@@ -136,19 +143,15 @@ def optional_weight(sample_weight: Tensor | None) -> Tensor | None:
     return upcast(sample_weight.detach())
 
 
+SPATIAL_AVERAGES = (None, "mean")  # what pool_tokens knows
+
+
 def pool_tokens(features: Tensor, spatial_avg: str | None) -> Tensor:
     """Features in the compute type, ``(batch, tokens, channels)``, averaged to one token where asked."""
     features = upcast(features)
-    if spatial_avg is not None:  # "mean" is the only choice, see check_spatial_avg
+    if spatial_avg is not None:  # "mean" is the only choice
         return features.mean(dim=1, keepdim=True)
     return features
-
-
-def check_spatial_avg(spatial_avg: str | None) -> str | None:
-    """``spatial_avg``, or a ValueError."""
-    if spatial_avg not in (None, "mean"):
-        raise ValueError(f"expected spatial_avg to be None or 'mean', got {spatial_avg!r}; pass one of these")
-    return spatial_avg
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:

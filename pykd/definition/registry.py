@@ -1,7 +1,9 @@
 """The registry: exporters, tests, tables, benchmarks and the command line find every loss here, and name none."""
 
 import importlib
+import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -29,6 +31,12 @@ def register(name: str) -> Callable[[L], L]:
                 f"expected {cls.__qualname__} to declare {', '.join(missing)}, got nothing; "
                 "see pykd/losses/_template.py"
             )
+        formula = getattr(sys.modules[cls.__module__], name, None)
+        if not inspect.isfunction(formula):
+            raise TypeError(
+                f"expected a function {name} beside {cls.__qualname__}, got none; see pykd/losses/_template.py"
+            )
+        cls.takes(formula)
         cls.name = name
         _LOSSES[name] = cls
         return cls

@@ -59,7 +59,8 @@ class Scalar:
     """A setting that can change in every call without a new export: a temperature, a weight."""
 
     minimum: float = float("-inf")
-    exclusive: bool = False
+    exclusive: bool = False  # whether the minimum itself is out of range
+    maximum: float = float("inf")
 
     def check(self, name: str, value: Any) -> float:
         """``value`` as a float; a ValueError that names ``name`` where it is out of range."""
@@ -70,11 +71,8 @@ class Scalar:
         except OverflowError:  # of a whole number
             number = float("inf")
         low = number <= self.minimum if self.exclusive else number < self.minimum
-        if not np.isfinite(number) or low:
-            bound = f"greater than {self.minimum:g}" if self.exclusive else f"of at least {self.minimum:g}"
-            if self.minimum == float("-inf"):
-                bound = "that is finite"
-            raise ValueError(f"expected {name} to be a number {bound}, got {number:g}; pass another {name}")
+        if not np.isfinite(number) or low or number > self.maximum:
+            raise ValueError(f"expected {name} to be a number {self._bounds()}, got {number:g}; pass another {name}")
         if number != 0 and not _LEAST <= abs(number) <= _MOST:
             raise ValueError(
                 f"expected {name} to be 0 or from {_LEAST:g} to {_MOST:g} but for its sign, as float32 holds "
@@ -84,7 +82,19 @@ class Scalar:
 
     def moved(self, default: float, number: int) -> float:
         """The ``number``-th of numbers in range that verification and tests try instead of the default; 0: the default."""
-        return default if number == 0 else default * (1 + 0.25 * number) if default != 0 else 0.25 * number
+        value = default if number == 0 else default * (1 + 0.25 * number) if default != 0 else 0.25 * number
+        if value <= self.maximum:
+            return value
+        end = self.maximum if default < self.maximum else max(self.minimum, default - 1.0)
+        return default + (end - default) * number / (number + 4)
+
+    def _bounds(self) -> str:
+        bounds = []
+        if self.minimum != float("-inf"):
+            bounds.append(f"greater than {self.minimum:g}" if self.exclusive else f"of at least {self.minimum:g}")
+        if self.maximum != float("inf"):
+            bounds.append(f"of at most {self.maximum:g}")
+        return " and ".join(bounds) or "that is finite"
 
 
 # What float32 holds in full precision, but for 0.

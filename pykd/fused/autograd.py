@@ -66,7 +66,7 @@ Function = Callable[[Point, Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 def _of_loss(loss: Loss, numbers: Mapping[str, Any]) -> Function:
-    return lambda point, given: {"loss": loss.fused(point, **given, **numbers)}
+    return lambda point, given: {"loss": loss.by_kernel(point, {**given, **numbers})}
 
 
 def _scalar(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Scalar, Spec, ops, register
+from pykd.definition import Case, Loss, Spec, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples
 
 
@@ -68,44 +68,31 @@ class Template(Loss):
         Brier: Verification of Forecasts Expressed in Terms of Probability, Monthly Weather Review, 1950.
     """
 
-    # 3. The tensors in the order of forward(), with named axes (and sample_axes, where a sample may also be one token of a
-    #    sequence: soft_target.py has them); scalars that may change in every call;
-    #    the settings to test, every one of them off its default somewhere.
+    # 3. The tensors in the order of the formula, with named axes (and sample_axes, where a sample may also be one token of a
+    #    sequence: soft_target.py has them); the settings to test, every one of them off its default somewhere; and the
+    #    settings themselves, of which the constructor is made: scalar (may change in every call), number, whole, choice,
+    #    flag. They have the names, the order and the defaults that the formula has.
     inputs = {
         "student_logits": Spec("batch classes", grad=True),
         "teacher_logits": Spec("batch classes"),
         "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
     }
-    scalars = {"temperature": Scalar(minimum=0.0, exclusive=True)}
     cases = (
         Case(),
         Case({"temperature": 2.0, "reduction": "sum"}, optional=("sample_weight",)),
     )
     paper = "Brier 1950"
 
-    def __init__(self, temperature: float = 1.0, reduction: str = "mean"):
-        super().__init__(reduction, temperature=temperature)
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        sample_weight: Tensor | None = None,
-        temperature: float | None = None,
-    ) -> Tensor:
-        if temperature is None:
-            temperature = self.temperature
-        return template(student_logits, teacher_logits, sample_weight, temperature, self.reduction)
+    temperature: float = scalar(1.0, minimum=0.0, exclusive=True)
 
     # 4. Leave this out unless the value is 0 when student and teacher agree.
     def zero_when_equal(self) -> bool:
         return True
 
-    # 5. The judge: NumPy float64, written from the paper, one sample at a time, to be obvious.
-    @staticmethod
-    def reference(student_logits, teacher_logits, sample_weight=None, temperature=1.0, reduction="mean"):
+    # 5. The reference: NumPy float64, written from the paper, one sample at a time, to be obvious. Settings are those of self.
+    def reference(self, student_logits, teacher_logits, sample_weight=None):
         values = []
         for s, t in zip(student_logits, teacher_logits, strict=True):
-            q, p = np.exp(log_softmax(s / temperature)), np.exp(log_softmax(t / temperature))
+            q, p = np.exp(log_softmax(s / self.temperature)), np.exp(log_softmax(t / self.temperature))
             values.append(((q - p) ** 2).sum())
-        return reduce_samples(values, sample_weight, reduction)
+        return reduce_samples(values, sample_weight, self.reduction)

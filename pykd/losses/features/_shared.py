@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Spec, ops
+from pykd.definition import Case, Loss, Spec, choice, ops
 from pykd.fused.description import Argument, Kernel, KernelPoint
 
 KERNEL = Kernel(
@@ -73,20 +73,10 @@ class FeatureDistance(Loss):
     sample_axes = ("batch", "batch tokens")
     paper = "Wang et al. ICCVW 2019"
 
-    spatial_avg: str | None  # TorchScript must know that it may be either
+    spatial_avg: str | None = choice(None, ops.SPATIAL_AVERAGES)
     kernel_power: ClassVar[str]
 
-    def __init__(self, spatial_avg: str | None = None, reduction: str = "mean"):
-        super().__init__(reduction)
-        self.spatial_avg = ops.check_spatial_avg(spatial_avg)
-
-    def fused(
-        self,
-        kernel: KernelPoint,
-        student_features: Tensor,
-        teacher_features: Tensor,
-        sample_weight: Tensor | None = None,
-    ) -> Tensor:
+    def fused(self, kernel: KernelPoint, student_features, teacher_features, sample_weight):
         weight = ops.optional_weight(sample_weight)
         tensors = {"student": student_features, "teacher": teacher_features}
         if self.spatial_avg is not None or (weight is not None and weight.dim() > 1):

@@ -63,21 +63,15 @@ class FeatureL1(FeatureDistance):
 
     kernel_power = "l1"
 
-    def forward(
-        self, student_features: Tensor, teacher_features: Tensor, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        return feature_l1(student_features, teacher_features, sample_weight, self.spatial_avg, self.reduction)
-
-    @staticmethod
-    def reference(student_features, teacher_features, sample_weight=None, spatial_avg=None, reduction="mean"):
+    def reference(self, student_features, teacher_features, sample_weight=None):
         """One token at a time, from the definition."""
         if np.ndim(sample_weight) == 2:  # every token is a sample
             student_features, teacher_features = (rows(x, 1)[:, None] for x in (student_features, teacher_features))
         values = []
         for x, y in zip(student_features, teacher_features, strict=True):
-            if spatial_avg == "mean":
+            if self.spatial_avg == "mean":
                 x, y = x.mean(axis=0, keepdims=True), y.mean(axis=0, keepdims=True)
             values.append(np.mean([np.abs(unit(a) - unit(b)).sum() for a, b in zip(x, y, strict=True)]))
         return reduce_samples(
-            values, sample_weight, reduction, None if sample_weight is None else np.shape(sample_weight)
+            values, sample_weight, self.reduction, None if sample_weight is None else np.shape(sample_weight)
         )

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Spec, ops, register
+from pykd.definition import Case, Loss, Spec, choice, ops, register
 from pykd.definition.reference import unit
 from pykd.fused.description import Argument, Kernel, KernelPoint
 
@@ -141,19 +141,10 @@ class MKMMD(Loss):
     couples_batch = "compares every sample of the batch with every other"
     paper = "Long et al. 2015, arXiv:1502.02791"
 
-    spatial_avg: str | None  # TorchScript must know that it may be either
+    spatial_avg: str | None = choice(None, ops.SPATIAL_AVERAGES)
+    bandwidth: str = choice("joint", ("joint", "per_block"))
 
-    def __init__(self, spatial_avg: str | None = None, bandwidth: str = "joint", reduction: str = "mean"):
-        super().__init__(reduction)
-        if bandwidth not in ("joint", "per_block"):
-            raise ValueError(f"expected bandwidth to be 'joint' or 'per_block', got {bandwidth!r}; pass one of these")
-        self.spatial_avg = ops.check_spatial_avg(spatial_avg)
-        self.bandwidth = bandwidth
-
-    def forward(self, student_features: Tensor, teacher_features: Tensor) -> Tensor:
-        return mk_mmd(student_features, teacher_features, self.spatial_avg, self.bandwidth)
-
-    def fused(self, kernel: KernelPoint, student_features: Tensor, teacher_features: Tensor) -> Tensor:
+    def fused(self, kernel: KernelPoint, student_features, teacher_features):
         tensors = {
             "student": _samples(student_features, self.spatial_avg),
             "teacher": _samples(teacher_features.detach(), self.spatial_avg),
@@ -164,13 +155,10 @@ class MKMMD(Loss):
     def zero_when_equal(self) -> bool:
         return self.bandwidth == "joint"
 
-    @staticmethod
-    def reference(
-        student_features, teacher_features, spatial_avg=None, bandwidth="joint", reduction="mean", widths=None
-    ):
+    def reference(self, student_features, teacher_features, widths=None):
         """Pair by pair, from the definition; ``widths`` fixes the three σ²."""
-        x, y = _numpy_samples(student_features, spatial_avg), _numpy_samples(teacher_features, spatial_avg)
-        own = _widths(x, y, bandwidth) if widths is None else widths
+        x, y = _numpy_samples(student_features, self.spatial_avg), _numpy_samples(teacher_features, self.spatial_avg)
+        own = _widths(x, y, self.bandwidth) if widths is None else widths
 
         def mean_kernel(a, b, width):
             if width <= 1e-20:
@@ -179,11 +167,10 @@ class MKMMD(Loss):
 
         return mean_kernel(y, y, own[0]) + mean_kernel(x, x, own[1]) - 2 * mean_kernel(x, y, own[2])
 
-    @staticmethod
-    def constants(student_features, teacher_features, spatial_avg=None, bandwidth="joint", reduction="mean"):
+    def constants(self, student_features, teacher_features):
         """The bandwidths, through which no gradient flows."""
-        x, y = _numpy_samples(student_features, spatial_avg), _numpy_samples(teacher_features, spatial_avg)
-        return {"widths": _widths(x, y, bandwidth)}
+        x, y = _numpy_samples(student_features, self.spatial_avg), _numpy_samples(teacher_features, self.spatial_avg)
+        return {"widths": _widths(x, y, self.bandwidth)}
 
 
 def _numpy_samples(features, spatial_avg):

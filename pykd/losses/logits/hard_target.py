@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Spec, ops, register
+from pykd.definition import Case, Loss, Spec, number, ops, register, whole
 from pykd.definition.reference import log_softmax, reduce_samples, rows
 from pykd.fused.description import KernelPoint
 from pykd.losses.logits._shared import KERNEL
@@ -163,31 +163,8 @@ class HardTarget(Loss):
     )
     paper = "Hinton, Vinyals, Dean 2015, arXiv:1503.02531"
 
-    def __init__(self, label_smoothing: float = 0.0, ignore_index: int = -100, reduction: str = "mean"):
-        super().__init__(reduction)
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(
-                f"expected label_smoothing to be a number from 0 to 1, got {label_smoothing!r}; pass another number"
-            )
-        self.label_smoothing = float(label_smoothing)
-        self.ignore_index = ignore_index
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        labels: Tensor,
-        sample_weight: Tensor | None = None,
-        class_weight: Tensor | None = None,
-    ) -> Tensor:
-        return hard_target(
-            student_logits,
-            labels,
-            sample_weight,
-            class_weight,
-            self.label_smoothing,
-            self.ignore_index,
-            self.reduction,
-        )
+    label_smoothing: float = number(0.0, minimum=0.0, maximum=1.0)
+    ignore_index: int = whole(-100)
 
     def sees_masked_classes(self) -> bool:
         return self.label_smoothing != 0
@@ -196,14 +173,7 @@ class HardTarget(Loss):
         plain = "class_weight" not in given or given["labels"].dtype == "int64"
         return self.label_smoothing == 0 and plain
 
-    def fused(
-        self,
-        kernel: KernelPoint,
-        student_logits: Tensor,
-        labels: Tensor,
-        sample_weight: Tensor | None = None,
-        class_weight: Tensor | None = None,
-    ) -> Tensor:
+    def fused(self, kernel: KernelPoint, student_logits, labels, sample_weight, class_weight):
         if labels.dim() == student_logits.dim():
             tensors = {"student": student_logits, "label_probs": labels}
             values = kernel(KERNEL, "hard", hard_target_rows_of_probabilities, tensors, {}, weight="hard_weight")
@@ -217,16 +187,7 @@ class HardTarget(Loss):
             weight = weight * _weight_of_label(labels, classes, weight)
         return ops.reduce(values, weight, self.reduction)
 
-    @staticmethod
-    def reference(
-        student_logits,
-        labels,
-        sample_weight=None,
-        class_weight=None,
-        label_smoothing=0.0,
-        ignore_index=-100,
-        reduction="mean",
-    ):
+    def reference(self, student_logits, labels, sample_weight=None, class_weight=None):
         """One sample at a time, from the definition."""
         classes = np.shape(student_logits)[-1]
         v = np.ones(classes) if class_weight is None else np.asarray(class_weight, np.float64)
@@ -234,12 +195,12 @@ class HardTarget(Loss):
         samples = np.shape(student_logits)[:-1]
         weights = np.ones(samples) if sample_weight is None else np.asarray(sample_weight, np.float64)
         if indices:
-            weights = np.where(np.asarray(labels) == ignore_index, 0.0, weights)
+            weights = np.where(np.asarray(labels) == self.ignore_index, 0.0, weights)
         values, counts = [], []
         every = zip(rows(student_logits, 1), rows(labels, 0 if indices else 1), weights.ravel(), strict=True)
         for logits, label, weight in every:
             target = np.eye(classes)[label if weight != 0 else 0] if indices else label
-            smoothed = v * ((1 - label_smoothing) * target + label_smoothing / classes)
+            smoothed = v * ((1 - self.label_smoothing) * target + self.label_smoothing / classes)
             values.append(-sum(t * lq for t, lq in zip(smoothed, log_softmax(logits), strict=True) if t != 0))
             counts.append(weight * (v @ target) if indices else weight)
-        return reduce_samples(values, weights, reduction, samples, counts)
+        return reduce_samples(values, weights, self.reduction, samples, counts)

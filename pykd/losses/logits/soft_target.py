@@ -1,13 +1,12 @@
 """Soft targets: match the teacher's softened class probabilities."""
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Scalar, Spec, ops, register
+from pykd.definition import Case, Loss, Spec, choice, flag, number, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples, rows
 from pykd.fused.description import KernelPoint
 from pykd.losses.logits._shared import KERNEL
@@ -153,7 +152,6 @@ class SoftTarget(Loss):
         "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
     }
     sample_axes = ("batch", "batch tokens")
-    scalars = {"temperature": Scalar(minimum=0.0, exclusive=True)}
     cases = (
         Case({"temperature": 2.0}),
         Case({"temperature": 3.0, "soften_student": False}),
@@ -166,61 +164,13 @@ class SoftTarget(Loss):
     )
     paper = "Hinton, Vinyals, Dean 2015, arXiv:1503.02531"
 
-    def __init__(
-        self,
-        temperature: float = 2.0,
-        soften_student: bool = True,
-        form: str = "cross_entropy",
-        beta: float = 0.5,
-        tau_squared: bool = False,
-        reduction: str = "mean",
-    ):
-        super().__init__(reduction, temperature=temperature)
-        if form not in FORMS:
-            raise ValueError(
-                f"expected form to be one of {', '.join(map(repr, FORMS))}, got {form!r}; pass one of these"
-            )
-        if not 0 < beta < 1:
-            raise ValueError(
-                f"expected beta to be between 0 and 1 and neither, got {beta!r}; "
-                "the ends are form='kl' and form='reverse_kl'"
-            )
-        self.soften_student = soften_student
-        self.form = form
-        self.beta = float(beta)
-        self.tau_squared = tau_squared
+    temperature: float = scalar(2.0, minimum=0.0, exclusive=True)
+    soften_student: bool = flag(True)
+    form: str = choice("cross_entropy", FORMS)
+    beta: float = number(0.5, above=0.0, below=1.0)  # whose ends are form="kl" and form="reverse_kl"
+    tau_squared: bool = flag(False)
 
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        sample_weight: Tensor | None = None,
-        temperature: float | None = None,
-    ) -> Tensor:
-        if temperature is None:
-            temperature = self.temperature
-        return soft_target(
-            student_logits,
-            teacher_logits,
-            sample_weight,
-            temperature,
-            self.soften_student,
-            self.form,
-            self.beta,
-            self.tau_squared,
-            self.reduction,
-        )
-
-    def fused(
-        self,
-        kernel: KernelPoint,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        sample_weight: Tensor | None = None,
-        temperature: Any = None,
-    ) -> Tensor:
-        if temperature is None:
-            temperature = self.temperature
+    def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight, temperature):
         values = kernel(
             KERNEL,
             "soft",
@@ -234,32 +184,21 @@ class SoftTarget(Loss):
     def zero_when_equal(self) -> bool:
         return self.form != "cross_entropy" and (self.soften_student or float(self.temperature) == 1)
 
-    @staticmethod
-    def reference(
-        student_logits,
-        teacher_logits,
-        sample_weight=None,
-        temperature=2.0,
-        soften_student=True,
-        form="cross_entropy",
-        beta=0.5,
-        tau_squared=False,
-        reduction="mean",
-    ):
+    def reference(self, student_logits, teacher_logits, sample_weight=None):
         """One sample at a time, from the definition."""
         values = []
         for s, t in zip(rows(student_logits, 1), rows(teacher_logits, 1), strict=True):
-            log_q = log_softmax(s / temperature if soften_student else s)
-            log_p = log_softmax(t / temperature)
+            log_q = log_softmax(s / self.temperature if self.soften_student else s)
+            log_p = log_softmax(t / self.temperature)
             value = {
                 "cross_entropy": lambda p, q: -_sum(p, q),
                 "kl": _divergence,
                 "reverse_kl": lambda p, q: _divergence(q, p),
                 "symmetric_kl": lambda p, q: (_divergence(p, q) + _divergence(q, p)) / 2,
-                "jsd": lambda p, q: _jensen_shannon(p, q, beta),
-            }[form](log_p, log_q)
-            values.append(value * (temperature**2 if tau_squared else 1.0))
-        return reduce_samples(values, sample_weight, reduction, np.shape(student_logits)[:-1])
+                "jsd": lambda p, q: _jensen_shannon(p, q, self.beta),
+            }[self.form](log_p, log_q)
+            values.append(value * (self.temperature**2 if self.tau_squared else 1.0))
+        return reduce_samples(values, sample_weight, self.reduction, np.shape(student_logits)[:-1])
 
 
 def _sum(log_weights, terms):

@@ -1,13 +1,10 @@
 """Distribution distillation: how similar pairs of samples are, matched as distributions."""
 
-import math
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Scalar, Spec, ops, register
+from pykd.definition import Case, Loss, Spec, choice, number, ops, register, scalar, whole
 from pykd.definition.reference import unit
 from pykd.fused.description import Argument, Kernel, KernelPoint
 
@@ -203,11 +200,6 @@ class DistributionDistillation(Loss):
         "teacher_embeddings": Spec("batch channels"),
         "labels": Spec("batch", dtype="int64", draw="indices"),
     }
-    scalars = {
-        "positive_weight": Scalar(minimum=0.0),
-        "negative_weight": Scalar(minimum=0.0),
-        "order_weight": Scalar(minimum=0.0),
-    }
     cases = (
         Case(),
         Case({"positive_weight": 0.5, "negative_weight": 0.25, "order_weight": 0.0, "negatives": "all"}),
@@ -216,66 +208,14 @@ class DistributionDistillation(Loss):
     couples_batch = "compares every sample of the batch with every other"
     paper = "Huang et al. 2020, arXiv:2002.03662"
 
-    def __init__(
-        self,
-        positive_weight: float = 0.1,
-        negative_weight: float = 0.02,
-        order_weight: float = 0.5,
-        bins: int = 1000,
-        width: float = 0.1,
-        negatives: str = "hardest",
-        reduction: str = "mean",
-    ):
-        super().__init__(
-            reduction, positive_weight=positive_weight, negative_weight=negative_weight, order_weight=order_weight
-        )
-        if not 2 <= bins <= 10_000 or int(bins) != bins:
-            raise ValueError(f"expected bins to be a whole number from 2 to 10000, got {bins}; pass another number")
-        if not 0 < width < math.inf:
-            raise ValueError(f"expected width to be a number greater than 0, got {width}; pass another width")
-        if negatives not in ("hardest", "all"):
-            raise ValueError(f"expected negatives to be 'hardest' or 'all', got {negatives!r}; pass one of these")
-        self.bins = int(bins)
-        self.width = float(width)
-        self.negatives = negatives
+    positive_weight: float = scalar(0.1, minimum=0.0)
+    negative_weight: float = scalar(0.02, minimum=0.0)
+    order_weight: float = scalar(0.5, minimum=0.0)
+    bins: int = whole(1000, minimum=2, maximum=10_000)
+    width: float = number(0.1, above=0.0)
+    negatives: str = choice("hardest", ("hardest", "all"))
 
-    def forward(
-        self,
-        student_embeddings: Tensor,
-        teacher_embeddings: Tensor,
-        labels: Tensor,
-        positive_weight: float | None = None,
-        negative_weight: float | None = None,
-        order_weight: float | None = None,
-    ) -> Tensor:
-        if positive_weight is None:
-            positive_weight = self.positive_weight
-        if negative_weight is None:
-            negative_weight = self.negative_weight
-        if order_weight is None:
-            order_weight = self.order_weight
-        return distribution_distillation(
-            student_embeddings,
-            teacher_embeddings,
-            labels,
-            positive_weight,
-            negative_weight,
-            order_weight,
-            self.bins,
-            self.width,
-            self.negatives,
-        )
-
-    def fused(
-        self,
-        kernel: KernelPoint,
-        student_embeddings: Tensor,
-        teacher_embeddings: Tensor,
-        labels: Tensor,
-        positive_weight: float | None = None,
-        negative_weight: float | None = None,
-        order_weight: float | None = None,
-    ) -> Tensor:
+    def fused(self, kernel: KernelPoint, student_embeddings, teacher_embeddings, labels, *weights):
         tensors = {
             "student": ops.normalize(ops.upcast(student_embeddings), dim=[-1]),
             "teacher": ops.normalize(ops.upcast(teacher_embeddings.detach()), dim=[-1]),
@@ -288,46 +228,25 @@ class DistributionDistillation(Loss):
             KERNEL, "negative", negative_divergence, tensors, histogram | mining, weight="negative_weight"
         )
         order = kernel(KERNEL, "order", order_gap, tensors, mining, weight="order_weight")
-        terms = {
-            "positive_weight": ops.at_least_0(positive),
-            "negative_weight": ops.at_least_0(negative),
-            "order_weight": order,
-        }
-        given: dict[str, Any] = {
-            "positive_weight": positive_weight, "negative_weight": negative_weight, "order_weight": order_weight,
-        }  # fmt: skip
-        total = torch.zeros_like(order)
-        for name, term in terms.items():
-            total = total + term * (getattr(self, name) if given[name] is None else given[name])
-        return total
+        positive_weight, negative_weight, order_weight = weights
+        divergences = positive_weight * ops.at_least_0(positive) + negative_weight * ops.at_least_0(negative)
+        return divergences + order_weight * order
 
     def zero_when_equal(self) -> bool:
         return float(self.order_weight) == 0
 
-    @staticmethod
-    def reference(
-        student_embeddings,
-        teacher_embeddings,
-        labels,
-        positive_weight=0.1,
-        negative_weight=0.02,
-        order_weight=0.5,
-        bins=1000,
-        width=0.1,
-        negatives="hardest",
-        reduction="mean",
-    ):
+    def reference(self, student_embeddings, teacher_embeddings, labels):
         """Pair by pair, from the definition."""
-        student = _numpy_pairs(student_embeddings, labels, negatives)
-        teacher = _numpy_pairs(teacher_embeddings, labels, negatives)
+        student = _numpy_pairs(student_embeddings, labels, self.negatives)
+        teacher = _numpy_pairs(teacher_embeddings, labels, self.negatives)
         total = 0.0
-        for weight, s, t in zip((positive_weight, negative_weight), student, teacher, strict=True):
+        for weight, s, t in zip((self.positive_weight, self.negative_weight), student, teacher, strict=True):
             if len(s) > 0:
-                log_q, log_p = _numpy_log_histogram(s, bins, width), _numpy_log_histogram(t, bins, width)
+                log_q, log_p = (_numpy_log_histogram(x, self.bins, self.width) for x in (s, t))
                 total += weight * sum(np.exp(lp) * (lp - lq) for lp, lq in zip(log_p, log_q, strict=True))
         for _, lower in (student, teacher):
             for upper, _ in (student, teacher):
-                total += order_weight * (_numpy_mean(lower) - _numpy_mean(upper))
+                total += self.order_weight * (_numpy_mean(lower) - _numpy_mean(upper))
         return total
 
 

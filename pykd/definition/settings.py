@@ -1,0 +1,126 @@
+"""Settings: the fields of a loss that its constructor takes, each with a default and what is allowed.
+
+    temperature: float = scalar(2.0, minimum=0.0, exclusive=True)
+    form: str = choice("cross_entropy", FORMS)
+    beta: float = number(0.5, above=0.0, below=1.0)
+
+The base class makes the constructor of these, as ``dataclasses`` does, and type checkers know it does.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pykd.definition.spec import Scalar
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One argument of a constructor: its default, and what else it may be.
+
+    Attributes:
+        default: what holds where nothing is said.
+        choices: all that it may be; none: anything of its kind.
+        scalar: the range of a setting that can change in every call.
+        kind: ``"number"``, ``"whole"``, ``"flag"`` or ``"choice"``.
+        minimum, maximum: the ends of its range, which belong to it.
+        above, below: the ends of its range, which do not.
+    """
+
+    default: Any
+    kind: str
+    choices: Sequence[Any] = ()
+    scalar: Scalar | None = None
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def check(self, name: str, value: Any) -> Any:
+        """``value`` as the loss keeps it; an error that names ``name`` where it is not allowed."""
+        if self.scalar is not None:
+            return self.scalar.check(name, value)
+        if self.kind == "choice":
+            if value not in self.choices:
+                known = ", ".join(map(repr, self.choices))
+                raise ValueError(f"expected {name} to be one of {known}, got {value!r}; pass one of these")
+            return value
+        if self.kind == "flag":
+            if value not in (True, False):
+                raise ValueError(f"expected {name} to be True or False, got {value!r}; pass one of these")
+            return bool(value)
+        error = TypeError if isinstance(value, str | bytes) else ValueError
+        try:
+            number = (
+                math.nan
+                if error is TypeError
+                else int(value)
+                if self.kind == "whole" and int(value) == value
+                else float(value)
+            )
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        fits = self.minimum <= number <= self.maximum and self.above < number < self.below
+        if not fits or (self.kind == "whole" and not isinstance(number, int)):
+            raise error(f"expected {name} to be {self._described()}, got {value!r}; pass another {name}")
+        return number
+
+    def _described(self) -> str:
+        what = "a whole number" if self.kind == "whole" else "a number"
+        if math.isfinite(self.minimum) and math.isfinite(self.maximum):
+            return f"{what} from {self.minimum:.12g} to {self.maximum:.12g}"
+        bounds = [
+            f"{word} {bound:.12g}"
+            for word, bound in (
+                ("of at least", self.minimum),
+                ("greater than", self.above),
+                ("of at most", self.maximum),
+                ("less than", self.below),
+            )
+            if math.isfinite(bound)
+        ]
+        return " ".join([what, " and ".join(bounds)]).strip()
+
+
+# They return Any, as dataclasses.field does: what stands in the class is the setting, what instances have is its value.
+
+
+def scalar(
+    default: float,
+    *,
+    minimum: float = -math.inf,
+    exclusive: bool = False,
+    maximum: float = math.inf,
+    kw_only: bool = False,
+) -> Any:
+    """A number that can also change in every call without a new export: a temperature, a weight."""
+    return Setting(default, "number", scalar=Scalar(minimum, exclusive, maximum))
+
+
+def number(
+    default: float,
+    *,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    kw_only: bool = False,
+) -> Any:
+    """A finite number, fixed when the loss is made."""
+    return Setting(default, "number", minimum=minimum, maximum=maximum, above=above, below=below)
+
+
+def whole(default: int, *, minimum: float = -math.inf, maximum: float = math.inf, kw_only: bool = False) -> Any:
+    """A whole number."""
+    return Setting(default, "whole", minimum=minimum, maximum=maximum)
+
+
+def choice(default: Any, choices: Sequence[Any], *, kw_only: bool = False) -> Any:
+    """One of a few words, or None where that is among them."""
+    return Setting(default, "choice", choices=tuple(choices))
+
+
+def flag(default: bool, *, kw_only: bool = False) -> Any:
+    """True or False."""
+    return Setting(default, "flag")

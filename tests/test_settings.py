@@ -1,0 +1,183 @@
+"""What a loss declares is its constructor: ranges and choices with their messages, one default, and a call in every form."""
+
+import copy
+import inspect
+import math
+import pickle
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import pykd
+from pykd.definition import Loss, Spec, choice, flag, number, registry, scalar, whole
+
+
+def outside(setting) -> list[object]:
+    """Values that a setting refuses."""
+    if setting.kind == "choice":
+        return ["no such word", 3]
+    if setting.kind == "flag":
+        return ["yes", 2]
+    limits = setting.scalar or setting
+    values = [math.nan, math.inf, "1"]
+    if math.isfinite(limits.minimum):
+        values += [limits.minimum if setting.scalar and limits.exclusive else limits.minimum - 1]
+    if math.isfinite(limits.maximum):
+        values += [limits.maximum + 1]
+    if not setting.scalar:
+        values += [end for end in (setting.above, setting.below) if math.isfinite(end)]
+    return [*values, 2.5] if setting.kind == "whole" else values
+
+
+def test_every_setting_refuses_what_is_outside_by_its_name(loss_class):
+    for name, setting in loss_class._settings.items():
+        assert getattr(loss_class(), name) == setting.default
+        for value in outside(setting):
+            with pytest.raises((ValueError, TypeError), match=rf"^expected {name} to be .*, got .*; pass "):
+                loss_class(**{name: value})
+
+
+def test_choices_are_named():
+    with pytest.raises(
+        ValueError, match="expected bandwidth to be one of 'joint', 'per_block', got 'x'; pass one of these"
+    ):
+        pykd.MKMMD(bandwidth="x")
+    with pytest.raises(
+        ValueError, match="expected beta to be a number greater than 0 and less than 1, got 1.0; pass another"
+    ):
+        pykd.SoftTarget(beta=1.0)
+    with pytest.raises(
+        ValueError, match="expected bins to be a whole number from 2 to 10000, got 1; pass another bins"
+    ):
+        pykd.DistributionDistillation(bins=1)
+    with pytest.raises(ValueError, match="expected reduction to be 'mean', since MKMMD compares every sample"):
+        pykd.MKMMD(reduction="sum")
+
+
+def test_arguments_by_position_and_by_name(loss_class):
+    settings = loss_class().settings()
+    names = list(inspect.signature(loss_class).parameters)
+    assert names == list(settings) and names[-1] == "reduction"
+    assert loss_class(*settings.values()).settings() == settings
+    with pytest.raises(
+        TypeError, match=f"expected the settings of {loss_class.__name__} .*, got the unknown colour; pass"
+    ):
+        loss_class(colour=1)
+    with pytest.raises(TypeError, match=f"got {names[0]} twice"):
+        loss_class(settings[names[0]], **{names[0]: settings[names[0]]})
+    with pytest.raises(TypeError, match=f"got {len(names) + 1} of them"):
+        loss_class(*settings.values(), 1)
+
+
+def test_a_call_says_which_name_is_wrong(loss_subject):
+    loss = loss_subject.composition.named_terms[0].parts[0].loss
+    tensors = loss_subject.draw()
+    with pytest.raises(
+        TypeError, match=f"expected the inputs of {type(loss).__name__} .*, got the unknown colour; pass"
+    ):
+        loss(**tensors, colour=tensors["student_" + next(iter(tensors)).removeprefix("student_")])
+
+
+def test_script_compile_copies_and_positions_agree(loss_subject):
+    torch.compiler.reset()  # it compiles one function for a few classes only
+    loss = loss_subject.composition.named_terms[0].parts[0].loss
+    tensors = loss_subject.draw()
+    want = loss(**tensors)
+    by_position = [tensors.get(name) for name in loss.inputs]
+    made = {
+        "position": loss(*by_position),
+        "script": torch.jit.script(loss)(**tensors),
+        "deepcopy": copy.deepcopy(loss)(**tensors),
+        "pickle": pickle.loads(pickle.dumps(loss))(**tensors),
+        "settings": loss.with_settings()(**tensors),
+        "compile": torch.compile(loss, fullgraph=True, backend="eager")(**tensors),
+    }
+    for way, got in made.items():
+        torch.testing.assert_close(got, want, rtol=0, atol=0, msg=way)
+    numbers = {name: scalar.check(name, 1.5 * getattr(loss, name) + 0.1) for name, scalar in loss.scalars.items()}
+    moved = loss.with_settings(**numbers)(**tensors)
+    torch.testing.assert_close(loss(**tensors, **numbers), moved)
+    torch.testing.assert_close(torch.jit.script(loss)(**tensors, **numbers), moved)
+    assert repr(loss) == f"{type(loss).__name__}({', '.join(f'{n}={v!r}' for n, v in loss.settings().items())})"
+
+
+def declare(formula, **fields):
+    """A loss of this formula with these fields, in a module of its own."""
+    module = types.ModuleType("a_module_for_a_test")
+    sys.modules[module.__name__] = module
+    module.a_loss_for_a_test = formula
+    inputs = {"student_logits": Spec("batch classes", grad=True), "teacher_logits": Spec("batch classes")}
+    body = {
+        "inputs": inputs,
+        "paper": "none",
+        "reference": lambda self, s, t: 0.0,
+        "__module__": module.__name__,
+        **fields,
+    }
+    try:
+        return registry.register("a_loss_for_a_test")(type("ALoss", (Loss,), body))
+    finally:
+        registry._LOSSES.pop("a_loss_for_a_test", None)
+        del sys.modules[module.__name__]
+
+
+def test_the_formula_and_the_class_have_one_default_and_one_order():
+    def good(student_logits, teacher_logits, power: float = 2.0, rough: bool = False, reduction: str = "mean"):
+        return (student_logits - teacher_logits).abs().pow(power).mean()
+
+    made = declare(good, power=number(2.0), rough=flag(False))
+    assert str(inspect.signature(made)) == "(power=2.0, rough=False, reduction: str = 'mean')"
+    assert float(made(power=1.0)(torch.ones(2, 3), torch.zeros(2, 3))) == 1.0
+    with pytest.raises(
+        TypeError, match=r"expected the function good and ALoss to have one default for power, got 2.0 and 3.0"
+    ):
+        declare(good, power=number(3.0), rough=flag(False))
+    with pytest.raises(TypeError, match="expected the function good to take the inputs of ALoss, then its settings"):
+        declare(good, rough=flag(False), power=number(2.0))
+    with pytest.raises(TypeError, match="expected a function a_loss_for_a_test beside ALoss, got none"):
+        declare(None, power=number(2.0))
+
+
+def test_a_scalar_may_have_a_maximum():
+    def mixed(student_logits, teacher_logits, share: float = 0.5, steps: int = 3, word: str = "a"):
+        return share * (student_logits - teacher_logits).square().mean()
+
+    made = declare(
+        mixed, share=scalar(0.5, minimum=0.0, maximum=1.0), steps=whole(3, minimum=1), word=choice("a", ("a", "b"))
+    )
+    loss, x = made(), torch.ones(2, 3)
+    message = "expected share to be a number of at least 0 and of at most 1, got 1.5; pass another share"
+    for call in (lambda: made(share=1.5), lambda: loss(x, x, share=1.5)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert all(0 <= made.scalars["share"].moved(default, n) <= 1 for default in (0.0, 0.5, 1.0) for n in range(6))
+    assert len({made.scalars["share"].moved(0.5, n) for n in range(5)}) == 5
+
+
+@pytest.mark.slow
+def test_type_checkers_see_constructor_and_export(tmp_path):
+    pytest.importorskip("mypy")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import pykd\n"
+        "from pykd.export import verify\n"
+        "from pykd.losses.logits.soft_target import SoftTarget\n"
+        "loss = SoftTarget(temperature=2.0, form='kl')\n"
+        "reveal_type(loss.temperature)\n"
+        "SoftTarget(colour=1)\n"
+        "SoftTarget(temperature='hot')\n"
+        "pykd.export(loss, 'folder', colour=1)\n"
+        "verify('folder', colour=1)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file=", f"--cache-dir={tmp_path}", str(program)],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    found = [line.split("program.py:")[1] for line in ran.stdout.splitlines() if "program.py:" in line]
+    assert any(line.startswith("5: note") and "float" in line for line in found), ran.stdout
+    for number_of_line in (6, 7, 8, 9):
+        assert any(line.startswith(f"{number_of_line}: error") for line in found), ran.stdout
