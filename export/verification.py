@@ -45,16 +45,6 @@ _MOST_ROOM = (1e-3, 2e-2)
 # What gradients are multiplied by in calls that move the parameters: a power of 2, which adds no rounding of its own.
 _GRAD_SCALE = 2.0
 
-# Lengths by axis name: the smallest, odd ones, and some that differ from every example. An axis without a
-# name here takes the last entry.
-_SIZES: tuple[Mapping[str, int], ...] = (
-    {"batch": 1, "classes": 1, "tokens": 1, "channels": 1, "students": 1, "": 1},
-    {"batch": 5, "classes": 13, "tokens": 3, "channels": 9, "students": 2, "": 4},
-    {"batch": 1, "classes": 7, "tokens": 2, "channels": 5, "students": 3, "": 3},
-    {"batch": 8, "classes": 1, "tokens": 1, "channels": 2, "students": 1, "": 2},
-    {"batch": 33, "classes": 101, "tokens": 4, "channels": 17, "students": 2, "": 6},
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -155,7 +145,7 @@ def verify(
         engines: ``"python"``: ONNX Runtime's Python package (the reference evaluator of the onnx package where
             it is not installed) and torch.jit; ``"runtime"``: pykd's C++ runtime with both of its engines, on
             the CPU and on CUDA where torch sees a GPU.
-        quick: the first three sizes instead of five.
+        quick: the first three sizes instead of six.
         seed: for the random inputs.
         trust: whether to run ``loss.pt``, too. Say so for what you exported yourself. Otherwise its checksums are
             compared, and the report says that it was not run.
@@ -181,12 +171,10 @@ def verify(
     rows = []
     # Defaults at the first two sizes, since at the first most values are 0 whatever they are; at all others, and at the
     # second again, other numbers for every parameter that a call can set.
-    last = 3 if quick else len(_SIZES)
-    moves = [(0, 0), (1, 0), *((number, number) for number in range(1, last))]
-    for number, move in moves if form != "fixed" else [(number, 0) for number in range(last)]:
-        lengths = _SIZES[number]
-        axes = dict.fromkeys(axis for spec in graph.signature.inputs.values() for axis in spec.names)
-        sizes = {axis: lengths.get(axis, lengths.get(axis.rstrip("_0123456789"), lengths[""])) for axis in axes}
+    trials = list(composition.trial_sizes(graph.signature.inputs).values())[: 3 if quick else None]
+    moves = [(0, 0), (1, 0), *((number, number) for number in range(1, len(trials)))]
+    for number, move in moves if form != "fixed" else [(number, 0) for number in range(len(trials))]:
+        sizes = trials[number]
         inputs = composition.draw(graph.signature.inputs, sizes, seed + number, getattr(torch, dtype))
         numbers = {n: p.scalar.moved(p.default, move) for n, p in graph.signature.parameters.items()}
         given = numbers if move or form == "inputs" else {}

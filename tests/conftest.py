@@ -1,7 +1,7 @@
 """Every registered loss with every case that it declares reaches the tests through here."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 
 import pykd
 from pykd.composition import Composition, LossGraph, as_composition
-from pykd.definition import registry
+from pykd.definition import Loss, Spec, registry
+from pykd.definition.sizes import long_sizes, trial_sizes
 
 torch.set_num_threads(1)  # small tensors, and one process per core beside this one
 
@@ -23,6 +24,7 @@ class Subject:
     composition: Composition
     layouts: dict[str, str]
     optional: tuple[str, ...]
+    tolerance: Mapping[str, float] = field(default_factory=dict)
 
     def graph(self, per_sample: bool = False, check: bool = False) -> LossGraph:
         return self.composition.graph(self.layouts, self.optional, per_sample, check)
@@ -31,6 +33,34 @@ class Subject:
         self, sizes: dict[str, int] | None = None, seed: int = 0, dtype: torch.dtype = torch.float64
     ) -> dict[str, Any]:
         return self.composition.draw(self.graph().signature.inputs, sizes, seed, dtype)
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """The inputs, each in its one layout."""
+        return self.graph().signature.inputs
+
+    def trial_sizes(self) -> dict[str, dict[str, int]]:
+        """Lengths at which to try it, by what they are."""
+        return self.composition.trial_sizes(self.specs)
+
+    def long_sizes(self) -> list[dict[str, int]]:
+        """Lengths for kernels."""
+        return long_sizes(axis for spec in self.specs.values() for axis in spec.names)
+
+    def inputs_of(self, *kinds: str) -> list[str]:
+        """The inputs that hold one of these: ``"logits"``, ``"features"``, …"""
+        return [name for name, spec in self.specs.items() if spec.draw in kinds]
+
+    def holds(self, name: str) -> bool | str | None:
+        """Whether a property holds of all losses that have it, or the reason of one that has it not."""
+        found = [getattr(part.loss.properties(), name) for term in self.composition.named_terms for part in term.parts]
+        reasons = [answer for answer in found if isinstance(answer, str)]
+        return reasons[0] if reasons else next((answer for answer in found if answer is not None), None)
+
+    @property
+    def loss(self) -> Loss:
+        """The one loss of a subject that is no composition."""
+        return self.composition.named_terms[0].parts[0].loss
 
     def take(self, tensors: dict[str, Any], rows: Any) -> dict[str, Any]:
         """The tensors at these entries of the batch."""
@@ -46,7 +76,8 @@ def loss_subjects() -> Iterator[Subject]:
     registry.load_all()
     for cls, case in registry.every_case():
         loss = cls(**case.settings)
-        yield Subject(f"{cls.name}[{case}]", as_composition(loss), dict(case.layouts), tuple(case.optional))
+        name = f"{cls.name}[{case}]"
+        yield Subject(name, as_composition(loss), dict(case.layouts), tuple(case.optional), case.tolerance)
 
 
 def composed_subjects() -> Iterator[Subject]:
@@ -71,6 +102,9 @@ def composed_subjects() -> Iterator[Subject]:
     hard = pykd.HardTarget(ignore_index=1)
     composed = pykd.compose({"hard": (hard, 1.0), "soft": (pykd.SoftTarget(temperature=2.0), 0.5)})
     yield Subject("composed", composed, {"labels": "batch"}, ("sample_weight",))
+
+
+TRIALS = tuple(trial_sizes([]))  # the names of what trial_sizes() gives
 
 
 def subjects() -> list[Subject]:
@@ -104,8 +138,8 @@ def losses_of(item: pytest.Item) -> set[str]:
     found = set()
     for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
         if isinstance(value, Subject) and value.composition.single:
-            value = value.composition.named_terms[0].parts[0].loss
-        if isinstance(value, registry.Loss) or (isinstance(value, type) and issubclass(value, registry.Loss)):
+            value = value.loss
+        if isinstance(value, Loss) or (isinstance(value, type) and issubclass(value, Loss)):
             found.add(value.name)
     return found
 

@@ -11,13 +11,6 @@ import pykd
 from pykd.export.verification import LIMITS, errors, truth, verify
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-SIZES = (
-    {"batch": 4, "classes": 6, "tokens": 2, "channels": 3, "students": 2},
-    {"batch": 1, "classes": 1, "tokens": 1, "channels": 1, "students": 1},
-    {"batch": 9, "classes": 3, "tokens": 5, "channels": 7, "students": 3},
-    {"batch": 2, "classes": 31, "tokens": 1, "channels": 2, "students": 1},
-    {"batch": 3, "classes": 5, "tokens": 3, "channels": 4, "students": 5},
-)
 
 
 @pytest.mark.slow
@@ -33,17 +26,16 @@ def test_every_engine_agrees_with_float64(subject, dtype, exported):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnxruntime", "torchscript"])
 def test_runtime_in_calls_with_changing_shapes(subject, engine, exported):
-    """One loaded artefact, seven calls, back to the first shape in between; parameters change as well."""
+    """One loaded artefact, eight calls, back to the first shapes in the end; parameters change as well."""
     folder = exported(subject, "float32")
     loss = pykd.load(str(folder), engine=engine)
     per_sample = any(not term.couples_batch for term in subject.composition.named_terms)
     graph = subject.graph(per_sample)
     value_limit, gradient_limit = LIMITS["float32"]
-    for number, lengths in enumerate((*SIZES, SIZES[0], SIZES[2])):
-        axes = {axis for spec in graph.signature.inputs.values() for axis in spec.names}
-        sizes = {axis: lengths[axis.rstrip("_0123456789")] for axis in axes}
+    trials = subject.trial_sizes()
+    for number, sizes in enumerate((*trials.values(), trials["smallest"], trials["odd"])):
         tensors = subject.composition.draw(graph.signature.inputs, sizes, seed=number)
-        numbers = {name: p.default * (1 + 0.1 * number) for name, p in graph.signature.parameters.items()}
+        numbers = {name: p.scalar.moved(p.default, number) for name, p in graph.signature.parameters.items()}
         want = truth(subject.composition, graph, tensors, numbers, per_sample)
         got = loss.value_and_gradient(**tensors, **numbers)
         assert list(got) == [output.name for output in loss.signature.outputs]

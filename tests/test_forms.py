@@ -13,11 +13,9 @@ import torch
 
 import pykd
 from pykd.definition import REDUCTIONS
+from tests import tolerances
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-# Largest errors of value and gradient, relative to max(1, |value|) and to the largest entry of the gradient. Halves are
-# computed in float32, so only their gradient is rounded to the type, to half a unit of its last place.
-LIMITS = {"float64": (1e-12, 1e-10), "float32": (3e-6, 1e-5), "float16": (3e-6, 2**-10), "bfloat16": (3e-6, 2**-7)}
 
 
 class Form:
@@ -86,7 +84,7 @@ def test_function_class_and_graph_are_the_reference(loss_subject, weighted, dtyp
         pytest.skip("no weights per sample")
     tensors = form.draw(dtype)
     exact = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
-    value_limit, gradient_limit = LIMITS[dtype]
+    value_limit, gradient_limit = tolerances.of_formula(loss_subject, dtype)
     for reduction in form.reductions:
         want = np.asarray(form.reference(tensors, reduction))
         # Of the class in float64, which test_every_loss.py compares with differences of the reference.
@@ -101,8 +99,7 @@ def test_function_class_and_graph_are_the_reference(loss_subject, weighted, dtyp
             for tensor, gradient in found.items():
                 assert gradient.dtype == tensors[tensor].dtype, where
                 largest = gradients[tensor].abs().max().item()
-                # float16 has no more than 24 binary places behind the point.
-                limit = gradient_limit * largest + (2.0**-25 if dtype == "float16" else 0.0)
+                limit = gradient_limit * largest + tolerances.LEAST.get(dtype, 0.0)
                 error = (gradient.double() - gradients[tensor]).abs().max().item()
                 assert error <= limit, f"{where}, {tensor}: {error / largest}"
 

@@ -15,18 +15,16 @@ from pykd import kernels
 from pykd.definition import REDUCTIONS, Loss
 from pykd.export.verification import truth
 from pykd.fused.point import value_and_gradient
+from tests import tolerances
 from tests.conftest import Subject, composed_subjects, loss_subjects
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SIZES = (
-    {},
-    {"batch": 1, "classes": 1, "tokens": 1, "channels": 1, "students": 1},
-    {"batch": 33, "classes": 257, "tokens": 3, "channels": 65, "students": 2},
-    {"batch": 2, "classes": 5001, "tokens": 17, "channels": 129, "students": 1},
-)
-# The margin, relative to max(1, |value|) and to the largest entry of the gradient: some roundings of float32; of the
-# gradient's own type for halves, where the formula rounds once and the kernel does, too, but elsewhere.
-MARGIN = {"float32": (2e-6, 4e-6), "float16": (2e-6, 2**-11), "bfloat16": (2e-6, 2**-8)}
+SIZES = ("example", "smallest", "some hundreds", "some thousands")
+
+
+def lengths_of(subject):
+    """Lengths by axis, for each of SIZES."""
+    return dict(zip(SIZES, ({}, subject.trial_sizes()["smallest"], *subject.long_sizes()), strict=True))
 
 
 def with_kernel():
@@ -92,7 +90,7 @@ def check(subject, tensors, dtype, run=None):
     want = truth(subject.composition, subject.graph(), tensors, {}, False)
     kernel = distances(through(subject, tensors, run or in_library()), want)
     formula = distances(through(subject, tensors, by_formula), want)
-    value_margin, gradient_margin = MARGIN[dtype]
+    value_margin, gradient_margin = tolerances.KERNEL[dtype]
     # A gradient of the reverse direction is a difference of numbers as large as the value, of which nothing but their
     # rounding may be left: thousands where logits are saturated.
     value = abs(float(want["loss"]))
@@ -104,17 +102,16 @@ def check(subject, tensors, dtype, run=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
 def test_kernel_is_as_close_as_the_formula(fusable, sizes, dtype):
-    check(fusable, fusable.draw(sizes, seed=1, dtype=DTYPES[dtype]), dtype)
+    check(fusable, fusable.draw(lengths_of(fusable)[sizes], seed=1, dtype=DTYPES[dtype]), dtype)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-20, 1e4], ids=["equal", "tiny", "saturated"])
 def test_kernel_at_the_ends_of_the_range(fusable, scale):
     tensors = fusable.draw(seed=2, dtype=torch.float32)
-    for name in tensors:
-        if name.endswith("_logits") or "_features" in name or "_embeddings" in name:
-            tensors[name] = tensors[name] * scale
+    for name in fusable.inputs_of("logits", "features"):
+        tensors[name] = tensors[name] * scale
     check(fusable, tensors, "float32")
 
 
@@ -166,8 +163,8 @@ def test_every_simd_target_of_this_machine(target):
     kernels.use_simd(target)
     try:
         for subject in with_kernel():
-            check(subject, subject.draw(SIZES[2], seed=7, dtype=torch.float32), "float32")
-            check(subject, subject.draw(SIZES[2], seed=7, dtype=torch.bfloat16), "bfloat16")
+            check(subject, subject.draw(lengths_of(subject)["some hundreds"], seed=7, dtype=torch.float32), "float32")
+            check(subject, subject.draw(lengths_of(subject)["some hundreds"], seed=7, dtype=torch.bfloat16), "bfloat16")
     finally:
         kernels.use_simd(None)
 
@@ -298,11 +295,12 @@ def test_kernels_and_formulas_of_one_file_agree(fusable, dtype, exported):
     portable = pykd.load(folder, engine="onnxruntime", kernels="off")
     assert with_kernels.kernels_in_use and not portable.kernels_in_use
     per_sample = any(not term.couples_batch for term in fusable.composition.named_terms)
+    lengths = lengths_of(fusable)
     for seed, sizes in enumerate((*SIZES, SIZES[0])):
-        tensors = fusable.draw(sizes, seed=seed, dtype=DTYPES[dtype])
+        tensors = fusable.draw(lengths[sizes], seed=seed, dtype=DTYPES[dtype])
         want = truth(fusable.composition, fusable.graph(per_sample), tensors, {}, per_sample)
         fast, plain = (distances(loss.value_and_gradient(**tensors), want) for loss in (with_kernels, portable))
-        for got, other, margin in zip(fast, plain, MARGIN[dtype], strict=True):
+        for got, other, margin in zip(fast, plain, tolerances.KERNEL[dtype], strict=True):
             assert got <= other + margin, f"kernels {fast}, portable {plain} at {sizes}"
 
 

@@ -16,13 +16,7 @@ FUSABLE = pytest.mark.parametrize("fusable", with_kernel(), ids=str)
 
 def vectors(subject):
     """Inputs whose rows are divided by their norms."""
-    return [name for name in subject.graph().signature.inputs if "features" in name or "embeddings" in name]
-
-
-LARGE = (
-    {"batch": 33, "classes": 257, "tokens": 3, "channels": 65, "students": 2},
-    {"batch": 130, "classes": 1500, "tokens": 2, "channels": 40, "students": 1},
-)
+    return subject.inputs_of("features") if subject.holds("feature_scale") is True else []
 
 
 def leaves(subject, tensors):
@@ -113,7 +107,7 @@ def test_rows_without_a_direction(loss_subject, dtype, what):
 def test_the_value_alone_has_the_bits_of_the_value_with_its_gradient(fusable, dtype, target):
     kernels.use_simd(target)
     try:
-        for seed, sizes in enumerate(LARGE):
+        for seed, sizes in enumerate((*fusable.long_sizes()[:1], fusable.trial_sizes()["large"])):
             tensors = fusable.draw(sizes, seed=seed, dtype=DTYPES[dtype])
             graph = fusable.composition.graph(fusable.layouts, fusable.optional, check=False, fused=True)
             for threads in (1, 3):

@@ -22,7 +22,7 @@ from pykd.composition.interface import Interface
 from pykd.composition.terms import STUDENTS, Part, Term
 from pykd.definition import Loss, Spec, checks
 from pykd.definition.sizes import draw as draw_tensor
-from pykd.definition.sizes import example_sizes
+from pykd.definition.sizes import example_sizes, trial_sizes
 
 
 class Composition(nn.Module, Interface):
@@ -65,7 +65,7 @@ class Composition(nn.Module, Interface):
         tensors = {n: v for n, v in tensors_and_parameters.items() if n not in self.scalars and v is not None}
         numbers = {n: v for n, v in tensors_and_parameters.items() if n in self.scalars}
         specs = self.resolve(tensors)
-        checks.check_tensors(specs, tensors)
+        checks.check_tensors(specs, tensors, self.least_lengths)
         if checks.are_data_visible():
             for name, value in numbers.items():
                 self.scalars[name].scalar.check(name, value)
@@ -176,8 +176,13 @@ class Composition(nn.Module, Interface):
     ) -> dict[str, Tensor]:
         """Random inputs for a graph with these Specs."""
         generator = torch.Generator().manual_seed(seed)
-        lengths = example_sizes([axis for spec in specs.values() for axis in spec.names]) | dict(sizes or {})
+        axes = [axis for spec in specs.values() for axis in spec.names]
+        lengths = example_sizes(axes, self.least_lengths) | dict(sizes or {})
         return {name: draw_tensor(spec, lengths, generator, dtype) for name, spec in specs.items()}
+
+    def trial_sizes(self, specs: Mapping[str, Spec]) -> dict[str, dict[str, int]]:
+        """Lengths at which to try a graph with these Specs; see :func:`pykd.definition.sizes.trial_sizes`."""
+        return trial_sizes([axis for spec in specs.values() for axis in spec.names], self.least_lengths)
 
     def recipe(self) -> dict[str, Any]:
         """The composition as data; see :mod:`pykd.recipe`."""

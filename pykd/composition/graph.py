@@ -216,7 +216,8 @@ def build(composition: Interface, specs: dict[str, Spec], per_sample: bool, chec
     }
     if check:
         axes = [list(spec.names) for spec in specs.values()]
-        graph.call_function(checks.check_axes, (list(nodes.values()), list(specs), axes))
+        least = checks.least_of(specs, composition.least_lengths)
+        graph.call_function(checks.check_axes, (list(nodes.values()), list(specs), axes, least))
     for term in composition.named_terms:
         names.check(term.name, "the name of a term")  # it becomes an attribute in the graph's code
     make = _Later(graph, point if fused else None)

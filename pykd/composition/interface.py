@@ -22,6 +22,7 @@ class Interface:
         input_layouts: every input by name, required ones first, with the layouts it may have.
         optional_inputs: those that may be left out.
         scalars: every number that a call may set, with its default and range.
+        least_lengths: the least length of axes that need more than one entry.
     """
 
     reserved: ClassVar[frozenset[str]] = frozenset()  # names that no input may have
@@ -35,6 +36,11 @@ class Interface:
         self._check()
         self.input_layouts, self.optional_inputs = self._collect_inputs()
         self.scalars = self._collect_parameters()
+        self.least_lengths: dict[str, int] = {}
+        for part in (part for term in self.named_terms for part in term.parts):
+            for axis, least in part.loss.least_lengths.items():
+                own = part.axes.get(axis, axis)
+                self.least_lengths[own] = max(least, self.least_lengths.get(own, 1))
         self._check_together()
         self._checked: set[Any] = set()
 

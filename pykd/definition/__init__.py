@@ -14,5 +14,6 @@ from pykd.definition.settings import scalar as scalar
 from pykd.definition.settings import whole as whole
 from pykd.definition.spec import Case as Case
 from pykd.definition.spec import Layouts as Layouts
+from pykd.definition.spec import Properties as Properties
 from pykd.definition.spec import Scalar as Scalar
 from pykd.definition.spec import Spec as Spec

@@ -14,8 +14,8 @@ from pykd.definition.spec import Layouts, Spec
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_axes(tensors: list[Tensor], names: list[str], axes: list[list[str]]) -> None:
-    """Raises where a tensor's rank or lengths differ from its axis names. Scriptable.
+def check_axes(tensors: list[Tensor], names: list[str], axes: list[list[str]], least: list[list[int]]) -> None:
+    """Raises where a tensor's rank or lengths differ from its axis names, or are below the least. Scriptable.
 
     It is the first line of every loss graph, so a TorchScript file checks its inputs by itself.
     """
@@ -43,7 +43,11 @@ def check_axes(tensors: list[Tensor], names: list[str], axes: list[list[str]]) -
                 known_axes.append(axis)
                 known_sizes.append(size)
                 known_from.append(names[i])
-            elif known_sizes[found] != size:
+            if size < least[i][j]:
+                raise ValueError(
+                    f'expected {names[i]} to have at least {least[i][j]} entries along "{axis}", got shape {list(shape)}; pass more of them'
+                )
+            if found >= 0 and known_sizes[found] != size:
                 raise ValueError(
                     f'expected {names[i]} to have length {known_sizes[found]} along "{axis}", as {known_from[found]} has, got {size}; cut, pad or map one of them first'
                 )
@@ -86,10 +90,18 @@ def samples_of(forms: Mapping[str, Mapping[str, Sequence[str]]], axes: Mapping[s
     raise ValueError(f"expected axes that go together, got {dict(axes)}; pass others")
 
 
-def check_tensors(specs: Mapping[str, Spec], tensors: Mapping[str, Tensor]) -> None:
+def least_of(specs: Mapping[str, Spec], least: Mapping[str, int]) -> list[list[int]]:
+    """The least length along every axis of every input, as :func:`check_axes` takes it."""
+    return [[least.get(axis, 1) for axis in spec.names] for spec in specs.values()]
+
+
+def check_tensors(
+    specs: Mapping[str, Spec], tensors: Mapping[str, Tensor], least: Mapping[str, int] | None = None
+) -> None:
     """Axes, one floating type, one device, integer ranges (on the CPU; a GPU is not waited for)."""
     names = list(specs)
-    check_axes([tensors[n] for n in names], names, [list(specs[n].names) for n in names])
+    axes = [list(specs[n].names) for n in names]
+    check_axes([tensors[n] for n in names], names, axes, least_of(specs, least or {}))
     first = names[0]
     floating = ""
     for name in names:

@@ -9,7 +9,7 @@ from typing_extensions import dataclass_transform
 
 from pykd.definition import checks, names, ops
 from pykd.definition.settings import Setting, choice, flag, number, scalar, whole
-from pykd.definition.spec import Case, Layouts, Scalar, Spec
+from pykd.definition.spec import Case, Layouts, Properties, Scalar, Spec
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -30,6 +30,7 @@ class Loss(nn.Module):
         sample_axes: the axes that may count the samples: ``"batch"``, and ``"batch tokens"`` where a sample may also be one
             token of a sequence; all inputs of a call agree on them, and values per sample have these axes.
         couples_batch: why there is no value per sample; empty where the loss splits over samples.
+        least_lengths: of axes that need more than one entry: ``{"classes": 2}``. A shorter call is an error.
         paper: author, year, arXiv id.
         scalars: the settings that can change in every call. A call takes them after the tensors. Follows from the fields.
     """
@@ -40,6 +41,7 @@ class Loss(nn.Module):
     cases: ClassVar[Sequence[Case]] = (Case(),)
     sample_axes: ClassVar[Sequence[str]] = ("batch",)
     couples_batch: ClassVar[str] = ""
+    least_lengths: ClassVar[Mapping[str, int]] = {}
     paper: ClassVar[str] = ""
 
     reduction: str = choice("mean", REDUCTIONS, kw_only=True)
@@ -65,7 +67,7 @@ class Loss(nn.Module):
             (
                 name
                 for name in cls.inputs
-                if (spec := cls.declared(name)[0]).dtype == "weight" and spec.names[0] == "batch"
+                if (spec := cls.declared(name)[0]).dtype == "weight" and spec.axes in cls.sample_axes
             ),
             None,
         )
@@ -175,7 +177,7 @@ class Loss(nn.Module):
                 tensors[name] = tensor  # type: ignore[assignment]
         if len(self.sample_axes) > 1:
             checks.samples_of(self.forms(), {name: spec.axes for name, spec in specs.items()})
-        checks.check_tensors(specs, tensors)
+        checks.check_tensors(specs, tensors, self.least_lengths)
         if not checks.are_data_visible():
             return
         ignore_index = getattr(self, "ignore_index", None)
@@ -225,13 +227,9 @@ class Loss(nn.Module):
         """
         return {}
 
-    def zero_when_equal(self) -> bool:
-        """Whether the value is 0 when every student tensor equals the teacher's, under these settings."""
-        return False
-
-    def sees_masked_classes(self) -> bool:
-        """Whether a class whose logits are −inf, for student and teacher, makes the loss infinite, where others leave it out."""
-        return False
+    def properties(self) -> Properties:
+        """What changes nothing under these settings, and why the rest does; tests assert both."""
+        return Properties()
 
     @classmethod
     def declared(cls, name: str) -> Layouts:

@@ -20,8 +20,13 @@ class Spec:
             inputs; exported files take float32.
         index_of: for integers: the axis whose entries they count, such as ``"classes"``.
         optional: whether the input may be left out.
-        draw: how examples and tests draw it: ``"normal"``, ``"probabilities"`` (sum to 1 along the last
-            axis), ``"indices"`` or ``"weights"`` (non-negative, some of them 0; always float32).
+        draw: what it holds, and so how examples and tests draw it. ``"logits"``: scores of classes along the last axis;
+            ``"features"``: any numbers; ``"unit"``: vectors of length 1 along the last axis (embeddings, or a queue of them, with
+            an axis of its own in the place of the batch); ``"positive"``; ``"probabilities"``, which sum to 1 along the last
+            axis; ``"log_probabilities"``; ``"indices"``; and of the dtype ``"weight"``: ``"weights"``, at least 0 and some of
+            them 0, or ``"mask"``, 0 or 1.
+        like: of the student's tensors: the name of the teacher's that it is compared with, entry by entry.
+        scale: a factor of what is drawn, where the loss is at home with other numbers.
     """
 
     axes: str
@@ -29,7 +34,9 @@ class Spec:
     dtype: str = "float"
     index_of: str | None = None
     optional: bool = False
-    draw: str = "normal"
+    draw: str = "features"
+    like: str | None = None
+    scale: float = 1.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,6 +58,29 @@ class Spec:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Properties:
+    """What changes nothing, under the settings of a loss: True, or the reason why it does; tests assert the one or the other.
+
+    None: the loss has no input of this kind.
+
+    Attributes:
+        batch_order: all inputs may be taken in another order of the batch.
+        logit_shift: a number may be added to all logits of a sample, the student's or the teacher's.
+        masked_classes: a class whose logits are −inf, for student and teacher, is as good as absent.
+        feature_scale: the features of each sample may be multiplied by a positive number, the student's or the teacher's.
+        zero_when_equal: the value is 0 where the student's tensors equal the teacher's.
+        symmetric: student and teacher may change places.
+    """
+
+    batch_order: bool | str | None = True
+    logit_shift: bool | str | None = None
+    masked_classes: bool | str | None = None
+    feature_scale: bool | str | None = None
+    zero_when_equal: bool | str | None = None
+    symmetric: bool | str | None = None
+
+
 Layouts = tuple[Spec, ...]  # the forms that one input may take; the first is the default
 
 
@@ -70,8 +100,7 @@ class Scalar:
             number = float(value)
         except OverflowError:  # of a whole number
             number = float("inf")
-        low = number <= self.minimum if self.exclusive else number < self.minimum
-        if not np.isfinite(number) or low or number > self.maximum:
+        if not np.isfinite(number) or not self.holds(number):
             raise ValueError(f"expected {name} to be a number {self._bounds()}, got {number:g}; pass another {name}")
         if number != 0 and not _LEAST <= abs(number) <= _MOST:
             raise ValueError(
@@ -80,12 +109,23 @@ class Scalar:
             )
         return number
 
+    def holds(self, number: float) -> bool:
+        """Whether a number is in range."""
+        low = number <= self.minimum if self.exclusive else number < self.minimum
+        return not low and number <= self.maximum
+
     def moved(self, default: float, number: int) -> float:
         """The ``number``-th of numbers in range that verification and tests try instead of the default; 0: the default."""
-        value = default if number == 0 else default * (1 + 0.25 * number) if default != 0 else 0.25 * number
-        if value <= self.maximum:
-            return value
-        end = self.maximum if default < self.maximum else max(self.minimum, default - 1.0)
+        if number == 0:
+            return default
+        wanted = default * (1 + 0.25 * number) if default != 0 else 0.25 * number
+        if self.holds(wanted):
+            return wanted
+        # Part of the way to the farther end of the range, or away from the only one.
+        ends = [end for end in (self.minimum, self.maximum) if np.isfinite(end)]
+        end = max(ends, key=lambda end: abs(end - default))
+        if end == default:
+            return default - 0.25 * number if end == self.maximum else default + 0.25 * number
         return default + (end - default) * number / (number + 4)
 
     def _bounds(self) -> str:
@@ -103,11 +143,27 @@ _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Settings under which a loss is tested, exported and benchmarked."""
+    """Settings under which a loss is tested, exported and benchmarked.
+
+    Attributes:
+        settings: arguments of the constructor.
+        layouts: input name → axes where an input may take several forms.
+        optional: optional inputs that are given.
+        tolerance: by dtype, a factor for the errors that tests allow, where a loss is not as well conditioned as others.
+        why: the reason for it.
+    """
 
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     optional: Sequence[str] = ()
+    tolerance: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.tolerance) != bool(self.why):
+            raise ValueError(
+                f"expected a tolerance together with why it is needed, got {dict(self.tolerance)} and {self.why!r}; give both"
+            )
 
     def __str__(self) -> str:
         words = [f"{key}={value}" for key, value in self.settings.items()]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Spec, ops, register, scalar
+from pykd.definition import Case, Loss, Properties, Spec, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples
 
 
@@ -68,13 +68,15 @@ class Template(Loss):
         Brier: Verification of Forecasts Expressed in Terms of Probability, Monthly Weather Review, 1950.
     """
 
-    # 3. The tensors in the order of the formula, with named axes (and sample_axes, where a sample may also be one token of a
-    #    sequence: soft_target.py has them); the settings to test, every one of them off its default somewhere; and the
-    #    settings themselves, of which the constructor is made: scalar (may change in every call), number, whole, choice,
-    #    flag. They have the names, the order and the defaults that the formula has.
+    # 3. The tensors in the order of the formula, with named axes (any names; least_lengths = {"classes": 2} where one class is
+    #    too few; sample_axes, where a sample may also be one token of a sequence: soft_target.py has them), with what they hold
+    #    (draw), and which of the teacher's tensors each of the student's is compared with (like); the settings to test, every one
+    #    of them off its default somewhere (tests reduce and weigh by themselves); and the settings themselves, of which the
+    #    constructor is made: scalar (may change in every call), number, whole, choice, flag. They have the names, the order
+    #    and the defaults that the formula has.
     inputs = {
-        "student_logits": Spec("batch classes", grad=True),
-        "teacher_logits": Spec("batch classes"),
+        "student_logits": Spec("batch classes", grad=True, draw="logits", like="teacher_logits"),
+        "teacher_logits": Spec("batch classes", draw="logits"),
         "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
     }
     cases = (
@@ -85,9 +87,14 @@ class Template(Loss):
 
     temperature: float = scalar(1.0, minimum=0.0, exclusive=True)
 
-    # 4. Leave this out unless the value is 0 when student and teacher agree.
-    def zero_when_equal(self) -> bool:
-        return True
+    # 4. What changes nothing (True), or why it does: tests hold you to it, either way.
+    def properties(self) -> Properties:
+        return Properties(
+            logit_shift=True,
+            masked_classes=True,
+            zero_when_equal=True,
+            symmetric=True,
+        )
 
     # 5. The reference: NumPy float64, written from the paper, one sample at a time, to be obvious. Settings are those of self.
     def reference(self, student_logits, teacher_logits, sample_weight=None):

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Spec, choice, ops
+from pykd.definition import Case, Loss, Properties, Spec, choice, ops
 from pykd.fused.description import Argument, Kernel, KernelPoint
 
 KERNEL = Kernel(
@@ -60,7 +60,7 @@ class FeatureDistance(Loss):
     """Inputs, settings and kernel of the distances; a subclass says which power, and is the specification."""
 
     inputs = {
-        "student_features": Spec("batch tokens channels", grad=True),
+        "student_features": Spec("batch tokens channels", grad=True, like="teacher_features"),
         "teacher_features": Spec("batch tokens channels"),
         "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
     }
@@ -84,5 +84,5 @@ class FeatureDistance(Loss):
         values = kernel(KERNEL, "value", feature_distance_rows, tensors, {"power": self.kernel_power}, weight="weight")
         return ops.reduce(values, weight, self.reduction)
 
-    def zero_when_equal(self) -> bool:
-        return True
+    def properties(self) -> Properties:
+        return Properties(feature_scale=True, zero_when_equal=True, symmetric=True)

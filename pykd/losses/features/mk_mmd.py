@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Spec, choice, ops, register
+from pykd.definition import Case, Loss, Properties, Spec, choice, ops, register
 from pykd.definition.reference import unit
 from pykd.fused.description import Argument, Kernel, KernelPoint
 
@@ -130,7 +130,7 @@ class MKMMD(Loss):
     """
 
     inputs = {
-        "student_features": Spec("batch tokens channels", grad=True),
+        "student_features": Spec("batch tokens channels", grad=True, like="teacher_features"),
         "teacher_features": Spec("batch tokens channels"),
     }
     cases = (
@@ -152,8 +152,12 @@ class MKMMD(Loss):
         value = kernel(KERNEL, "value", mk_mmd_of_samples, tensors, {"bandwidth": self.bandwidth}, weight="weight")
         return _finish(value, self.bandwidth)
 
-    def zero_when_equal(self) -> bool:
-        return self.bandwidth == "joint"
+    def properties(self) -> Properties:
+        return Properties(
+            feature_scale=True,
+            zero_when_equal=self.bandwidth == "joint" or "the three sums have bandwidths of their own",
+            symmetric=True,
+        )
 
     def reference(self, student_features, teacher_features, widths=None):
         """Pair by pair, from the definition; ``widths`` fixes the three σ²."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Spec, number, ops, register, whole
+from pykd.definition import Case, Loss, Properties, Spec, number, ops, register, whole
 from pykd.definition.reference import log_softmax, reduce_samples, rows
 from pykd.fused.description import KernelPoint
 from pykd.losses.logits._shared import KERNEL
@@ -141,7 +141,7 @@ class HardTarget(Loss):
     """
 
     inputs = {
-        "student_logits": Spec("batch classes", grad=True),
+        "student_logits": Spec("batch classes", grad=True, draw="logits"),
         "labels": (
             Spec("batch classes", draw="probabilities"),
             Spec("batch", dtype="int64", index_of="classes", draw="indices"),
@@ -166,8 +166,11 @@ class HardTarget(Loss):
     label_smoothing: float = number(0.0, minimum=0.0, maximum=1.0)
     ignore_index: int = whole(-100)
 
-    def sees_masked_classes(self) -> bool:
-        return self.label_smoothing != 0
+    def properties(self) -> Properties:
+        return Properties(
+            logit_shift=True,
+            masked_classes=self.label_smoothing == 0 or "with label smoothing no class has the probability 0",
+        )
 
     def covered_by_kernel(self, given: Mapping[str, Spec]) -> bool:
         plain = "class_weight" not in given or given["labels"].dtype == "int64"

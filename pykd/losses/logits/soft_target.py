@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Spec, choice, flag, number, ops, register, scalar
+from pykd.definition import Case, Loss, Properties, Spec, choice, flag, number, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples, rows
 from pykd.fused.description import KernelPoint
 from pykd.losses.logits._shared import KERNEL
@@ -147,8 +147,8 @@ class SoftTarget(Loss):
     """
 
     inputs = {
-        "student_logits": Spec("batch classes", grad=True),
-        "teacher_logits": Spec("batch classes"),
+        "student_logits": Spec("batch classes", grad=True, draw="logits", like="teacher_logits"),
+        "teacher_logits": Spec("batch classes", draw="logits"),
         "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
     }
     sample_axes = ("batch", "batch tokens")
@@ -181,8 +181,21 @@ class SoftTarget(Loss):
         )
         return _reduce(values, sample_weight, temperature, self.tau_squared, self.reduction)
 
-    def zero_when_equal(self) -> bool:
-        return self.form != "cross_entropy" and (self.soften_student or float(self.temperature) == 1)
+    def properties(self) -> Properties:
+        alike = self.soften_student or float(self.temperature) == 1  # student and teacher are softened alike
+        even = self.form == "symmetric_kl" or (self.form == "jsd" and self.beta == 0.5)
+        zero: bool | str = True
+        if self.form == "cross_entropy":
+            zero = "the entropy of the teacher is left"
+        elif not alike:
+            zero = "the teacher alone is softened"
+        return Properties(
+            logit_shift=True,
+            masked_classes=True,
+            zero_when_equal=zero,
+            symmetric=(even and alike)
+            or "the teacher weighs the logarithms, or is softened, in another way than the student",
+        )
 
     def reference(self, student_logits, teacher_logits, sample_weight=None):
         """One sample at a time, from the definition."""

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Spec, choice, number, ops, register, scalar, whole
+from pykd.definition import Case, Loss, Properties, Spec, choice, number, ops, register, scalar, whole
 from pykd.definition.reference import unit
 from pykd.fused.description import Argument, Kernel, KernelPoint
 
@@ -196,7 +196,7 @@ class DistributionDistillation(Loss):
     """
 
     inputs = {
-        "student_embeddings": Spec("batch channels", grad=True),
+        "student_embeddings": Spec("batch channels", grad=True, like="teacher_embeddings"),
         "teacher_embeddings": Spec("batch channels"),
         "labels": Spec("batch", dtype="int64", draw="indices"),
     }
@@ -232,8 +232,12 @@ class DistributionDistillation(Loss):
         divergences = positive_weight * ops.at_least_0(positive) + negative_weight * ops.at_least_0(negative)
         return divergences + order_weight * order
 
-    def zero_when_equal(self) -> bool:
-        return float(self.order_weight) == 0
+    def properties(self) -> Properties:
+        return Properties(
+            feature_scale=True,
+            zero_when_equal=float(self.order_weight) == 0 or "the order term is no divergence",
+            symmetric="the divergences go from the teacher to the student",
+        )
 
     def reference(self, student_embeddings, teacher_embeddings, labels):
         """Pair by pair, from the definition."""
