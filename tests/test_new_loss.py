@@ -102,3 +102,84 @@ def test_one_file_is_enough(tmp_path):
     got = loss.value_and_gradient(student_logits=student, teacher_logits=teacher)
     assert got["loss"] == pytest.approx(0.125)
     np.testing.assert_allclose(got["grad_student_logits"], [[-3 / 32, 3 / 32]], rtol=1e-5)
+
+
+# Files of a newcomer, each with names and axes of its own: logits with two classes at least and an invariance less, feature
+# maps with a mask and channels that differ, relations.
+NEWCOMERS = sorted(path.stem for path in (Path(__file__).parent / "new_losses").glob("*.py"))
+
+
+@pytest.fixture
+def newcomers(tmp_path):
+    """A folder with the plugin that adds tests/new_losses to the losses."""
+    folder = Path(__file__).parent / "new_losses"
+    (tmp_path / "new_loss_plugin.py").write_text(PLUGIN.format(folder=str(folder)))
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEWCOMERS)
+def test_a_loss_of_any_shape_is_one_file(name, newcomers):
+    """Every test that is made for it, and every engine, with nothing written but the file."""
+    generated = ("every_loss", "forms", "properties", "left_out", "range", "autocast", "copies", "tracing")
+    files = [f"tests/test_{each}.py" for each in generated]
+    ran = run(["-m", "pytest", "-p", "new_loss_plugin", "-q", "--loss", name, "-m", "not slow", *files], newcomers)
+    assert ran.returncode == 0, ran.stdout[-4000:]
+    assert int(ran.stdout.split(" passed")[0].split()[-1]) > 80, ran.stdout
+    engines = ["tests/test_engines.py", "-k", "float32 or changing_shapes"]
+    ran = run(["-m", "pytest", "-p", "new_loss_plugin", "-q", "--loss", name, *engines], newcomers)
+    assert ran.returncode == 0, ran.stdout[-4000:]
+
+
+def test_what_a_newcomer_declares_is_held_against_it(newcomers, tmp_path):
+    """Declared the other way round, each of them fails the test of it."""
+    text = (Path(__file__).parent / "new_losses" / "species_correlation.py").read_text()
+    wrong = {
+        "masked_classes": ('masked_classes="a class of probability 0 has a part in the mean"', "masked_classes=True"),
+        "logit_shift": ("logit_shift=True", 'logit_shift="it sees them as they are"'),
+        "zero_when_equal": ("zero_when_equal=True", 'zero_when_equal="it is no divergence"'),
+        "symmetric": ("            symmetric=True,\n", ""),
+    }
+    losses = tmp_path / "wrong"
+    losses.mkdir()
+    for right, replacement in wrong.values():
+        assert text.count(right) == 1
+        text = text.replace(right, replacement)
+    (losses / "species_correlation.py").write_text(text)
+    (newcomers / "new_loss_plugin.py").write_text(PLUGIN.format(folder=str(losses)))
+    tests = ["tests/test_properties.py", "--loss", "species_correlation"]
+    ran = run(["-m", "pytest", "-p", "new_loss_plugin", "-q", *tests], newcomers)
+    failed = [line for line in ran.stdout.splitlines() if line.startswith("FAILED")]
+    for name in wrong:
+        assert any(name in line for line in failed), f"{name}\n{ran.stdout}"
+
+
+def test_lengths_below_the_least_are_refused(newcomers):
+    """In the class, the composition, its graph and TorchScript; renamed axes keep their least length."""
+    code = """
+import new_loss_plugin, torch, pykd
+from pykd.composition import Part, compose
+from pykd.definition import registry
+registry.load_all()
+loss = registry.get("species_correlation")()
+one, two = torch.zeros(3, 1), torch.zeros(3, 2)
+part = Part(loss, inputs={"seen": "s", "expected": "t"}, axes={"species": "birds"})
+composed = compose({"own": loss, "birds": [part]})
+graph = compose({"own": loss}).graph()
+for call in (loss, lambda **given: composed(**given, s=two, t=two), graph, torch.jit.script(graph)):
+    call(seen=two, expected=two)
+    try:
+        call(seen=one, expected=one)
+    except Exception as error:
+        assert 'expected seen to have at least 2 entries along "species", got shape [3, 1]; pass more of them' in str(error), error
+    else:
+        raise AssertionError(call)
+try:
+    composed(seen=two, expected=two, s=one, t=one)
+except ValueError as error:
+    assert 'expected s to have at least 2 entries along "birds"' in str(error), error
+else:
+    raise AssertionError("birds")
+"""
+    ran = run(["-c", code], newcomers)
+    assert ran.returncode == 0, ran.stderr
