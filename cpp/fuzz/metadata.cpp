@@ -2,6 +2,7 @@
 #include "runtime/signature/metadata.h"
 #include "base/error.h"
 #include "fuzz/fuzz.h"
+#include "runtime/signature/call.h"
 #include "tests/tiny_model.h"
 
 pykd::fuzz::Form pykd::fuzz::form() { return Form::kBytes; }
