@@ -20,7 +20,7 @@
 // and nothing else: the C interface, the ONNX Runtime and torch ops and the tests find it in the registry. A CUDA
 // version of the same name lies in a .cu beside it and becomes part of libpykd_cuda (kernels/cuda/interface.h).
 //
-// What every kernel promises:
+// What every kernel promises (tests/kernels_conformance_test.cpp takes each of them at its word):
 //
 //  - It computes in float32 (or better) whatever the dtype of the tensors.
 //  - A gradient comes out multiplied by a weight that goes in: d(loss)/d(value), per row where the values are per row.

@@ -13,12 +13,14 @@
 
 #include "base/error.h"
 #include "kernels/kernel.h"
+#include "tests/described_call.h"
 #include "tests/support.h"
 
 namespace pykd::kernels {
 namespace {
 
 using nlohmann::json;
+using tests::words;
 
 // ---- The kernel: scale * sum(|student - teacher|^p) + offset of each row ------------------------------------------
 
@@ -356,19 +358,6 @@ TEST(KernelDescriptions, SayWhatAKernelIs) {
   EXPECT_EQ(object["attributes"][1], json::parse(R"({"name": "offset", "default": 0.5, "choices": []})"));
   EXPECT_EQ(object["dtypes"], json::parse(R"(["bfloat16", "float32"])"));
   EXPECT_EQ(pykd_kernel_description(pykd_num_kernels()), nullptr);
-}
-
-std::vector<std::string> words(const char* text) {
-  std::vector<std::string> all(1);
-  for (; *text != '\0'; ++text) {
-    if (*text == ' ') {
-      all.emplace_back();
-    } else {
-      all.back() += *text;
-    }
-  }
-  if (all.back().empty()) all.pop_back();
-  return all;
 }
 
 // What the interfaces rely on without asking.

@@ -12,43 +12,21 @@
 #include <string>
 #include <vector>
 
-#include "kernels/simd/targets.h"
+#include "tests/every_target.h"
 #include "tests/half_numbers.h"
 #include "tests/kernel_threads.h"
 
 namespace pykd::kernels {
 namespace {
 
+using tests::decode;
+using tests::encode;
+using tests::on_every_target;
+
 enum Power { kL1, kL2 };
 constexpr float kGuard = -12352.0f;  // every dtype has it
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// ---- Numbers as the kernel wants them -------------------------------------------------------------
-
-std::vector<unsigned char> encode(pykd_dtype dtype, const std::vector<float>& numbers) {
-  const std::size_t size = dtype == PYKD_FLOAT32 ? 4 : 2;
-  std::vector<unsigned char> bytes(numbers.size() * size);
-  for (std::size_t i = 0; i < numbers.size(); ++i) {
-    const std::uint16_t half = tests::to_half(dtype, numbers[i]);
-    std::memcpy(&bytes[i * size], size == 4 ? static_cast<const void*>(&numbers[i]) : &half, size);
-  }
-  return bytes;
-}
-
-std::vector<float> decode(pykd_dtype dtype, const std::vector<unsigned char>& bytes) {
-  std::vector<float> numbers(bytes.size() / (dtype == PYKD_FLOAT32 ? 4 : 2));
-  for (std::size_t i = 0; i < numbers.size(); ++i) {
-    std::uint16_t half;
-    if (dtype == PYKD_FLOAT32) {
-      std::memcpy(&numbers[i], &bytes[4 * i], 4);
-    } else {
-      std::memcpy(&half, &bytes[2 * i], 2);
-      numbers[i] = tests::from_half(dtype, half);
-    }
-  }
-  return numbers;
-}
 
 // ---- The definition --------------------------------------------------------------------------------
 
@@ -122,9 +100,7 @@ struct Result {
   std::vector<float> value, gradient;
 };
 
-enum Wanted { kBoth, kValueAlone, kGradientAlone };
-
-Result run(const Features& f, Power power, int thread_count = 1, Wanted wanted = kBoth) {
+Result run(const Features& f, Power power, int thread_count = 1) {
   const Kernel* kernel = find("feature_distance");
   EXPECT_NE(kernel, nullptr);
   const std::int64_t shape[] = {f.batch, f.tokens, f.channels};
@@ -136,11 +112,10 @@ Result run(const Features& f, Power power, int thread_count = 1, Wanted wanted =
   Result result;
   result.value.assign(f.batch, kGuard);
   const std::size_t size = f.dtype == PYKD_FLOAT32 ? 4 : 2;
-  const Array inputs[] = {{x.data(), f.dtype, 3, shape},
-                          {y.data(), f.dtype, 3, shape},
-                          {wanted == kValueAlone ? nullptr : weight.data(), PYKD_FLOAT32, 1, shape}};
-  const Array outputs[] = {{wanted == kGradientAlone ? nullptr : result.value.data(), PYKD_FLOAT32, 1, shape},
-                           {wanted == kValueAlone ? nullptr : guarded.data() + around * size, f.dtype, 3, shape}};
+  const Array inputs[] = {
+      {x.data(), f.dtype, 3, shape}, {y.data(), f.dtype, 3, shape}, {weight.data(), PYKD_FLOAT32, 1, shape}};
+  const Array outputs[] = {{result.value.data(), PYKD_FLOAT32, 1, shape},
+                           {guarded.data() + around * size, f.dtype, 3, shape}};
   const double attribute = power;
   const Parallel parallel = tests::threads(&thread_count);
   kernel->cpu({inputs, outputs, &attribute, f.dtype, &parallel});
@@ -175,19 +150,6 @@ void expect_close(const Features& f, const Result& result, const Answer& answer)
     if (wrong++ == 0) ADD_FAILURE() << "entry " << i << ": " << result.gradient[i] << ", not " << answer.gradient[i];
   }
   EXPECT_EQ(wrong, 0u);
-}
-
-template <class Statement>
-void on_every_target(const Statement& statement) {
-  std::vector<std::string> names = simd_targets();
-  ASSERT_FALSE(names.empty());
-  std::reverse(names.begin(), names.end());
-  for (const std::string& name : names) {
-    SCOPED_TRACE(name);
-    ASSERT_TRUE(use_simd(name.c_str()));
-    statement();
-  }
-  use_simd(nullptr);
 }
 
 template <class Statement>
@@ -258,36 +220,6 @@ TEST(FeatureDistance, TakesOneChannel) {
         EXPECT_NEAR(result.gradient[i], 0.0, 1e-6 * double{f.weight[i / 9]} / std::abs(double{f.x[i]}));
       }
     });
-  });
-}
-
-TEST(FeatureDistance, GivesWhatIsWantedAlone) {
-  for_every_kind([](pykd_dtype dtype, Power power) {
-    const Features f = draw(3, 100, 401, dtype);
-    on_every_target([&] {
-      const Result both = run(f, power);
-      const Result value = run(f, power, 1, kValueAlone), gradient = run(f, power, 1, kGradientAlone);
-      EXPECT_EQ(value.value, both.value);
-      EXPECT_EQ(value.gradient, std::vector<float>(f.x.size(), kGuard));
-      EXPECT_EQ(gradient.gradient, both.gradient);
-      EXPECT_EQ(gradient.value, std::vector<float>(3, kGuard));
-    });
-  });
-}
-
-TEST(FeatureDistance, DoesNotDependOnTheNumberOfThreads) {
-  for_every_kind([](pykd_dtype dtype, Power power) {
-    for (const std::int64_t batch : {1, 5}) {
-      const Features f = draw(batch, 300, 301, dtype);
-      on_every_target([&] {
-        const Result alone = run(f, power, 1);
-        for (const int count : {2, 3, 8}) {
-          const Result together = run(f, power, count);
-          EXPECT_EQ(together.value, alone.value) << count;
-          EXPECT_EQ(together.gradient, alone.gradient) << count;
-        }
-      });
-    }
   });
 }
 

@@ -5,24 +5,19 @@
 #include <cstdint>
 #include <map>
 #include <random>
-#include <sstream>
 #include <string>
 #include <vector>
 
 #include "kernels/kernel.h"
 #include "kernels/simd/targets.h"
+#include "tests/described_call.h"
 #include "tests/half_numbers.h"
 #include "tests/support.h"
 
 namespace pykd::kernels {
 namespace {
 
-std::vector<std::string> words(const std::string& text) {
-  std::istringstream in(text);
-  std::vector<std::string> all;
-  for (std::string word; in >> word;) all.push_back(word);
-  return all;
-}
+using tests::words;
 
 // Ordinary tensors: of moderate numbers; equal ones; constants; some entries far below, as masked classes are.
 enum class Draw { kModerate, kEqual, kConstant, kMasked };
@@ -76,11 +71,6 @@ struct Room {
   }
 };
 
-pykd_dtype dtype_of(const Argument& argument, pykd_dtype tensors) {
-  if (argument.role == Role::kTensor) return tensors;
-  return argument.role == Role::kIndex ? PYKD_INT64 : PYKD_FLOAT32;
-}
-
 std::string flags() {
   std::string text;
   if (std::fetestexcept(FE_INVALID) != 0) text += " FE_INVALID";
@@ -100,11 +90,11 @@ class FloatingPoint : public testing::TestWithParam<std::size_t> {
     std::vector<std::size_t> optional;
     for (std::size_t i = 0; i < kernel.inputs.size(); ++i) {
       if (kernel.inputs[i].optional) optional.push_back(i);
-      rooms[i].make(kernel.inputs[i], dtype_of(kernel.inputs[i], dtype), lengths);
+      rooms[i].make(kernel.inputs[i], dtype_of(kernel.inputs[i].role, dtype), lengths);
       rooms[i].fill(kernel.inputs[i], draw, classes, draw == Draw::kEqual ? 1 : static_cast<unsigned>(i));
     }
     for (std::size_t i = 0; i < kernel.outputs.size(); ++i) {
-      rooms[kernel.inputs.size() + i].make(kernel.outputs[i], dtype_of(kernel.outputs[i], dtype), lengths);
+      rooms[kernel.inputs.size() + i].make(kernel.outputs[i], dtype_of(kernel.outputs[i].role, dtype), lengths);
     }
     std::size_t choices = 1;
     for (const Attribute& attribute : kernel.attributes) {

@@ -12,11 +12,13 @@
 #include <string>
 #include <vector>
 
-#include "kernels/simd/targets.h"
+#include "tests/every_target.h"
 #include "tests/kernel_threads.h"
 
 namespace pykd::kernels {
 namespace {
+
+using tests::on_every_target;
 
 enum Bandwidth { kJoint, kPerBlock };
 constexpr float kGuard = -12345.0f;
@@ -118,7 +120,7 @@ struct Result {
   std::vector<float> gradient;
 };
 
-enum Wanted { kBoth, kValueAlone, kGradientAlone };
+enum Wanted { kBoth, kValueAlone };
 
 Result run(const Samples& s, Bandwidth bandwidth, float weight, int thread_count = 1, Wanted wanted = kBoth) {
   const Kernel* kernel = find("mk_mmd");
@@ -130,7 +132,7 @@ Result run(const Samples& s, Bandwidth bandwidth, float weight, int thread_count
   std::vector<float> x = s.x, y = s.y;
   const Array inputs[] = {
       {x.data(), PYKD_FLOAT32, 2, shape}, {y.data(), PYKD_FLOAT32, 2, shape}, {&weight, PYKD_FLOAT32, 0, nullptr}};
-  const Array outputs[] = {{wanted == kGradientAlone ? nullptr : &result.value, PYKD_FLOAT32, 0, nullptr},
+  const Array outputs[] = {{&result.value, PYKD_FLOAT32, 0, nullptr},
                            {wanted == kValueAlone ? nullptr : &guarded[around], PYKD_FLOAT32, 2, shape}};
   const double attribute = bandwidth;
   const Parallel parallel = tests::threads(&thread_count);
@@ -168,20 +170,6 @@ void expect_close(const Result& result, const Answer& answer, Against against = 
     error = difference <= error ? error : difference;  // NaN stays
   }
   EXPECT_LE(error, (cancels ? kTermsError : kGradientError) * scale);
-}
-
-// Runs the statement on every instruction set, the best one last.
-template <class Statement>
-void on_every_target(const Statement& statement) {
-  std::vector<std::string> names = simd_targets();
-  ASSERT_FALSE(names.empty());
-  std::reverse(names.begin(), names.end());
-  for (const std::string& name : names) {
-    SCOPED_TRACE(name);
-    ASSERT_TRUE(use_simd(name.c_str()));
-    statement();
-  }
-  use_simd(nullptr);
 }
 
 TEST(MkMmd, TheReferenceHasTheGradientOfItsValue) {
@@ -222,21 +210,6 @@ TEST(MkMmd, MatchesTheDefinitionOnManyTiles) {
       const Answer answer = reference(s, bandwidth, -1.5);
       on_every_target([&] { expect_close(run(s, bandwidth, -1.5f, 2), answer); });
     }
-  }
-}
-
-TEST(MkMmd, GivesWhatIsWantedAlone) {
-  const Samples s = draw(150, 21);
-  for (const Bandwidth bandwidth : {kJoint, kPerBlock}) {
-    const Answer answer = reference(s, bandwidth, 1.0);
-    on_every_target([&] {
-      const Result value = run(s, bandwidth, 1.0f, 1, kValueAlone);
-      EXPECT_NEAR(value.value, answer.value, kValueError);
-      EXPECT_EQ(value.gradient, std::vector<float>(s.x.size(), kGuard));
-      const Result gradient = run(s, bandwidth, 1.0f, 1, kGradientAlone);
-      EXPECT_EQ(gradient.value, kGuard);
-      EXPECT_EQ(gradient.gradient, run(s, bandwidth, 1.0f).gradient);
-    });
   }
 }
 

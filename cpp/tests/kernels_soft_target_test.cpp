@@ -615,18 +615,6 @@ TEST_P(SoftTarget, LargeGradients) {
   }
 }
 
-TEST_P(SoftTarget, SameBitsForEveryNumberOfThreads) {
-  for (const Settings& settings : all_settings()) {
-    if (settings.dtype == PYKD_FLOAT16) continue;
-    const Data data = ordinary(settings, 45, 3001);
-    const Result expected = run(settings, data);
-    for (int threads : {2, 3, 8}) {
-      EXPECT_EQ(run(settings, data, kValues | kGradient, tests::threads(&threads)).bits, expected.bits)
-          << describe(settings, data) << ", threads " << threads;
-    }
-  }
-}
-
 // ---- The reference itself, and what is refused ---------------------------------------------------
 
 TEST(SoftTargetReference, GradientIsTheDerivative) {
