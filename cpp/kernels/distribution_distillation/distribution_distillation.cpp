@@ -17,6 +17,7 @@
 #include "hwy/highway.h"
 #include "kernels/host/memory.h"
 #include "kernels/simd/math-inl.h"
+#include "kernels/simd/product-inl.h"
 
 // ---- What does not depend on the instruction set -------------------------------------------------
 #ifndef PYKD_KERNELS_DISTRIBUTION_DISTILLATION_ONCE_
@@ -31,8 +32,7 @@ enum AttributeIndex { kBins, kWidth, kNegatives };
 enum Mining { kHardest, kAll };
 enum Sort { kPositives, kNegativePairs, kSorts };
 
-constexpr std::size_t kStrip = 6;           // rows that a product takes at once: 12 accumulators
-constexpr std::size_t kBlock = 8 * kStrip;  // rows of a task: what they need of a product stays in the level-2 cache
+constexpr std::size_t kBlock = 48;  // rows of a task: what they need of a product stays in the level-2 cache
 constexpr std::size_t kMoments = 8;
 constexpr double kLargestExponent = 0.5;  // |y| of the series, see the header
 constexpr double kLongest = 1.001;        // squared length of a row
@@ -188,44 +188,8 @@ using DInt = hn::RebindToSigned<D32>;
 using VInt = hn::Vec<DInt>;
 
 HWY_INLINE std::size_t lanes() { return hn::Lanes(D32()); }
-HWY_INLINE std::size_t panel_width() { return 2 * hn::Lanes(D32()); }
-
-// ---- Products ------------------------------------------------------------------------------------
-
-#define PYKD_DDL_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
-
-// tile (kStrip x panel_width()) = A B. Row r of A begins at a + r * stride, or is the last of `rows` rows; B is a
-// panel, whose row k lies at b + k * panel_width(). With a list only the k in it count.
-template <bool listed>
-HWY_NOINLINE void multiply(std::size_t depth, const std::uint32_t* HWY_RESTRICT list, const float* HWY_RESTRICT a,
-                           std::size_t stride, std::size_t rows, const float* HWY_RESTRICT b,
-                           float* HWY_RESTRICT tile) {
-  const D32 d;
-  const std::size_t n = hn::Lanes(d);
-#define PYKD_DDL_BEGIN(r)                                                           \
-  const float* HWY_RESTRICT a##r = a + std::min<std::size_t>(r, rows - 1) * stride; \
-  V32 c##r##0 = hn::Zero(d), c##r##1 = hn::Zero(d);
-  PYKD_DDL_EACH_ROW(PYKD_DDL_BEGIN)
-  for (std::size_t i = 0; i < depth; ++i) {
-    const std::size_t k = listed ? list[i] : i;
-    const V32 b0 = hn::Load(d, b + k * 2 * n);
-    const V32 b1 = hn::Load(d, b + k * 2 * n + n);
-#define PYKD_DDL_STEP(r)                     \
-  {                                          \
-    const V32 left = hn::Set(d, a##r[k]);    \
-    c##r##0 = hn::MulAdd(left, b0, c##r##0); \
-    c##r##1 = hn::MulAdd(left, b1, c##r##1); \
-  }
-    PYKD_DDL_EACH_ROW(PYKD_DDL_STEP)
-  }
-#define PYKD_DDL_STORE(r)                  \
-  hn::Store(c##r##0, d, tile + (r)*2 * n); \
-  hn::Store(c##r##1, d, tile + (r)*2 * n + n);
-  PYKD_DDL_EACH_ROW(PYKD_DDL_STORE)
-#undef PYKD_DDL_BEGIN
-#undef PYKD_DDL_STEP
-#undef PYKD_DDL_STORE
-}
+static_assert(kBlock % kProductRows == 0, "a block is a whole number of strips");
+constexpr std::size_t kStrips = kBlock / kProductRows;
 
 // ---- Cells ---------------------------------------------------------------------------------------
 
@@ -530,21 +494,17 @@ class Problem {
 
   // Rows [begin, end) from their own column on, and those columns' rows by symmetry.
   void multiply_block(const float* rows, std::size_t begin, std::size_t end) {
-    const D32 d;
-    HWY_ALIGN float tile[kStrip * 2 * hn::MaxLanes(D32())];
-    for (std::size_t column = begin / panel_ * panel_; column < stride_; column += panel_) {
-      for (std::size_t row = begin; row < end; row += kStrip) {
+    HWY_ALIGN float tile[kProductRows * kProductVectors * hn::MaxLanes(D32())];
+    for (std::size_t column = begin / panel_ * panel_; column < n_; column += panel_) {
+      const std::size_t used = vectors_used(column, n_), width = std::min(panel_, n_ - column);
+      for (std::size_t row = begin; row < end; row += kProductRows) {
         if (column + panel_ <= row) continue;
-        const std::size_t height = std::min(kStrip, end - row);
-        multiply<false>(d_, nullptr, rows + row * d_, d_, height, packed_ + column * d_, tile);
-        const std::size_t width = std::min(panel_, n_ - column);
+        const std::size_t height = std::min(kProductRows, end - row);
+        multiply(used, d_, LeftRows<false>(rows + row * d_, d_, height), packed_ + column * d_, tile, panel_, false);
         for (std::size_t r = 0; r < height; ++r) {
           float* to = similarities_ + (row + r) * stride_ + column;
-          if (column > row + r) {
-            hn::Store(hn::Load(d, tile + r * panel_), d, to);
-            hn::Store(hn::Load(d, tile + r * panel_ + lanes()), d, to + lanes());
-          } else {
-            for (std::size_t c = row + r - column; c < panel_; ++c) to[c] = tile[r * panel_ + c];
+          for (std::size_t c = column > row + r ? 0 : row + r - column; c < used * lanes(); ++c) {
+            to[c] = tile[r * panel_ + c];
           }
         }
         for (std::size_t c = 0; c < width; ++c) {
@@ -695,23 +655,24 @@ class Problem {
         hn::StoreU(hn::Mul(slope, hn::LoadU(d, &share_[i])), d, &share_[i]);
       }
     }
-    std::vector<std::uint32_t> lists(blocks_ * n_ * (kBlock / kStrip));
+    std::vector<std::uint32_t> lists(blocks_ * n_ * kStrips);
     parallel_.for_each(static_cast<std::int64_t>(blocks_), [&](std::int64_t index) {
       const auto block = static_cast<std::size_t>(index);
       const std::size_t begin = block * kBlock, end = std::min(begin + kBlock, n_);
       for (std::size_t i = begin; i < end; ++i) mined ? weigh_row<true>(i) : weigh_row<false>(i);
-      std::uint32_t* list = &lists[block * n_ * (kBlock / kStrip)];
-      std::size_t lengths[kBlock / kStrip];
-      for (std::size_t row = begin; row < end; row += kStrip) {
-        const std::size_t strip = (row - begin) / kStrip;
-        lengths[strip] = list_columns(row, std::min(row + kStrip, end), list + strip * n_);
+      std::uint32_t* list = &lists[block * n_ * kStrips];
+      std::size_t lengths[kStrips];
+      for (std::size_t row = begin; row < end; row += kProductRows) {
+        const std::size_t strip = (row - begin) / kProductRows;
+        lengths[strip] = list_columns(row, std::min(row + kProductRows, end), list + strip * n_);
       }
-      HWY_ALIGN float tile[kStrip * 2 * hn::MaxLanes(D32())];
+      HWY_ALIGN float tile[kProductRows * kProductVectors * hn::MaxLanes(D32())];
       for (std::size_t column = 0; column < d_; column += panel_) {
-        for (std::size_t row = begin; row < end; row += kStrip) {
-          const std::size_t strip = (row - begin) / kStrip, height = std::min(kStrip, end - row);
-          multiply<true>(lengths[strip], list + strip * n_, similarities_ + row * stride_, stride_, height,
-                         packed_ + column * n_, tile);
+        const std::size_t used = vectors_used(column, d_);
+        for (std::size_t row = begin; row < end; row += kProductRows) {
+          const std::size_t strip = (row - begin) / kProductRows, height = std::min(kProductRows, end - row);
+          const LeftRows<true> left(similarities_ + row * stride_, stride_, height, list + strip * n_);
+          multiply(used, lengths[strip], left, packed_ + column * n_, tile, panel_, false);
           float* to = call_.outputs[kGradStudent].as<float>() + row * d_ + column;
           for (std::size_t r = 0; r < height; ++r) {
             std::copy_n(tile + r * panel_, std::min(panel_, d_ - column), to + r * d_);

@@ -16,6 +16,7 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "kernels/host/memory.h"
+#include "kernels/simd/product-inl.h"
 
 // ---- What does not depend on the instruction set -------------------------------------------------
 #ifndef PYKD_KERNELS_MK_MMD_ONCE_
@@ -126,71 +127,6 @@ using V32 = hn::Vec<D32>;
 using D64 = hn::ScalableTag<double>;
 using V64 = hn::Vec<D64>;
 
-// A product's accumulators, kRows x 3 vectors, stay in registers: 24 of 32, or 12 of 16.
-#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
-constexpr std::size_t kRows = 8;
-#define PYKD_MMD_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
-#elif HWY_TARGET == HWY_SCALAR
-constexpr std::size_t kRows = 3;
-#define PYKD_MMD_EACH_ROW(DO) DO(0) DO(1) DO(2)
-#else
-constexpr std::size_t kRows = 4;
-#define PYKD_MMD_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3)
-#endif
-constexpr std::size_t kVectors = 3;
-
-HWY_INLINE std::size_t vector_width() { return hn::Lanes(D32()); }
-// kRows divides it.
-HWY_INLINE std::size_t panel_width() { return kVectors * hn::Lanes(D32()); }
-
-// c (+)= A B for kRows rows and `used` vectors of columns. B is a panel: row k at b + k * panel_width(). A's entry
-// (row, k) is a[k * panel_width() + row]; with `transposed` a[row * panel_width() + k], and after every
-// panel_width() steps a jumps to the next panel.
-template <std::size_t used, bool transposed>
-HWY_INLINE void multiply(std::size_t depth, const float* HWY_RESTRICT a, std::size_t a_jump,
-                         const float* HWY_RESTRICT b, float* HWY_RESTRICT c, std::size_t c_stride, bool add) {
-  const D32 d;
-  const std::size_t lanes = hn::Lanes(d), width = kVectors * lanes;
-#define PYKD_MMD_ZERO(r) V32 c##r##0 = hn::Zero(d), c##r##1 = c##r##0, c##r##2 = c##r##0;
-  PYKD_MMD_EACH_ROW(PYKD_MMD_ZERO)
-  while (depth > 0) {
-    const std::size_t steps = transposed ? std::min(depth, width) : depth;
-    for (std::size_t k = 0; k < steps; ++k, b += width) {
-      const V32 b0 = hn::Load(d, b);
-      const V32 b1 = used > 1 ? hn::Load(d, b + lanes) : b0;
-      const V32 b2 = used > 2 ? hn::Load(d, b + 2 * lanes) : b0;
-#define PYKD_MMD_STEP(r)                                                             \
-  {                                                                                  \
-    const V32 left = hn::Set(d, transposed ? a[(r)*width + k] : a[k * width + (r)]); \
-    c##r##0 = hn::MulAdd(left, b0, c##r##0);                                         \
-    if (used > 1) c##r##1 = hn::MulAdd(left, b1, c##r##1);                           \
-    if (used > 2) c##r##2 = hn::MulAdd(left, b2, c##r##2);                           \
-  }
-      PYKD_MMD_EACH_ROW(PYKD_MMD_STEP)
-    }
-    depth -= steps;
-    a += a_jump;
-  }
-#define PYKD_MMD_STORE(r)                                                                                \
-  {                                                                                                      \
-    float* HWY_RESTRICT to = c + (r)*c_stride;                                                           \
-    hn::StoreU(add ? hn::Add(hn::LoadU(d, to), c##r##0) : c##r##0, d, to);                               \
-    if (used > 1) hn::StoreU(add ? hn::Add(hn::LoadU(d, to + lanes), c##r##1) : c##r##1, d, to + lanes); \
-    if (used > 2) {                                                                                      \
-      hn::StoreU(add ? hn::Add(hn::LoadU(d, to + 2 * lanes), c##r##2) : c##r##2, d, to + 2 * lanes);     \
-    }                                                                                                    \
-  }
-  PYKD_MMD_EACH_ROW(PYKD_MMD_STORE)
-}
-
-template <bool transposed>
-HWY_NOINLINE void multiply(std::size_t used, std::size_t depth, const float* a, std::size_t a_jump, const float* b,
-                           float* c, std::size_t c_stride, bool add) {
-  if (used == 1) return multiply<1, transposed>(depth, a, a_jump, b, c, c_stride, add);
-  if (used == 2) return multiply<2, transposed>(depth, a, a_jump, b, c, c_stride, add);
-  return multiply<3, transposed>(depth, a, a_jump, b, c, c_stride, add);
-}
-
 // 2^x - 1, with the relative precision of float32 near 0; 0 for x > 0 (rounding of a distance of 0), -1 below -126.
 HWY_INLINE V32 exp2_less_1(D32 d, V32 x) {
   const hn::RebindToSigned<D32> di;
@@ -262,17 +198,14 @@ class Problem {
   std::size_t features_floats() const {
     return gradient_ == nullptr ? 0 : round_up(tiles_ * tile_ * feature_panels_ * panel_, kLine);
   }
-  std::size_t place_floats() const { return round_up(tile_ * tile_ + kRows * panel_, kLine); }  // a tile, and a corner
+  std::size_t place_floats() const {
+    return round_up(tile_ * tile_ + kProductRows * panel_, kLine);
+  }  // a tile, and a corner
 
   std::size_t rows_of(std::size_t tile) const { return std::min(tile_, n_ - tile * tile_); }
   const float* samples_of(const Set& set, std::size_t tile) const { return set.samples + tile * tile_ * d_; }
   const float* features_of(const Set& set, std::size_t tile) const {
     return set.features + tile * tile_ * feature_panels_ * panel_;
-  }
-  // How many vectors of a panel that starts at `first` hold some of `count` entries.
-  static std::size_t vectors_used(std::size_t first, std::size_t count) {
-    const std::size_t width = vector_width();
-    return std::min(kVectors, (count - first + width - 1) / width);
   }
 
   // ---- Preparation
@@ -404,9 +337,9 @@ class Problem {
       const std::size_t depth = std::min(kDepth, d_ - k);
       for (std::size_t i = 0; i < lane_count; i += panel_) {
         const std::size_t used = vectors_used(i, lane_count);
-        for (std::size_t j = 0; j < row_count; j += kRows) {
+        for (std::size_t j = 0; j < row_count; j += kProductRows) {
           const float* a = rows + j / panel_ * panel_ * d_ + k * panel_ + j % panel_;
-          multiply<false>(used, depth, a, 0, lanes + i * d_ + k * panel_, out + i * tile_ + j * panel_, panel_, k > 0);
+          multiply(used, depth, LeftPanel(a), lanes + i * d_ + k * panel_, out + i * tile_ + j * panel_, panel_, k > 0);
         }
       }
     }
@@ -429,7 +362,7 @@ class Problem {
     for (std::size_t i = 0; i < lane_count; i += panel_) {
       float* HWY_RESTRICT row = tile + i * tile_;
       const std::size_t used = vectors_used(i, lane_count);
-      V32 sums[kVectors] = {hn::Zero(d), hn::Zero(d), hn::Zero(d)};
+      V32 sums[kProductVectors] = {hn::Zero(d), hn::Zero(d), hn::Zero(d)};
       for (std::size_t j = 0; j < row_count; ++j, row += panel_) {
         const V32 row_term = hn::Set(d, row_terms[j]);
         V32 kernel_sum = hn::Zero(d), weight_sum = hn::Zero(d);
@@ -458,7 +391,7 @@ class Problem {
       }
       ones += 5.0 * static_cast<double>(used * lanes) * static_cast<double>(row_count);
       if (weights) {
-        float buffer[kVectors * hn::MaxLanes(D32())];
+        float buffer[kProductVectors * hn::MaxLanes(D32())];
         for (std::size_t v = 0; v < used; ++v) hn::StoreU(sums[v], d, buffer + v * lanes);
         for (std::size_t k = 0; k < std::min(panel_, lane_count - i); ++k) {
           lane_sums[i + k] += static_cast<double>(buffer[k]);
@@ -482,16 +415,21 @@ class Problem {
     const float* features = features_of(set, from);
     float* gradient = gradient_ + to * tile_ * d_;
     for (std::size_t k = 0; k < d_; k += panel_, features += tile_ * panel_) {
-      const std::size_t used = vectors_used(k, d_), columns = used * vector_width();
-      for (std::size_t i = 0; i < count; i += kRows) {
-        const float* a = transposed ? tile + i * panel_ : tile + i / panel_ * panel_ * tile_ + i % panel_;
+      const std::size_t used = vectors_used(k, d_), columns = used * hn::Lanes(D32());
+      for (std::size_t i = 0; i < count; i += kProductRows) {
         float* out = gradient + i * d_ + k;
-        if (i + kRows <= count && k + columns <= d_) {
-          multiply<transposed>(used, depth, a, tile_ * panel_, features, out, d_, add);
-          continue;
+        const bool fits = i + kProductRows <= count && k + columns <= d_;
+        float* target = fits ? out : corner;
+        const std::size_t stride = fits ? d_ : panel_;
+        if (transposed) {
+          multiply(used, depth, LeftPanels(tile + i * panel_, tile_ * panel_), features, target, stride, fits && add);
+        } else {
+          // The panels of a tile's columns lie side by side, so each entry has one place.
+          multiply(used, depth, LeftPanel(tile + i / panel_ * panel_ * tile_ + i % panel_), features, target, stride,
+                   fits && add);
         }
-        multiply<transposed>(used, depth, a, tile_ * panel_, features, corner, panel_, false);
-        for (std::size_t r = 0; r < std::min(kRows, count - i); ++r) {
+        if (fits) continue;
+        for (std::size_t r = 0; r < std::min(kProductRows, count - i); ++r) {
           for (std::size_t c = 0; c < std::min(columns, d_ - k); ++c) {
             out[r * d_ + c] = corner[r * panel_ + c] + (add ? out[r * d_ + c] : 0.0f);
           }
@@ -637,11 +575,6 @@ void run(const Call& call) {
     std::fill_n(gradient.as<float>(), static_cast<std::size_t>(gradient.elements()), 0.0f);
   }
 }
-
-#undef PYKD_MMD_EACH_ROW
-#undef PYKD_MMD_ZERO
-#undef PYKD_MMD_STEP
-#undef PYKD_MMD_STORE
 
 }  // namespace mk_mmd_detail
 
