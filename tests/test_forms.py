@@ -48,7 +48,8 @@ class Form:
         """The function with the settings of the case, which it takes by the same names."""
         function = getattr(pykd.functional, self.loss.name)
         known = inspect.signature(function).parameters
-        return functools.partial(function, **{n: v for n, v in self.settings(reduction).items() if n in known})
+        settings = {n: v for n, v in self.settings(reduction).items() if n in known}
+        return lambda **given: function(**self.loss.grouped(given), **settings)
 
     def cls(self, reduction: str):
         return self.loss.with_settings(reduction=reduction)
@@ -61,7 +62,7 @@ class Form:
 
     def reference(self, tensors, reduction: str):
         arrays = {n: t.double().numpy() if t.is_floating_point() else t.numpy() for n, t in tensors.items()}
-        return self.cls(reduction).reference(**arrays)
+        return self.cls(reduction).reference(**self.loss.grouped(arrays))
 
 
 FORMS = ("function", "cls", "graph")
@@ -130,7 +131,8 @@ def test_what_nobody_passes_is_the_default(loss_class):
     required = [name for name in loss_class.inputs if not loss_class.declared(name)[0].optional]
     composition = pykd.composition.as_composition(loss)
     tensors = composition.draw(composition.choose({}, []), seed=2, dtype=torch.float64)
-    assert sorted(tensors) == sorted(required)
-    want = loss_class().reference(**{name: tensor.numpy() for name, tensor in tensors.items()})
-    for made in (loss(**tensors), getattr(pykd.functional, loss_class.name)(**tensors)):
+    grouped = loss.grouped(tensors)
+    assert sorted(grouped) == sorted(required)
+    want = loss.reference(**loss.grouped({name: tensor.numpy() for name, tensor in tensors.items()}))
+    for made in (loss(**tensors), loss(**grouped), getattr(pykd.functional, loss_class.name)(**grouped)):
         np.testing.assert_allclose(made.numpy(), want, rtol=1e-12, atol=1e-12)

@@ -1,15 +1,19 @@
 """A newcomer adds a loss by adding one file: this one drops it into a package and gets every engine and check."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import pykd
 import pykd.losses
+from pykd.definition import registry
 
 # The file a newcomer copies, as it stands, under a name of its own.
 TEMPLATE = Path(pykd.losses.__path__[0]) / "_template.py"
@@ -105,7 +109,7 @@ def test_one_file_is_enough(tmp_path):
 
 
 # Files of a newcomer, each with names and axes of its own: logits with two classes at least and an invariance less, feature
-# maps with a mask and channels that differ, relations.
+# maps with a mask and channels that differ, maps of several layers, relations.
 NEWCOMERS = sorted(path.stem for path in (Path(__file__).parent / "new_losses").glob("*.py"))
 
 
@@ -183,3 +187,46 @@ else:
 """
     ran = run(["-c", code], newcomers)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.fixture
+def layered_maps(monkeypatch):
+    """The class, for the length of a test: other tests go through what is registered."""
+    known = dict(registry._LOSSES)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "new_losses"))
+    from layered_maps import LayeredMaps
+
+    yield LayeredMaps
+    registry._LOSSES.clear()
+    registry._LOSSES.update(known)
+
+
+def test_a_list_of_layers(layered_maps):
+    loss = layered_maps(layers=3)
+    assert isinstance(loss, layered_maps) and loss.with_settings(layers=1).settings()["layers"] == 1
+    student = [torch.randn(2, 3, 4, 4), torch.randn(2, 5, 2, 1), torch.randn(2, 7, 1, 1)]
+    teacher = [torch.randn_like(x) for x in student]
+    flat = {f"{who}_maps_{i}": x for who, xs in (("student", student), ("teacher", teacher)) for i, x in enumerate(xs)}
+    want = sum(0.5**i * ((x - y) ** 2).mean() for i, (x, y) in enumerate(zip(student, teacher, strict=True)))
+    for value in (
+        loss(student, teacher),
+        loss(student_maps=student, teacher_maps=teacher),
+        loss(**flat),
+        copy.deepcopy(loss)(student, teacher),
+        pickle.loads(pickle.dumps(loss))(student, teacher),
+        torch.jit.script(loss)(**flat),
+        pykd.compose({"maps": loss}).graph()(**flat)["maps"],
+    ):
+        torch.testing.assert_close(value, want)
+    with pytest.raises(
+        ValueError, match="expected student_maps to be a list of 3 tensors, got 2 of them; pass one per layer"
+    ):
+        loss(student[:2], teacher)
+    with pytest.raises(ValueError, match="expected teacher_maps to be a list of 3 tensors, got Tensor"):
+        loss(student, teacher[0])
+    with pytest.raises(ValueError, match='expected teacher_maps_1 to have length 5 along "channels_1"'):
+        loss(student, [teacher[0], teacher[0], teacher[2]])
+    with pytest.raises(
+        TypeError, match=r"expected the inputs of LayeredMaps \(student_maps, teacher_maps, .*, got the unknown colour"
+    ):
+        loss(student, teacher, colour=1)

@@ -87,7 +87,8 @@ def test_script_compile_copies_and_positions_agree(loss_subject):
     loss = loss_subject.composition.named_terms[0].parts[0].loss
     tensors = loss_subject.draw()
     want = loss(**tensors)
-    by_position = [tensors.get(name) for name in loss.inputs]
+    grouped = loss.grouped(tensors)
+    by_position = [grouped.get(name) for name in loss._as_declared().inputs]
     made = {
         "position": loss(*by_position),
         "script": torch.jit.script(loss)(**tensors),

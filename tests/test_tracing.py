@@ -72,7 +72,7 @@ def test_functions_compile(loss_subject):
     function = getattr(pykd.functional, loss.name)
 
     def step(**tensors):
-        return function(**tensors, **loss.settings()) if not loss.couples_batch else loss.forward(**tensors)
+        return loss.forward(**tensors) if loss.couples_batch else function(**loss.grouped(tensors), **loss.settings())
 
     tensors = loss_subject.draw(seed=2)
     torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="eager")(**tensors), step(**tensors))

@@ -151,9 +151,9 @@ class Composition(nn.Module, Interface):
                     if padding is not None and weighed is not None and not part.has_labels(specs):
                         own[weighed] = np.where(padding, 0.0, own.get(weighed, 1.0))
                     if constants_at is not None:
-                        own |= loss.constants(**{n: fixed[given] for n, given in names.items()})
+                        own |= loss.constants(**loss.grouped({n: fixed[given] for n, given in names.items()}))
                     factor = numbers[part.weight_name] if part.weight_name else part.weight
-                    value = value + factor * loss.reference(**own)
+                    value = value + factor * loss.reference(**loss.grouped(own))
                 weight = 1.0 if self.single else numbers[f"{term.name}_weight"]
                 if reduction == "none":
                     value = value.reshape(-1, students) if students else value

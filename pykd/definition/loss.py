@@ -46,8 +46,10 @@ class Loss(nn.Module):
 
     reduction: str = choice("mean", REDUCTIONS, kw_only=True)
 
+    _lists: ClassVar[Mapping[str, Sequence[str]]] = {}  # inputs that are lists, with the flat names of their tensors
     _formula: ClassVar[Callable[..., Tensor]]
     _formula_settings: ClassVar[Sequence[str]] = ()
+    _of_layers: ClassVar[dict[tuple[int, ...], "type[Loss]"]] = {}
     _settings: ClassVar[Mapping[str, Setting]] = {"reduction": cast("Setting", reduction)}
     _layouts: ClassVar[Mapping[str, Layouts]] = {}
     _forms: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]] = {}
@@ -121,6 +123,7 @@ class Loss(nn.Module):
                 f"{', '.join(repr(parameters[name].default) for name in differing)} and "
                 f"{', '.join(repr(cls._settings[name].default) for name in differing)}; correct one of them"
             )
+        cls._of_layers = {}
         cls._formula = staticmethod(formula)
         cls._formula_settings = tuple(name for name in cls._settings if name in parameters)
         if "forward" not in cls.__dict__:
@@ -138,12 +141,92 @@ class Loss(nn.Module):
                     f"expected reduction to be 'mean', since {kind.__name__} {self.couples_batch}, got {value!r}; pass that"
                 )
             setattr(self, name, setting.check(name, value))
+        counts = {name: spec.layers for name in self.inputs if (spec := self.declared(name)[0]).layers}
+        if counts:
+            self.__class__ = kind._with_flat_inputs({name: getattr(self, setting) for name, setting in counts.items()})
+
+    @classmethod
+    def _with_flat_inputs(cls, counts: Mapping[str, int]) -> "type[Loss]":
+        """The class with so many tensors in the place of each input that is a list; what comes after knows flat names alone."""
+        key = tuple(counts.values())
+        if key not in cls._of_layers:
+            inputs: dict[str, Spec | Layouts] = {}
+            for name in cls.inputs:
+                layouts = cls.declared(name)
+                for i in range(counts.get(name, 0)):
+                    inputs[f"{name}_{i}"] = tuple(spec.of_layer(i) for spec in layouts)
+                if name not in counts:
+                    inputs[name] = layouts
+            least = {
+                name: length
+                for axis, length in cls.least_lengths.items()
+                for name in (axis, *(f"{axis}_{i}" for i in range(max(counts.values()))))
+            }
+            lists = {name: [f"{name}_{i}" for i in range(count)] for name, count in counts.items()}
+            made: Any = type(
+                cls.__name__,
+                (cls,),
+                {
+                    "inputs": inputs,
+                    "_lists": lists,
+                    "least_lengths": least,
+                    "__module__": cls.__module__,
+                    "__doc__": cls.__doc__,
+                },
+            )
+            optional = {name for name in inputs if made.declared(name)[0].optional}
+            made.forward = _forward(cls._formula, inputs, optional, cls.scalars, cls._formula_settings, lists)
+            cls._of_layers[key] = made
+        return cls._of_layers[key]
+
+    @classmethod
+    def _as_declared(cls) -> "type[Loss]":
+        """The class in the loss's file, for one that was made for a count of layers."""
+        return cls.__mro__[1] if cls._lists else cls
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not self._lists:
+            return super().__reduce_ex__(protocol)
+        return _remake, (self._as_declared(), self.settings())  # pickle would not find the class
+
+    @classmethod
+    def grouped(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Flat tensors by name, with lists where the formula takes lists; one that is not there is None."""
+        flat = {name for names in cls._lists.values() for name in names}
+        lists = {name: [given.get(one) for one in names] for name, names in cls._lists.items()}
+        return lists | {name: value for name, value in given.items() if name not in flat}
+
+    @classmethod
+    def flat(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call, with the tensors of lists by their own names."""
+        found: dict[str, Any] = {}
+        for name, value in given.items():
+            names = cls._lists.get(name)
+            if names is None:
+                found[name] = value
+            elif isinstance(value, list | tuple) and len(value) == len(names):
+                found |= dict(zip(names, value, strict=True))
+            else:
+                got = f"{len(value)} of them" if isinstance(value, list | tuple) else type(value).__name__
+                raise ValueError(f"expected {name} to be a list of {len(names)} tensors, got {got}; pass one per layer")
+        return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Checks the tensors by their declared axes, then computes."""
+        if self._lists:
+            return self._call_with_lists(args, kwargs)
         given = self._by_name("the inputs", (*self.inputs, *self.scalars), args, kwargs)
         self.check_call(given)
         return super().__call__(*args, **kwargs)
+
+    def _call_with_lists(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Lists by the names that the class declares, or their tensors by flat names."""
+        declared = (*self._as_declared().inputs, *self.scalars)
+        flat = {one: kwargs[one] for names in self._lists.values() for one in names if one in kwargs}
+        others = {name: value for name, value in kwargs.items() if name not in flat}
+        given = self.flat(self._by_name("the inputs", declared, args, others)) | flat
+        self.check_call(given)
+        return super().__call__(**given)
 
     @classmethod
     def _by_name(cls, what: str, known: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +247,7 @@ class Loss(nn.Module):
     def formula_call(self, given: Mapping[str, Any]) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """The formula and its arguments: tensors and numbers as given, everything else as set."""
         settings = {name: getattr(self, name) for name in self._formula_settings if name not in given}
-        return type(self)._formula, {**given, **settings}
+        return type(self)._formula, {**self.grouped(given), **settings}
 
     def check_call(self, arguments: Mapping[str, object]) -> None:
         """Raises where tensors or numbers do not fit the declaration."""
@@ -253,7 +336,7 @@ class Loss(nn.Module):
 
     def with_settings(self, **changes: Any) -> "Loss":
         """A copy with other settings."""
-        return type(self)(**{**self.settings(), **changes})
+        return self._as_declared()(**{**self.settings(), **changes})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
@@ -265,6 +348,7 @@ def _forward(
     optional: set[str],
     scalars: Mapping[str, Scalar],
     settings: Sequence[str],
+    lists: Mapping[str, Sequence[str]] | None = None,
 ) -> Callable[..., Any]:
     """``forward(self, <inputs>, <scalars>)``, which calls the formula with the settings of ``self``.
 
@@ -281,9 +365,15 @@ def _forward(
         names.check_variable(name, "a setting of the loss"): graph.placeholder(name, Optional[float], None)  # noqa: UP045
         for name in scalars
     }
+    for name, flat in (lists or {}).items():
+        arguments[name] = [arguments.pop(one) for one in flat]
     for name in settings:
         setattr(root, name, None)
         own = graph.get_attr(name)
         arguments[name] = graph.call_function(ops.given_or, (given[name], own)) if name in given else own
     graph.output(graph.call_function(formula, (), arguments))
     return type(fx.GraphModule(root, graph, "Forward")).forward
+
+
+def _remake(cls: type[Loss], settings: Mapping[str, Any]) -> Loss:
+    return cls(**settings)

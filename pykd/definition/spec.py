@@ -27,6 +27,8 @@ class Spec:
             them 0, or ``"mask"``, 0 or 1.
         like: of the student's tensors: the name of the teacher's that it is compared with, entry by entry.
         scale: a factor of what is drawn, where the loss is at home with other numbers.
+        layers: the input is a list of tensors, one per layer: the setting that says how many. Each has axes of its own but for
+            the batch. In graphs and files they are flat: ``student_features_0`` with ``"batch channels_0"``, and so on.
     """
 
     axes: str
@@ -37,6 +39,7 @@ class Spec:
     draw: str = "features"
     like: str | None = None
     scale: float = 1.0
+    layers: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,6 +51,11 @@ class Spec:
         if self.names[0] != "batch" or self.axes == samples or self.axes.startswith(f"{samples} "):
             return self
         return dataclasses.replace(self, axes=" ".join([samples, *self.names[1:]]))
+
+    def of_layer(self, number: int) -> "Spec":
+        """One of the tensors of a list, with axes of its own."""
+        own = self.rename({axis: f"{axis}_{number}" for axis in self.names if axis != "batch"})
+        return dataclasses.replace(own, layers=None, like=None if self.like is None else f"{self.like}_{number}")
 
     def rename(self, axes: Mapping[str, str]) -> "Spec":
         """The same input with some axes called otherwise."""
