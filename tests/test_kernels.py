@@ -283,6 +283,32 @@ def test_what_fused_refuses():
         assert not pykd.functional.soft_target(student, teacher, fused=True).requires_grad
 
 
+def test_a_learned_temperature_is_refused_and_not_left_without_a_gradient():
+    student, teacher = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+    learned = torch.tensor(2.0, requires_grad=True)
+    composed = pykd.compose({"soft": pykd.SoftTarget()})
+    calls = {
+        "temperature": [
+            lambda **given: pykd.functional.soft_target(student, teacher, temperature=learned, **given),
+            lambda **given: pykd.functional.soft_target(
+                student, teacher, temperature=learned, reduction="none", **given
+            ).sum(),
+        ],
+        "soft_temperature": [
+            lambda **given: composed(student_logits=student, teacher_logits=teacher, soft_temperature=learned, **given)[
+                "loss"
+            ]
+        ],
+    }
+    for name, forms in calls.items():
+        for call in forms:
+            assert torch.autograd.grad(call(), learned)[0] != 0
+            with pytest.raises(ValueError, match=f"need no gradient for fused=True, got {name}, which does; "):
+                call(fused=True)
+            with torch.no_grad():
+                call(fused=True)
+
+
 # ---- Files --------------------------------------------------------------------------------------
 
 

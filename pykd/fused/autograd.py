@@ -41,6 +41,7 @@ def evaluate(loss: Loss, tensors: Mapping[str, Tensor], numbers: Mapping[str, An
             f"expected settings and inputs that the kernel of {loss.name} computes for fused=True, got {loss!r} with "
             f"{', '.join(specs)}; leave fused out"
         )
+    _refuse_learned(numbers)
     students = [name for name in tensors if loss.layouts(name)[0].grad]
     function = _of_loss(loss, numbers)
     if loss.reduction == "none":
@@ -54,6 +55,7 @@ def evaluate_graph(graph: Any, tensors: Mapping[str, Tensor], numbers: Mapping[s
         raise ValueError(
             "expected a composition with a loss that has a kernel for fused=True, got none; leave fused out"
         )
+    _refuse_learned(numbers)
     students = [name for name, spec in graph.signature.inputs.items() if spec.grad]
 
     def function(point: Point, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -144,6 +146,16 @@ def _leaves(tensors: Mapping[str, Tensor], wanted: list[str], widened: bool = Fa
 def run(call: Call, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Runs one kernel call through the torch operator."""
     return torch_operators.fused_call(call.kernel.name, call.inputs(weights), call.attributes, call.outputs(weights))
+
+
+def _refuse_learned(numbers: Mapping[str, Any]) -> None:
+    """A temperature that is learned would stay as it is: kernels have gradients of tensors alone."""
+    for name, number in numbers.items():
+        if isinstance(number, Tensor) and number.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"expected numbers that need no gradient for fused=True, got {name}, which does; leave fused out, "
+                f"or detach it"
+            )
 
 
 def _refuse_traces(tensors: Mapping[str, Tensor]) -> None:
