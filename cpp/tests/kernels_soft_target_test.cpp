@@ -413,6 +413,29 @@ TEST_P(SoftTarget, SharpAndFlatTemperatures) {
   }
 }
 
+// One class has nearly all of q there, and a large logarithm; the gradient is what the others leave of it.
+TEST_P(SoftTarget, AReverseGradientKeepsItsDigitsAtLowTemperatures) {
+  for (const float temperature : {2.0f, 0.2f, 0.05f}) {
+    for (const std::size_t classes : {65, 1500, 5000}) {
+      Settings settings;
+      settings.form = Form::kReverseKl;
+      settings.temperature = temperature;
+      const Data data = ordinary(settings, 16, classes, 10.0);
+      const Result result = run(settings, data);
+      for (std::size_t row = 0; row < data.rows; ++row) {
+        const Row expected = reference(settings, data, row);
+        double largest = 0, worst = 0;
+        for (std::size_t j = 0; j < classes; ++j) {
+          const double gradient = data.soft_weight[row] * expected.soft_gradient[j];
+          largest = std::max(largest, std::abs(gradient));
+          worst = std::max(worst, std::abs(result.gradient[row * classes + j] - gradient));
+        }
+        EXPECT_LE(worst, 2e-3 * largest + 1e-10) << "T = " << temperature << ", " << classes << " classes, row " << row;
+      }
+    }
+  }
+}
+
 TEST_P(SoftTarget, Saturated) {
   for (const Settings& settings : all_settings()) {
     for (const std::size_t classes : {1, 2, 17, 1500}) {

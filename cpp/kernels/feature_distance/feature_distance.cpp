@@ -60,31 +60,42 @@ using V32 = hn::Vec<D32>;
 
 HWY_INLINE double sum_of(V32 v) { return static_cast<double>(hn::GetLane(hn::SumOfLanes(D32(), v))); }
 
-// The directions x^ and y^ of a token's features, and x^ - y^ as (keep x - ratio y) scale. Where both norms agree the
-// ratio is 1, so the difference of equal features is exactly 0, whether or not the compiler fuses products and sums.
-// Where there is no x^, or the norms lie farther apart than float32 reaches, keep and ratio are the scales themselves.
+// The directions x^ and y^ of a token's features: x^ is keep x scale, and x^ - y^ is (keep x - ratio y) scale. Where
+// both norms agree, keep and ratio are one power of 2, so the difference of equal features is exactly 0, whether or not
+// the compiler fuses products and sums. That power is 1, unless 1 / norm is no normal number of float32: then it leaves
+// each factor one.
 class Directions {
  public:
-  Directions(double x_squares, double y_squares) : x_scale_(reciprocal(x_squares)), y_scale_(reciprocal(y_squares)) {
-    const float ratio = y_scale_ / x_scale_;
-    relative_ = x_scale_ != 0.0f && !(ratio > 1e15f || ratio < 1e-15f);  // NaN is passed on
+  Directions(double x_squares, double y_squares) : x_(reciprocal(x_squares)), y_(reciprocal(y_squares)) {
+    const double ratio = y_ / x_;
+    const bool relative = x_ != 0 && !(ratio > 1e15 || ratio < 1e-15);  // NaN is passed on
+    // Where there is no x^, or the norms lie farther apart than float32 reaches, keep and ratio are the scales
+    // themselves.
+    double frame = 1;
+    if (relative && x_ < kNormal) frame = 0x1p-64;
+    if (!relative && std::min(x_, y_) < kNormal && std::max(x_, y_) < 1e30) frame = 0x1p24;
+    keep_ = static_cast<float>(relative ? frame : x_ * frame);
+    ratio_ = static_cast<float>(relative ? ratio * frame : y_ * frame);
+    scale_ = static_cast<float>(relative ? x_ / frame : 1 / frame);
   }
 
-  float x_scale() const { return x_scale_; }
-  float keep() const { return relative_ ? 1.0f : x_scale_; }
-  float ratio() const { return relative_ ? y_scale_ / x_scale_ : y_scale_; }
-  float scale() const { return relative_ ? x_scale_ : 1.0f; }
+  bool has_x() const { return x_ != 0; }
+  double x_reciprocal() const { return x_; }  // 1 / norm
+  float keep() const { return keep_; }
+  float ratio() const { return ratio_; }
+  float scale() const { return scale_; }
 
  private:
+  static constexpr double kNormal = std::numeric_limits<float>::min();
+
   // 1 / norm; 0 for a token that has no direction, NaN for one that is not finite.
-  static float reciprocal(double squares) {
-    if (squares < kTiny) return 0.0f;
-    return std::isfinite(squares) ? static_cast<float>(1.0 / std::sqrt(squares))
-                                  : std::numeric_limits<float>::quiet_NaN();
+  static double reciprocal(double squares) {
+    if (squares < kTiny) return 0;
+    return std::isfinite(squares) ? 1 / std::sqrt(squares) : std::numeric_limits<double>::quiet_NaN();
   }
 
-  float x_scale_, y_scale_;
-  bool relative_;
+  double x_, y_;
+  float keep_, ratio_, scale_;
 };
 
 template <class T, Power power>
@@ -161,16 +172,17 @@ struct Token {
   double distance(const Directions& directions, double* along) const {
     const D32 d;
     const std::size_t run = kRun * hn::Lanes(d);
-    const V32 x_scale = hn::Set(d, directions.x_scale()), keep = hn::Set(d, directions.keep());
-    const V32 ratio = hn::Set(d, directions.ratio()), scale = hn::Set(d, directions.scale());
+    const V32 keep = hn::Set(d, directions.keep()), ratio = hn::Set(d, directions.ratio());
+    const V32 scale = hn::Set(d, directions.scale());
     double value = 0.0;
     *along = 0.0;
     for (std::size_t c = 0; c < channels; c += run) {
       V32 sum = hn::Zero(d), product = hn::Zero(d);
       for_each(c, std::min(c + run, channels), [&](V32 vx, V32 vy) HWY_ATTR {
-        const V32 difference = hn::Mul(hn::NegMulAdd(vy, ratio, hn::Mul(vx, keep)), scale);
+        const V32 kept = hn::Mul(vx, keep);
+        const V32 difference = hn::Mul(hn::NegMulAdd(vy, ratio, kept), scale);
         sum = power == kL2 ? hn::MulAdd(difference, difference, sum) : hn::Add(sum, hn::Abs(difference));
-        if (gradient) product = hn::MulAdd(hn::Mul(vx, x_scale), slope(difference), product);
+        if (gradient) product = hn::MulAdd(hn::Mul(kept, scale), slope(difference), product);
       });
       value += sum_of(sum);
       if (gradient) *along += sum_of(product);
@@ -182,12 +194,13 @@ struct Token {
   void differentiate(const Directions& directions, float along, float factor, T* to, bool past_caches) const {
     const D32 d;
     const std::size_t lanes = hn::Lanes(d);
-    const V32 x_scale = hn::Set(d, directions.x_scale()), keep = hn::Set(d, directions.keep());
-    const V32 ratio = hn::Set(d, directions.ratio()), scale = hn::Set(d, directions.scale());
-    const V32 component = hn::Set(d, along), result_scale = hn::Set(d, factor * directions.x_scale());
+    const V32 keep = hn::Set(d, directions.keep()), ratio = hn::Set(d, directions.ratio());
+    const V32 scale = hn::Set(d, directions.scale()), component = hn::Set(d, along);
+    const V32 result_scale = hn::Set(d, static_cast<float>(double{factor} * directions.x_reciprocal()));
     const auto entries = [&](V32 vx, V32 vy) HWY_ATTR {
-      const V32 across = slope(hn::Mul(hn::NegMulAdd(vy, ratio, hn::Mul(vx, keep)), scale));
-      return hn::Mul(result_scale, hn::NegMulAdd(hn::Mul(vx, x_scale), component, across));
+      const V32 kept = hn::Mul(vx, keep);
+      const V32 across = slope(hn::Mul(hn::NegMulAdd(vy, ratio, kept), scale));
+      return hn::Mul(result_scale, hn::NegMulAdd(hn::Mul(kept, scale), component, across));
     };
     const auto some = [&](std::size_t c, std::size_t count) HWY_ATTR {
       store(entries(load(d, x + c, count, 0.0f), load(d, y + c, count, 0.0f)), d, to + c, count);
@@ -226,7 +239,7 @@ double part(const Job& job, std::size_t row, std::size_t first, std::size_t last
       continue;
     }
     sum += token.template distance<true>(directions, &along);
-    if (directions.x_scale() == 0.0f) {
+    if (!directions.has_x()) {
       std::memset(gradient, 0, job.channels * sizeof(T));
     } else {
       token.differentiate(directions, static_cast<float>(along), factor, gradient, job.stream);

@@ -354,9 +354,35 @@ HWY_NOINLINE void add_mixture(const Scratch& scratch, size_t begin, size_t end, 
   }
 }
 
-// gradient = e_student (constant + slope difference) - teacher e_teacher + hard e_hard - labels label_probs
+// What the differences [begin, end) lie above `level`, and the exponentials, summed up over the student's.
+struct AboveLevel {
+  double differences = 0, exponentials = 0;
+};
+
+HWY_NOINLINE AboveLevel above_level(const Scratch& scratch, size_t begin, size_t end, float level) {
+  const D d;
+  const size_t lanes = hn::Lanes(d);
+  AboveLevel sums;
+  for (size_t block = begin; block < end; block += kBlock) {
+    const size_t block_end = std::min(end, block + kBlock);
+    V differences = hn::Zero(d), exponentials = hn::Zero(d);
+    for (size_t i = block; i < block_end; i += lanes) {  // a last vector is filled up with exponentials of 0
+      const V e = hn::Load(d, scratch.student + i);
+      differences = hn::MulAdd(e, hn::Sub(hn::Load(d, scratch.difference + i), hn::Set(d, level)), differences);
+      exponentials = hn::Add(exponentials, e);
+    }
+    sums.differences += sum_of_lanes(differences);
+    sums.exponentials += sum_of_lanes(exponentials);
+  }
+  return sums;
+}
+
+// gradient = constant e_student - teacher e_teacher + hard e_hard - labels label_probs
+//            + (slope (difference - mean) + offset) e_student
+// The mean is that of the differences: what is left of large logarithms without it is not rounded with them, nor with
+// the probabilities, whose difference may be smaller still.
 struct Coefficients {
-  float constant = 0, slope = 0, teacher = 0, hard = 0, labels = 0;
+  float constant = 0, teacher = 0, hard = 0, labels = 0, slope = 0, mean = 0, offset = 0;
 };
 
 template <bool kDifference, bool kTeacher, bool kSeparate, bool kProbs, class T>
@@ -367,11 +393,8 @@ struct GradientAt {
 
   HWY_INLINE V operator()(size_t i, V label_probs) const {
     const D d;
-    V factor = hn::Set(d, coefficients.constant);
-    if constexpr (kDifference) {
-      factor = hn::MulAdd(hn::Set(d, coefficients.slope), hn::LoadU(d, scratch.difference + i), factor);
-    }
-    V result = hn::Mul(hn::LoadU(d, scratch.student + i), factor);
+    const V e = hn::LoadU(d, scratch.student + i);
+    V result = hn::Mul(e, hn::Set(d, coefficients.constant));
     if constexpr (kTeacher) {
       result = hn::NegMulAdd(hn::Set(d, coefficients.teacher), hn::LoadU(d, scratch.teacher + i), result);
     }
@@ -379,6 +402,11 @@ struct GradientAt {
       result = hn::MulAdd(hn::Set(d, coefficients.hard), hn::LoadU(d, scratch.hard + i), result);
     }
     if constexpr (kProbs) result = hn::NegMulAdd(hn::Set(d, coefficients.labels), label_probs, result);
+    if constexpr (kDifference) {
+      const V from_mean = hn::Sub(hn::LoadU(d, scratch.difference + i), hn::Set(d, coefficients.mean));
+      result =
+          hn::MulAdd(e, hn::MulAdd(hn::Set(d, coefficients.slope), from_mean, hn::Set(d, coefficients.offset)), result);
+    }
     return result;
   }
   HWY_INLINE V operator()(size_t i) const { return (*this)(i, kProbs ? load(D(), probs + i) : hn::Zero(D())); }
@@ -535,9 +563,10 @@ class Rows {
     }
     const double teacher_share = problem_.form == Form::kCrossEntropy ? 0.0 : 1.0;
     const double forward = sums_.forward / sums_.teacher + log_student_ - teacher_share * log_teacher_;
-    reverse_ = (sums_.reverse / sums_.student - log_ratio) * kLn2InDouble;
-    if (Terms::kForward && Terms::kReverse) return 0.5 * forward * kLn2InDouble + 0.5 * reverse_;
-    return Terms::kForward ? forward * kLn2InDouble : reverse_;
+    difference_ = sums_.reverse / sums_.student;
+    const double reverse = difference_ - log_ratio;
+    if (Terms::kForward && Terms::kReverse) return 0.5 * kLn2InDouble * (forward + reverse);
+    return kLn2InDouble * (Terms::kForward ? forward : reverse);
   }
 
   double hard_value(size_t row, std::int64_t label) const {
@@ -577,6 +606,23 @@ class Rows {
   }
   static double factor(double log2) { return log2 == 0 ? 1.0 : std::exp2(log2); }
 
+  // The mean of the differences once more, where one class has most of q and its difference is large: that difference
+  // then leaves no digits for the others, which are all of the gradient.
+  void refine_difference() {
+    if (sums_.student > 2 || std::abs(difference_) < 1 || !(std::abs(difference_) < 1e30)) return;
+    double correction = 0;
+    for (size_t begin = 0, end; begin < classes_; begin = end) {
+      const Span span = span_at(begin);
+      end = span.end;
+      if (span.student_factor == 0) continue;
+      const double level = difference_ - span.log_ratio;
+      const float rounded = static_cast<float>(level);
+      const AboveLevel above = above_level(scratch_, begin, end, rounded);
+      correction += span.student_factor * (above.differences + (rounded - level) * above.exponentials);
+    }
+    difference_ += correction;
+  }
+
   void write(T* gradient, const T* probs, std::int64_t label, float soft_weight, float hard_weight) {
     constexpr bool kDifference = Terms::kReverse || Terms::kMixture;
     using Write = void (*)(const Scratch&, const Coefficients&, const T*, size_t, size_t, std::int64_t, bool, T*);
@@ -592,12 +638,12 @@ class Rows {
       hard = kNan;
     }
     if (hard_weight == 0) label = -1;
-    const double log_ratio = log_student_ - log_teacher_;
+    if (Terms::kReverse && with_soft) refine_difference();
     const double chain = static_cast<double>(soft_weight) * problem_.student_scale;  // d(scaled logits) / d(logits)
     for (size_t begin = 0, end; begin < classes_; begin = end) {
       const Span span = span_at(begin);
       end = span.end;
-      double constant = 0, slope = 0;
+      double constant = 0, slope = 0, mean = 0;
       Coefficients c;
       if (with_soft && Terms::kForward) {
         const double half = Terms::kReverse ? 0.5 : 1.0;
@@ -607,12 +653,14 @@ class Rows {
       if (with_soft && Terms::kReverse && span.student_factor != 0) {
         const double half = Terms::kForward ? 0.5 : 1.0;
         slope = half * chain * span.student_factor * kLn2InDouble;
-        constant += half * chain * span.student_factor * ((span.log_ratio - log_ratio) * kLn2InDouble - reverse_);
+        mean = difference_ - span.log_ratio;
       }
       if (with_soft && Terms::kMixture) {
         slope = chain * (1.0 - problem_.beta) * span.student_factor;
-        constant -= slope * mixture_.student;
+        mean = mixture_.student;
       }
+      if (std::abs(mean) < 1e30) c.mean = static_cast<float>(mean);
+      c.offset = static_cast<float>(slope * (c.mean - mean));
       const double hard_constant = hard * (Hard::kProbs ? sums_.labels : 1.0) * span.hard_factor;
       if (hard_weight != 0 && Hard::kSeparate) c.hard = static_cast<float>(hard_constant);
       if (hard_weight != 0 && !Hard::kSeparate) constant += hard_constant;
@@ -632,7 +680,8 @@ class Rows {
   Sums sums_;
   MixtureSums mixture_;
   float student_top_ = 0, teacher_top_ = 0;
-  double log_student_ = 0, log_teacher_ = 0, reverse_ = 0;
+  double log_student_ = 0, log_teacher_ = 0;
+  double difference_ = 0;  // the mean over q, of blocks with the final tops
 };
 
 template <class T, class Terms, class Hard>
