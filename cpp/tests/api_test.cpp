@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <limits>
 #include <regex>
+#include <sstream>
 
 #include "pykd/kernels.h"
 #include "tests/support.h"
@@ -229,6 +230,20 @@ TEST_F(Api, WritesIntoTheCallersMemory) {
   EXPECT_NEAR(gradient[1], 5.0, 1e-5);
   EXPECT_EQ(gradient[0], -7.0f);  // nothing beside it
   EXPECT_EQ(gradient[7], -7.0f);
+}
+
+TEST_F(Api, DependsOnNoLocale) {
+  const CommaLocale comma;
+  std::ostringstream shown;
+  shown << 1234.5;
+  ASSERT_EQ(shown.str(), "1.234,5");
+  const Loss loss = load();
+  EXPECT_EQ(loss.parameters()[0].default_value, 1.5);
+  EXPECT_NEAR(loss.value(inputs()).value("loss"), 1.0, 1e-6);
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.value(inputs(), {{"weight", 1.5e-300}}), "got 1.5e-300;");
+  std::vector<float> many(1234 * 3);
+  const Tensors wrong = {{"student_logits", view(many, {1234, 3})}, {"teacher_logits", view(many, {3, 1234})}};
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.value(wrong), "1234");
 }
 
 TEST_F(Api, LeavesTheInputsAsTheyWere) {

@@ -67,6 +67,17 @@ TEST_F(Engines, SaysWhatLibpykdTorchSays) {
   EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "torch is asleep");
 }
 
+// A message of three parts is passed on as it is, and not as one part of another.
+TEST_F(Engines, NestsNoMessageOfLibpykdTorchInItsOwn) {
+  torchscript.torch_library = FAKE_TORCH_OTHER_TORCH;
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "expected LibTorch 2.13, got 2.12; install it");
+  try {
+    load(torchscript);
+  } catch (const Error& error) {
+    EXPECT_EQ(std::string(error.what()).find("got expected"), std::string::npos) << error.what();
+  }
+}
+
 TEST_F(Engines, SaysThatOnnxRuntimeIsTooOld) {
   onnxruntime.onnxruntime_library = FAKE_ONNXRUNTIME;
   EXPECT_ERROR(PYKD_UNAVAILABLE, load(onnxruntime), "1.21 or newer", "1.20.3", "pip install onnxruntime");

@@ -56,6 +56,26 @@ TEST(Guard, WritesBytesThatAreNoUtf8AsEscapes) {
   EXPECT_LT(kept(std::string(4000, '\xFF')).size(), 4096u);
 }
 
+TEST(Message, TellsOfMemoryInTheWordsOfEveryEngine) {
+  for (const char* words :
+       {"std::bad_alloc", "bfc_arena.cc:376 Failed to allocate memory for requested buffer of size 2147483648",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 400000000000 bytes. Error code 12",
+        "CUDA out of memory. Tried to allocate 20.00 GiB",
+        "expected enough memory for this call, got too little; free some or use smaller tensors"}) {
+    EXPECT_TRUE(tells_of_memory(words)) << words;
+  }
+  EXPECT_FALSE(tells_of_memory("Failed to find kernel for com.microsoft.FusedMatMul(1)"));
+  EXPECT_FALSE(tells_of_memory(""));
+  EXPECT_EQ(guarded([] { throw std::bad_alloc(); }), PYKD_UNAVAILABLE);
+  EXPECT_STREQ(last_error(), "expected enough memory for this call, got too little; free some or use smaller tensors");
+}
+
+TEST(Message, WritesNumbersInTheSameWayInEveryLocale) {
+  const tests::CommaLocale comma;
+  EXPECT_EQ(number_text(1234.5), "1234.5");
+  EXPECT_EQ(number_text(1e-300), "1e-300");
+}
+
 TEST(Message, QuotesHostileText) {
   EXPECT_EQ(in_quotes("a\"b\\\n\x80"), "\"a\\\"b\\\\\\x0a\\x80\"");
   EXPECT_LT(in_quotes(std::string(1000, '\0')).size(), 500u);

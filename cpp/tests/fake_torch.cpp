@@ -10,6 +10,7 @@
 #define FAKE_OLD 2
 #define FAKE_REFUSING 3
 #define FAKE_EMPTY 4
+#define FAKE_OTHER_TORCH 5
 
 namespace pykd::internal {
 namespace {
@@ -52,6 +53,10 @@ std::uint32_t pykd_torch_interface_version(void) {
 pykd::internal::Engine* pykd_torch_engine(char* error, std::size_t size) {
   if (FAKE == FAKE_REFUSING) {
     std::snprintf(error, size, "torch is asleep");
+    return nullptr;
+  }
+  if (FAKE == FAKE_OTHER_TORCH) {
+    std::snprintf(error, size, "expected LibTorch 2.13, got 2.12; install it");
     return nullptr;
   }
   static pykd::internal::FakeEngine engine;

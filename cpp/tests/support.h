@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <locale>
 #include <string>
 
 // Runs `statement` and expects an exception of type `Exception` with that status whose text
@@ -55,6 +56,23 @@ class Variable {
   const char* name_;
   bool was_set_;
   std::string before_;
+};
+
+// C++'s global locale, for the length of a scope, as a host may set it: 1.234,5 instead of 1234.5.
+class CommaLocale {
+ public:
+  CommaLocale() : before_(std::locale::global(std::locale(std::locale::classic(), new Comma))) {}
+  CommaLocale(const CommaLocale&) = delete;
+  CommaLocale& operator=(const CommaLocale&) = delete;
+  ~CommaLocale() { std::locale::global(before_); }
+
+ private:
+  class Comma : public std::numpunct<char> {
+    char do_decimal_point() const override { return ','; }
+    char do_thousands_sep() const override { return '.'; }
+    std::string do_grouping() const override { return "\3"; }
+  };
+  std::locale before_;
 };
 
 }  // namespace pykd::tests

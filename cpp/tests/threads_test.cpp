@@ -1,9 +1,11 @@
 // One Loss, many threads: each gets the numbers that it would get alone, bit for bit.
 #include <atomic>
+#include <cstdlib>
 #include <random>
 #include <thread>
 
 #include "pykd/pykd.hpp"
+#include "tests/child.h"
 #include "tests/support.h"
 #include "tests/tiny_model.h"
 
@@ -104,6 +106,31 @@ TEST(Threads, LoadAtTheSameTime) {
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(failed, 0);
+}
+
+// Threads that run a loss for ever, and the end of the process once all of them do.
+[[noreturn]] void end_while_threads_run(const pykd_loss* loss) {
+  std::atomic<int> at_work{0};
+  for (int i = 0; i < kThreads; ++i) {
+    std::thread([&at_work, loss, i] {
+      Work work(i);
+      for (int call = 0;; ++call) {
+        work.run(loss);
+        if (call == 10) ++at_work;
+      }
+    }).detach();
+  }
+  while (at_work < kThreads) std::this_thread::yield();
+  std::exit(0);
+}
+
+TEST(ThreadsDeathTest, MayBeAtWorkWhenTheProcessEnds) {
+  PYKD_SKIP_WHERE_CHILDREN_HANG();
+  TemporaryFolder folder;
+  write_tiny_folder(folder);
+  for (int round = 0; round < 10; ++round) {
+    EXPECT_EXIT(end_while_threads_run(Loss::load(folder.path()).c()), testing::ExitedWithCode(0), "^$");
+  }
 }
 
 }  // namespace

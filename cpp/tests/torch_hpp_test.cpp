@@ -4,12 +4,16 @@
 
 #include <dlfcn.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <torch/script.h>
 #include <torch/torch.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
+#include <fstream>
 #include <limits>
 #include <sstream>
 #include <string>
@@ -57,9 +61,35 @@ std::string artefact(const std::string& code) {
   return bytes + "pykd.crc32=" + pykd::tests::crc_digits(bytes);
 }
 
-pykd::TorchLoss load(const std::string& engine, const std::string& device = "cpu") {
+// tiny_model() for float16 tensors, as pykd.export writes it: widened first, the gradient rounded last.
+std::string halves(bool gradient) {
+  using pykd::tests::attribute, pykd::tests::kFloat, pykd::tests::node, pykd::tests::value_info;
+  constexpr int kFloat16 = 10;
+  const std::vector<std::string> axes = {"batch", "classes"};
+  pykd::tests::TinyModel model = pykd::tests::tiny_model(gradient);
+  for (auto& input : model.metadata["inputs"]) input["dtype"] = "float16";
+  model.inputs[0] = value_info("student_logits", kFloat16, axes);
+  model.inputs[1] = value_info("teacher_logits", kFloat16, axes);
+  model.nodes[0] = node("Sub", {"student", "teacher"}, "d");
+  model.nodes.insert(model.nodes.begin(), {node("Cast", {"student_logits"}, "student", {attribute("to", kFloat)}),
+                                           node("Cast", {"teacher_logits"}, "teacher", {attribute("to", kFloat)})});
+  if (gradient) {
+    model.metadata["outputs"].back()["dtype"] = "float16";
+    model.outputs.back() = value_info("grad_student_logits", kFloat16, axes);
+    model.nodes.back() = node("Mul", {"d", "scaled"}, "wide");
+    model.nodes.push_back(node("Cast", {"wide"}, "grad_student_logits", {attribute("to", kFloat16)}));
+  }
+  return pykd::tests::sealed(model.bytes());
+}
+
+// With ONNX files for halves where a dtype is float16; a TorchScript file takes every dtype.
+pykd::TorchLoss load(const std::string& engine, const std::string& device = "cpu", at::ScalarType dtype = at::kFloat) {
   const pykd::tests::TemporaryFolder folder;
   pykd::tests::write_tiny_folder(folder);
+  if (dtype == at::kHalf) {
+    folder.write("loss.onnx", halves(false));
+    folder.write("loss.grad.onnx", halves(true));
+  }
   folder.write("loss.pt", artefact(kCode));
   folder.write_manifest();
   pykd::LoadOptions options;
@@ -211,7 +241,8 @@ TEST_F(TorchScript, HalfPrecisionKeepsItsDtypeAndLossScalingWorks) {
 }
 
 // Without its factor the gradient is too small for float16, or too large.
-TEST_F(TorchScript, AFloat16GradientMeetsTheFactorOfAScaledLossBeforeItIsRounded) {
+TEST_P(TorchHpp, AFloat16GradientMeetsTheFactorOfAScaledLossBeforeItIsRounded) {
+  loss = load(GetParam(), "cpu", at::kHalf);
   const at::Tensor data = torch::randn({64, 64}).to(at::kHalf), teacher = torch::zeros({64, 64}, at::kHalf);
   for (const double factor : {65536.0, 196608.0, 0x1p-30}) {
     const at::Tensor student = data.clone().requires_grad_(true);
@@ -229,6 +260,33 @@ TEST_F(TorchScript, AFloat16GradientMeetsTheFactorOfAScaledLossBeforeItIsRounded
   const at::Tensor value = loss({{"student_logits", student}, {"teacher_logits", teacher}});
   (value * std::numeric_limits<float>::infinity()).backward();
   EXPECT_FALSE(student.grad().isfinite().any().item<bool>());
+}
+
+// The same through a kernel, which rounds the gradient itself: against the formula on the same numbers as float32.
+TEST(TorchHppVectors, AFloat16GradientOfAKernelMeetsTheFactorToo) {
+  const char* root = std::getenv("PYKD_TEST_VECTORS");
+  ASSERT_NE(root, nullptr) << "PYKD_TEST_VECTORS names no folder";
+  const auto of = [&](const char* dtype, const char* kernels) {
+    pykd::LoadOptions options;
+    options.engine = "onnxruntime";
+    options.kernels = kernels;
+    return pykd::TorchLoss::load(std::string(root) + "/soft_target[temperature=2.0]-" + dtype, options);
+  };
+  const pykd::TorchLoss wide = of("float32", "off");
+  const at::Tensor teacher = torch::randn({256, 4096}).to(at::kHalf);
+  const at::Tensor data = (teacher + 0.1 * torch::randn({256, 4096})).to(at::kHalf);
+  const auto gradient = [&](const pykd::TorchLoss& one, at::ScalarType dtype, double factor) {
+    const at::Tensor student = data.to(dtype).clone().requires_grad_(true);
+    (one({{"student_logits", student}, {"teacher_logits", teacher.to(dtype)}}) * factor).backward();
+    return student.grad();
+  };
+  const at::Tensor truth = gradient(wide, at::kFloat, 65536.0);
+  ASSERT_LT(largest(truth) / 65536, 0x1p-14) << "float16 could hold the gradient without its factor";
+  for (const char* kernels : {"on", "off"}) {
+    const at::Tensor got = gradient(of("float16", kernels), at::kHalf, 65536.0);
+    EXPECT_EQ(got.scalar_type(), at::kHalf);
+    EXPECT_LE(largest(got - truth), 0x1p-10 * largest(truth)) << kernels;
+  }
 }
 
 TEST_P(TorchHpp, BackwardTwiceAddsUp) {
@@ -280,6 +338,47 @@ TEST_F(TorchScript, ALossThatIgnoresItsInputIsAnErrorAndNotZeros) {
                                  {"teacher_logits", pykd::view(zeros, {2, 3})}};
   EXPECT_EQ(broken.value(tensors).value("loss"), 0.0);
   expect_words(error_of([&] { broken.value_and_gradient(tensors); }, PYKD_INTERNAL), {"student_logits"});
+}
+
+TEST_P(TorchHpp, DependsOnNoLocale) {
+  const pykd::tests::CommaLocale comma;
+  expect_right_gradients(load(GetParam()), at::kFloat);
+  const at::Tensor tall = torch::ones({1234, 3}), wide = torch::ones({3, 1234});
+  const auto call = [&] { loss({{"student_logits", tall}, {"teacher_logits", wide}}); };
+  expect_words(error_of(call, PYKD_INVALID_VALUE), {"1234"});
+  const auto strided = [&] { loss({{"student_logits", wide.t()}, {"teacher_logits", tall}}); };
+  expect_words(error_of(strided, PYKD_INVALID_VALUE), {"1234"});
+}
+
+// The address space that a process may use, for the length of a scope.
+class MemoryLimit {
+ public:
+  explicit MemoryLimit(std::size_t more) {
+    EXPECT_EQ(getrlimit(RLIMIT_AS, &before_), 0);
+    std::size_t pages = 0;
+    std::ifstream("/proc/self/statm") >> pages;
+    rlimit limit = before_;
+    limit.rlim_cur = pages * static_cast<std::size_t>(sysconf(_SC_PAGESIZE)) + more;
+    EXPECT_EQ(setrlimit(RLIMIT_AS, &limit), 0);
+  }
+  MemoryLimit(const MemoryLimit&) = delete;
+  MemoryLimit& operator=(const MemoryLimit&) = delete;
+  ~MemoryLimit() { setrlimit(RLIMIT_AS, &before_); }
+
+ private:
+  rlimit before_;
+};
+
+TEST_P(TorchHpp, SaysThatThereIsTooLittleMemoryAndNothingElse) {
+  const at::Tensor large = torch::zeros({1 << 13, 1 << 13});  // 256 MiB
+  loss({{"student_logits", at::ones({2, 3})}, {"teacher_logits", at::ones({2, 3})}});
+  std::string text;
+  {
+    const MemoryLimit limit(std::size_t{64} << 20);
+    text = error_of([&] { loss({{"student_logits", large}, {"teacher_logits", large}}); }, PYKD_UNAVAILABLE);
+  }
+  EXPECT_EQ(text, "expected enough memory for this call, got too little; free some or use smaller tensors");
+  EXPECT_EQ(loss({{"student_logits", at::ones({2, 3})}, {"teacher_logits", at::ones({2, 3})}}).item<double>(), 0.0);
 }
 
 TEST_P(TorchHpp, ManyThreadsShareOneLoss) {
