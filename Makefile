@@ -37,10 +37,15 @@ $(INSTALLED):
 	scripts/python-environment $(VENV) test,demo
 	@rm -f $(VENV)/.installed-* && touch $@
 
+# What scikit-build-core says to CMake: a tree that was removed, or made by hand, would otherwise be one without the
+# extension, which stayed as it was.
+AS_WHEEL = $(if $(wildcard $(BUILD)/CMakeCache.txt),,-G Ninja) -DSKBUILD=2 -DPYKD_PYTHON=ON -DPython_EXECUTABLE=$(PY) \
+           -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)"
+
 # After the first time this is CMake alone: it compiles what changed, and puts it where the editable install looks.
 .PHONY: build
 build: $(INSTALLED) ## the libraries and the extension, in .venv; after an edit, what changed
-	@cmake -S . -B $(BUILD) $(OPTIONS) -DPYKD_WERROR=$(WERROR) >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
+	@cmake -S . -B $(BUILD) $(AS_WHEEL) $(OPTIONS) -DPYKD_WERROR=$(WERROR) >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
 	@cmake --build $(BUILD)
 	@cmake --install $(BUILD) --prefix "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/pykd" >build/install.log
 
