@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pykd
 from pykd import config, torch_kernels
+from pykd.fused import torch_operators
 from pykd.torch_kernels import fused_call, fused_loss
 
 NAMES = "student teacher temperature soft_weight"
@@ -241,15 +242,15 @@ def test_the_last_backward_hands_on_the_kernels_own_memory(monkeypatch):
     for upstream in (1.0, 3.0):
         tensors = draw(64, 128)
         handed = []
-        original = torch_kernels.scaled
+        original = torch_operators.scaled
 
         def spy(saved, factor, handed=handed, original=original):
             handed.append(saved.data_ptr())
             return original(saved, factor)
 
-        monkeypatch.setattr(torch_kernels, "scaled", spy)
+        monkeypatch.setattr(torch_operators, "scaled", spy)
         (function(*tensors) * upstream).backward()
-        monkeypatch.setattr(torch_kernels, "scaled", original)
+        monkeypatch.setattr(torch_operators, "scaled", original)
         assert handed == [tensors[0].grad.data_ptr()]
         close(tensors[0].grad, truth(*tensors, upstream=upstream)[1])
 
