@@ -188,7 +188,8 @@ def test_a_closed_pipe_is_quiet() -> None:
 def test_a_signal_from_the_keyboard_is_quiet() -> None:
     """While a command is at work: in an import, torch itself may take the signal for something else."""
     code = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell's background job ignores
 from pykd import command_line
 from pykd.command_line import losses
 losses._list = lambda options: (print("at work", flush=True), time.sleep(600))
