@@ -52,11 +52,14 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 def made_by_hand(data: bytes) -> Iterator[bytes]:
     """Code that does not compile, fails when it runs or is not there, with no way to its place in the source."""
-    for debug in (None, b"", b"\x80\x02.", b"\x80\x02N.", b"\x80\x02K\x01.", b"rubbish"):
+    beyond = "of pieces of the source that are not there"
+    for debug in (None, beyond, b"", b"\x80\x02.", b"\x80\x02N.", b"\x80\x02K\x01.", b"rubbish"):
 
-        def changed(code: Change, debug: bytes | None = debug) -> bytes:
+        def changed(code: Change, debug: bytes | str | None = debug) -> bytes:
             def change(name: str, content: bytes) -> bytes | None:
-                if name.endswith(".debug_pkl") and debug is not None:
+                if name.endswith(".debug_pkl") and debug == beyond:
+                    return content.replace(b"K\x01K\x02K\x03", b"K\x01K\xfeK\xff")
+                if name.endswith(".debug_pkl") and isinstance(debug, bytes):
                     return debug
                 return code(name, content)
 
