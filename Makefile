@@ -134,7 +134,7 @@ lint: $(LINTERS) tested-build ## form and types: ruff, mypy, clang-format, clang
 	mypy
 	clang-format --dry-run -Werror $(OURS)
 	@# Of Highway's instruction sets the linter reads one: the code is the same.
-	run-clang-tidy -quiet -p $(BUILD) -extra-arg=-DHWY_COMPILE_ONLY_STATIC "$(CURDIR)/cpp/.*"
+	run-clang-tidy -quiet -p $(BUILD) -extra-arg=-DHWY_COMPILE_ONLY_STATIC "$(CURDIR)/cpp/.*[.]c(pp)?$$"
 
 .PHONY: format
 format: $(LINTERS) ## rewrite our files in the common form

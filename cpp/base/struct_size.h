@@ -34,7 +34,8 @@ Struct copy_sized(const Struct& given, const Struct& defaults, std::size_t first
   const std::size_t size = given.struct_size;
   check_struct_size(size, first_size, kOurSize, what, init);
   const auto* bytes = reinterpret_cast<const unsigned char*>(&given);
-  if (size > kOurSize && std::any_of(bytes + kOurSize, bytes + size, [](unsigned char byte) { return byte != 0; })) {
+  for (std::size_t i = kOurSize; i < size; ++i) {
+    if (bytes[i] == 0) continue;  // NOLINT(clang-analyzer-core.UndefinedBinaryOperatorResult): the caller has so many
     fail(PYKD_INVALID_VALUE, what + " that this library knows", "a newer one that is set",
          "use the libpykd that belongs to the header");
   }

@@ -79,7 +79,9 @@ void compare(const DescribedCall& call, const Outcome& expected, const Variant& 
   if (!outcome.complaint.empty()) complaints.add(call, what + ": " + outcome.complaint);
   for (const std::size_t output : variant.outputs.empty() ? call.outputs : variant.outputs) {
     const std::string where = difference(call, output, expected, outcome);
-    if (!where.empty()) complaints.add(call, what + " gives another " + call.kernel->outputs[output].name + where);
+    if (!where.empty())
+      complaints.add(
+          call, std::string(what).append(" gives another ").append(call.kernel->outputs[output].name).append(where));
   }
 }
 
@@ -277,7 +279,9 @@ void check_refusals(const Kernel& kernel, Complaints& complaints) {
         if (outcome.status == PYKD_OK) complaints.add(call, what + " is accepted");
         if (!outcome.complaint.empty()) complaints.add(call, what + ": " + outcome.complaint);
         if (outcome.error.find(name) == std::string::npos) {
-          complaints.add(call, what + ": the message does not name " + name + ": " + outcome.error);
+          complaints.add(
+              call,
+              std::string(what).append(": the message does not name ").append(name).append(": ").append(outcome.error));
         }
       };
       std::size_t given = 0;
@@ -294,7 +298,7 @@ void check_refusals(const Kernel& kernel, Complaints& complaints) {
         const std::string name = argument.name;
         const bool input = i < given;
         const auto spoilt = [&](const std::string& what, const std::function<void(pykd_tensor&)>& change) {
-          refused(name + " " + what, name,
+          refused(std::string(name).append(" ").append(what), name,
                   [&](Arguments& all) { change(input ? all.inputs[i] : all.outputs[i - given]); });
         };
         static std::int64_t shape[9];  // of the tensor that is passed

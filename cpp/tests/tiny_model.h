@@ -267,7 +267,7 @@ class TemporaryFolder {
   }
 
   // A manifest of the files that are there now, with what `facts` adds to it.
-  void write_manifest(json facts = json::object()) const {
+  void write_manifest(const json& facts = json::object()) const {
     json manifest = {{"format", "pykd"}, {"format_version", 1}, {"files", json::object()}};
     for (const char* name : {"loss.onnx", "loss.grad.onnx", "loss.pt"}) {
       std::ifstream file(path_ / name, std::ios::binary);

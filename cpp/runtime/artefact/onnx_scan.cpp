@@ -840,6 +840,7 @@ void check_default(const Scan& scan, const ParameterSpec& parameter, pykd_dtype 
   const double value = parameter.default_value;
   const double expected = dtype == PYKD_FLOAT32 ? static_cast<double>(static_cast<float>(value)) : value;
   const std::optional<double>& got = found->second.number;
+  // NOLINTNEXTLINE(bugprone-suspicious-memory-comparison): −0 is not 0
   if (got && std::memcmp(&*got, &expected, sizeof expected) == 0) return;
   refuse("the default " + number_text(expected) + " for the parameter " + parameter.name + ", as the metadata says,",
          got ? number_text(*got) : "a tensor that is no number of " + std::string(dtype_name(dtype)));

@@ -88,6 +88,7 @@ class OnnxRuntimeSession : public Session {
     std::vector<double> scalars;
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
       const double value = in_dtype_of_file(request.parameters[i]);
+      // NOLINTNEXTLINE(bugprone-suspicious-memory-comparison): −0 is not 0
       const bool differs = std::memcmp(&value, &parameters_[i].default_value, sizeof value) != 0;
       if (!differs && defaults_in_file_) continue;
       input_names.push_back(parameters_[i].name);
