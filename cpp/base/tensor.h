@@ -38,6 +38,15 @@ std::string shape_text(const std::int64_t* shape, std::int32_t rank);
 // "a, b, c".
 std::string join(const std::vector<std::string>& words);
 
+// The names of tensors, parameters or kernels, for such a message.
+template <class Items>
+std::vector<std::string> names_of(const Items& items) {
+  std::vector<std::string> names;
+  names.reserve(items.size());
+  for (const auto& item : items) names.emplace_back(item.name);
+  return names;
+}
+
 // ---- Values -------------------------------------------------------------------------------------
 
 template <class Enumeration>

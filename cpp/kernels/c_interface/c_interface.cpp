@@ -30,14 +30,6 @@ using kernels::Role;
 constexpr std::size_t kNotFound = static_cast<std::size_t>(-1);
 
 template <class Items>
-std::vector<std::string> names_of(const Items& items) {
-  std::vector<std::string> names;
-  names.reserve(items.size());
-  for (const auto& item : items) names.emplace_back(item.name);
-  return names;
-}
-
-template <class Items>
 std::size_t index_of(const Items& items, const char* name) {
   for (std::size_t i = 0; i < items.size(); ++i) {
     if (std::strcmp(items[i].name, name) == 0) return i;

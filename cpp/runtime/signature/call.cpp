@@ -10,14 +10,6 @@ namespace {
 
 // ---- Messages about a call ---------------------------------------------------------------------
 
-template <class Specs>
-std::vector<std::string> names_of(const Specs& specs) {
-  std::vector<std::string> names;
-  names.reserve(specs.size());
-  for (const auto& spec : specs) names.push_back(spec.name);
-  return names;
-}
-
 std::string axes_text(const TensorSpec& spec) {
   return spec.axes.empty() ? "no axes (a scalar)" : "axes (" + join(spec.axes) + ")";
 }
