@@ -1,10 +1,13 @@
 """What the distances between normalised features share; each is a loss in a file of its own."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from pykd.definition import Case, Loss, Properties, Spec, choice, ops
+from pykd.definition.reference import reduce_samples, rows, unit
 from pykd.fused.description import Argument, Kernel, KernelPoint
 
 KERNEL = Kernel(
@@ -83,6 +86,19 @@ class FeatureDistance(Loss):
             tensors = {name: _samples(tensor, weight, self.spatial_avg) for name, tensor in tensors.items()}
         values = kernel(KERNEL, "value", feature_distance_rows, tensors, {"power": self.kernel_power}, weight="weight")
         return ops.reduce(values, weight, self.reduction)
+
+    def token_by_token(self, distance: Callable[..., Any], student_features, teacher_features, sample_weight):
+        """The reference, from the definition; ``distance`` of two unit vectors is what makes the loss."""
+        if np.ndim(sample_weight) == 2:  # every token is a sample
+            student_features, teacher_features = (rows(x, 1)[:, None] for x in (student_features, teacher_features))
+        values = []
+        for x, y in zip(student_features, teacher_features, strict=True):
+            if self.spatial_avg == "mean":
+                x, y = x.mean(axis=0, keepdims=True), y.mean(axis=0, keepdims=True)
+            values.append(np.mean([distance(unit(a), unit(b)) for a, b in zip(x, y, strict=True)]))
+        return reduce_samples(
+            values, sample_weight, self.reduction, None if sample_weight is None else np.shape(sample_weight)
+        )
 
     def properties(self) -> Properties:
         return Properties(feature_scale=True, zero_when_equal=True, symmetric=True)

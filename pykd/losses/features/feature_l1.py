@@ -4,7 +4,6 @@ import numpy as np
 from torch import Tensor
 
 from pykd.definition import register
-from pykd.definition.reference import reduce_samples, rows, unit
 from pykd.losses.features._shared import FeatureDistance, feature_distance
 
 
@@ -64,14 +63,7 @@ class FeatureL1(FeatureDistance):
     kernel_power = "l1"
 
     def reference(self, student_features, teacher_features, sample_weight=None):
-        """One token at a time, from the definition."""
-        if np.ndim(sample_weight) == 2:  # every token is a sample
-            student_features, teacher_features = (rows(x, 1)[:, None] for x in (student_features, teacher_features))
-        values = []
-        for x, y in zip(student_features, teacher_features, strict=True):
-            if self.spatial_avg == "mean":
-                x, y = x.mean(axis=0, keepdims=True), y.mean(axis=0, keepdims=True)
-            values.append(np.mean([np.abs(unit(a) - unit(b)).sum() for a, b in zip(x, y, strict=True)]))
-        return reduce_samples(
-            values, sample_weight, self.reduction, None if sample_weight is None else np.shape(sample_weight)
-        )
+        def distance(x, y):
+            return np.abs(x - y).sum()
+
+        return self.token_by_token(distance, student_features, teacher_features, sample_weight)
