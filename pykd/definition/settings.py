@@ -50,19 +50,15 @@ class Setting:
             if value not in (True, False):
                 raise ValueError(f"expected {name} to be True or False, got {value!r}; pass one of these")
             return bool(value)
-        error = TypeError if isinstance(value, str | bytes) else ValueError
         try:
-            number = (
-                math.nan
-                if error is TypeError
-                else int(value)
-                if self.kind == "whole" and int(value) == value
-                else float(value)
-            )
+            number = int(value) if self.kind == "whole" else float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
+        exact = self.kind != "whole" or number == value
         fits = self.minimum <= number <= self.maximum and self.above < number < self.below
-        if not fits or (self.kind == "whole" and not isinstance(number, int)):
+        is_text = isinstance(value, str | bytes)
+        if is_text or not exact or not fits:
+            error = TypeError if is_text else ValueError
             raise error(f"expected {name} to be {self._described()}, got {value!r}; pass another {name}")
         return number
 
