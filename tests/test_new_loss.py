@@ -33,6 +33,10 @@ def run(arguments, plugin_folder):
     )
 
 
+def run_tests(loss, plugin_folder, *arguments):
+    return run(["-m", "pytest", "-p", "new_loss_plugin", "-q", "--loss", loss, *arguments], plugin_folder)
+
+
 @pytest.mark.slow
 def test_one_file_is_enough(tmp_path):
     losses, plugins = tmp_path / "losses", tmp_path / "plugins"
@@ -41,20 +45,12 @@ def test_one_file_is_enough(tmp_path):
     (losses / "probability_distance.py").write_text(NEW_LOSS)
     (plugins / "new_loss_plugin.py").write_text(PLUGIN.format(folder=str(losses)))
 
-    ran = run(
-        [
-            "-m",
-            "pytest",
-            "-p",
-            "new_loss_plugin",
-            "-q",
-            "--loss",
-            "probability_distance",
-            "tests/test_every_loss.py",
-            "tests/test_forms.py",
-            "tests/test_engines.py",
-        ],
+    ran = run_tests(
+        "probability_distance",
         plugins,
+        "tests/test_every_loss.py",
+        "tests/test_forms.py",
+        "tests/test_engines.py",
     )
     assert ran.returncode == 0, ran.stdout[-4000:]
     passed = int(ran.stdout.split(" passed")[0].split()[-1])
@@ -64,20 +60,7 @@ def test_one_file_is_enough(tmp_path):
     (losses / "distance.py").write_text(
         NEW_LOSS.replace("probability_distance", "distance").replace("ProbabilityDistance", "Distance")
     )
-    ran = run(
-        [
-            "-m",
-            "pytest",
-            "-p",
-            "new_loss_plugin",
-            "-q",
-            "--collect-only",
-            "--loss",
-            "distance",
-            "tests/test_every_loss.py",
-        ],
-        plugins,
-    )
+    ran = run_tests("distance", plugins, "--collect-only", "tests/test_every_loss.py")
     tests = [line for line in ran.stdout.splitlines() if "::" in line]
     assert len(tests) > 20 and all("[distance" in line or "-distance[" in line for line in tests), ran.stdout
     (losses / "distance.py").unlink()
@@ -87,10 +70,7 @@ def test_one_file_is_enough(tmp_path):
     broken = NEW_LOSS.replace("((q - p) ** 2)", "abs(q - p)")
     assert broken != NEW_LOSS
     (losses / "probability_distance.py").write_text(broken)
-    ran = run(
-        ["-m", "pytest", "-p", "new_loss_plugin", "-q", "--loss", "probability_distance", "tests/test_every_loss.py"],
-        plugins,
-    )
+    ran = run_tests("probability_distance", plugins, "tests/test_every_loss.py")
     assert ran.returncode == 1 and "test_value_matches_the_reference" in ran.stdout
 
     (losses / "probability_distance.py").write_text(NEW_LOSS)
@@ -127,11 +107,11 @@ def test_a_loss_of_any_shape_is_one_file(name, newcomers):
     """Every test that is made for it, and every engine, with nothing written but the file."""
     generated = ("every_loss", "forms", "properties", "left_out", "range", "autocast", "copies", "tracing")
     files = [f"tests/test_{each}.py" for each in generated]
-    ran = run(["-m", "pytest", "-p", "new_loss_plugin", "-q", "--loss", name, "-m", "not slow", *files], newcomers)
+    ran = run_tests(name, newcomers, "-m", "not slow", *files)
     assert ran.returncode == 0, ran.stdout[-4000:]
     assert int(ran.stdout.split(" passed")[0].split()[-1]) > 80, ran.stdout
     engines = ["tests/test_engines.py", "-k", "float32 or changing_shapes"]
-    ran = run(["-m", "pytest", "-p", "new_loss_plugin", "-q", "--loss", name, *engines], newcomers)
+    ran = run_tests(name, newcomers, *engines)
     assert ran.returncode == 0, ran.stdout[-4000:]
 
 
@@ -151,8 +131,7 @@ def test_what_a_newcomer_declares_is_held_against_it(newcomers, tmp_path):
         text = text.replace(right, replacement)
     (losses / "species_correlation.py").write_text(text)
     (newcomers / "new_loss_plugin.py").write_text(PLUGIN.format(folder=str(losses)))
-    tests = ["tests/test_properties.py", "--loss", "species_correlation"]
-    ran = run(["-m", "pytest", "-p", "new_loss_plugin", "-q", *tests], newcomers)
+    ran = run_tests("species_correlation", newcomers, "tests/test_properties.py")
     failed = [line for line in ran.stdout.splitlines() if line.startswith("FAILED")]
     for name in wrong:
         assert any(name in line for line in failed), f"{name}\n{ran.stdout}"
