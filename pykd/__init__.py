@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pykd.definition import Loss as Loss
     from pykd.definition import Scalar as Scalar
     from pykd.definition import Spec as Spec
+    from pykd.definition import get as get
     from pykd.definition import register as register
     from pykd.export import export as export
     from pykd.export import verify as verify
@@ -40,6 +41,7 @@ _HOME = {
     "Spec": "pykd.definition",
     "compose": "pykd.composition",
     "export": "pykd.export",
+    "get": "pykd.definition",
     "load": "pykd.runtime",
     "onnxruntime_ops_path": "pykd.config",
     "register": "pykd.definition",

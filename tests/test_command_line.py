@@ -67,6 +67,8 @@ RECIPES = {
 }
 
 CALLS = [
+    "list no such words",
+    "show soft_targets",
     "export --recipe missing.toml --out out",
     "export --recipe folder --out out",
     "export --recipe pipe --out out",
@@ -110,7 +112,6 @@ USAGE = [
     "verify empty --seed " + "9" * 40,
     "verify empty --seed " + "9" * 5000,
     "show",
-    "list more",
 ]
 
 

@@ -106,7 +106,7 @@ def test_script_compile_copies_and_positions_agree(loss_subject):
     assert repr(loss) == f"{type(loss).__name__}({', '.join(f'{n}={v!r}' for n, v in loss.settings().items())})"
 
 
-def declare(formula, **fields):
+def declare(formula, called="ALoss", **fields):
     """A loss of this formula with these fields, in a module of its own."""
     module = types.ModuleType("a_module_for_a_test")
     sys.modules[module.__name__] = module
@@ -120,7 +120,7 @@ def declare(formula, **fields):
         **fields,
     }
     try:
-        return registry.register("a_loss_for_a_test")(type("ALoss", (Loss,), body))
+        return registry.register("a_loss_for_a_test")(type(called, (Loss,), body))
     finally:
         registry._LOSSES.pop("a_loss_for_a_test", None)
         del sys.modules[module.__name__]

@@ -7,11 +7,12 @@ from typing import Any
 
 
 def add(commands: Any) -> None:
-    listing = commands.add_parser("list", help="every loss in a line")
+    listing = commands.add_parser("list", help="every loss in a line, by family")
+    listing.add_argument("word", nargs="*", help="show those only in whose line or family all of these stand")
     listing.set_defaults(run=_list)
 
     show = commands.add_parser("show", help="the specification of one loss")
-    show.add_argument("loss", help="its name, as `pykd list` prints it")
+    show.add_argument("loss", help="its name or an alias, as `pykd list` prints them")
     show.set_defaults(run=_show)
 
     table = commands.add_parser("table", help="the generated parts of the README")
@@ -23,17 +24,26 @@ def add(commands: Any) -> None:
 def _list(options: argparse.Namespace) -> None:
     from pykd.definition import registry
 
-    registry.load_all()
-    for name, cls in registry.registered().items():
-        print(f"{name:20} {cls.__name__:16} {(inspect.getdoc(cls) or '').splitlines()[0]}")
+    families = registry.search(options.word)
+    if not families:
+        raise ValueError(
+            f"expected words that stand in the line or the family of a loss, got {' '.join(options.word)!r}; "
+            "`pykd list` shows every loss"
+        )
+    for number, (family, losses) in enumerate(families.items()):
+        print(("\n" if number else "") + (family or "elsewhere"))
+        for cls in losses:
+            aliases = f" ({', '.join(cls.aliases)})" if cls.aliases else ""
+            print(f"  {cls.name:26} {cls.__name__:26} {(inspect.getdoc(cls) or '').splitlines()[0]}{aliases}")
 
 
 def _show(options: argparse.Namespace) -> None:
-    from pykd.definition import registry
+    from pykd.definition import get
 
-    registry.load_all()
-    cls = registry.get(options.loss)
+    cls = get(options.loss)
     print(f"{cls.__name__}{inspect.signature(cls)}\n\n{inspect.getdoc(cls)}")
+    if cls.aliases:
+        print(f"\nAlso called: {', '.join(cls.aliases)}")
 
 
 def _table(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ A loss is one file in ``pykd/losses/<family>/``, which takes everything it needs
 
 from pykd.definition.loss import REDUCTIONS as REDUCTIONS
 from pykd.definition.loss import Loss as Loss
+from pykd.definition.registry import get as get
 from pykd.definition.registry import register as register
 from pykd.definition.settings import choice as choice
 from pykd.definition.settings import flag as flag

@@ -24,6 +24,9 @@ class Loss(nn.Module):
 
     Attributes:
         name: how it is called in recipes, files and tables. Set by :func:`register`.
+        family: the folder of ``pykd/losses`` that its file lies in; empty for a file elsewhere. Set by :func:`register`.
+        aliases: what papers and other libraries call it: ``("KD", "DistillKL")``. :func:`pykd.get`, recipes and the command
+            line find it by these, too.
         inputs: tensors by name, in the order in which the formula takes them; a tuple of Specs where one input may take
             several forms (class indices or probabilities, say).
         cases: settings to test.
@@ -36,6 +39,8 @@ class Loss(nn.Module):
     """
 
     name: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    aliases: ClassVar[Sequence[str]] = ()
     inputs: ClassVar[Mapping[str, Spec | Layouts]] = {}
     scalars: ClassVar[Mapping[str, Scalar]] = {}
     cases: ClassVar[Sequence[Case]] = (Case(),)

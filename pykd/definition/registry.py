@@ -4,12 +4,13 @@ import importlib
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from pykd.definition.loss import Loss
 from pykd.definition.spec import Case
 
+_HOME = "pykd.losses"
 _LOSSES: dict[str, type[Loss]] = {}
 L = TypeVar("L", bound=type[Loss])
 
@@ -18,11 +19,15 @@ def register(name: str) -> Callable[[L], L]:
     """Class decorator: makes a loss known to everything, under ``name``."""
 
     def add(cls: L) -> L:
-        known = _LOSSES.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            raise ValueError(
-                f"expected a new name, got {name!r}, which {known.__module__}.{known.__qualname__} has; choose another"
-            )
+        if isinstance(cls.aliases, str):
+            raise TypeError(f"expected the aliases of {cls.__qualname__} as a tuple, got {cls.aliases!r}; add a comma")
+        for called in (name, cls.__name__, *cls.aliases):
+            known = _find(called)
+            if known is not None and (known.name, known.__qualname__) != (name, cls.__qualname__):
+                raise ValueError(
+                    f"expected a new name for {cls.__module__}.{cls.__qualname__}, got {called!r}, which "
+                    f"{known.__module__}.{known.__qualname__} has; choose another"
+                )
         missing = [what for what in ("inputs", "paper") if not getattr(cls, what)]
         if "reference" not in cls.__dict__:
             missing.append("reference")
@@ -38,13 +43,15 @@ def register(name: str) -> Callable[[L], L]:
             )
         cls.takes(formula)
         cls.name = name
+        home, _, file = cls.__module__.removeprefix(f"{_HOME}.").rpartition(".")
+        cls.family = home if cls.__module__.startswith(f"{_HOME}.") and file else ""
         _LOSSES[name] = cls
         return cls
 
     return add
 
 
-def load_all(package: str = "pykd.losses") -> None:
+def load_all(package: str = _HOME) -> None:
     """Imports every file of a package of losses, families (packages inside) included; names with an underscore in front are left out."""
     module = importlib.import_module(package)
     for info in pkgutil.iter_modules(module.__path__):
@@ -67,12 +74,27 @@ def is_registered(name: str) -> bool:
 
 
 def get(name: str) -> type[Loss]:
-    """The loss class called ``name``."""
-    if name not in _LOSSES:
+    """The loss class called ``name``: by its own name, its class's, or an alias; capitals, ``-`` and ``_`` do not count."""
+    found = _find(name)
+    if found is None:
+        load_all()
+        found = _find(name)
+    if found is None:
         raise ValueError(
-            f"expected the name of a loss ({', '.join(registered())}), got {name!r}; `pykd list` tells more"
+            f"expected the name of a loss ({', '.join(registered())}) or an alias, got {name!r}; `pykd list` shows all of them"
         )
-    return _LOSSES[name]
+    return found
+
+
+def search(words: Iterable[str]) -> dict[str, list[type[Loss]]]:
+    """The losses in whose names, aliases, family or first line every one of ``words`` stands, by family."""
+    load_all()
+    found: dict[str, list[type[Loss]]] = {}
+    for cls in sorted(_LOSSES.values(), key=lambda cls: (cls.family, cls.name)):
+        text = " ".join([cls.family, cls.name, cls.__name__, *cls.aliases, (inspect.getdoc(cls) or "").split("\n")[0]])
+        if all(word.casefold() in text.casefold() for word in words):
+            found.setdefault(cls.family, []).append(cls)
+    return found
 
 
 def every_case() -> Iterator[tuple[type[Loss], Case]]:
@@ -80,3 +102,17 @@ def every_case() -> Iterator[tuple[type[Loss], Case]]:
     for cls in registered().values():
         for case in cls.cases:
             yield cls, case
+
+
+def _find(called: str) -> type[Loss] | None:
+    if called in _LOSSES:
+        return _LOSSES[called]
+    key = _plain(called)
+    for cls in _LOSSES.values():
+        if key in map(_plain, (cls.name, cls.__name__, *cls.aliases)):
+            return cls
+    return None
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace("-", "").replace("_", "")

@@ -70,8 +70,9 @@ class Template(Loss):
 
     # 3. The tensors in the order of the formula, with named axes (any names; least_lengths = {"classes": 2} where one class is
     #    too few; sample_axes, where a sample may also be one token of a sequence: soft_target.py has them), with what they hold
-    #    (draw; layers, where it is a list), and which of the teacher's tensors each of the student's is compared with (like); the settings to test, every one
-    #    of them off its default somewhere (tests reduce and weigh by themselves); and the settings themselves, of which the
+    #    (draw; layers, where it is a list), and which of the teacher's tensors each of the student's is compared with (like);
+    #    the settings to test, every one of them off its default somewhere (tests reduce and weigh by themselves); what else
+    #    the loss is called (abbreviations of papers, classes of other libraries); and the settings themselves, of which the
     #    constructor is made: scalar (may change in every call), number, whole, choice, flag. They have the names, the order
     #    and the defaults that the formula has.
     inputs = {
@@ -83,6 +84,7 @@ class Template(Loss):
         Case(),
         Case({"temperature": 2.0, "reduction": "sum"}, optional=("sample_weight",)),
     )
+    aliases = ("TemplateLoss",)
     paper = "Brier 1950"
 
     temperature: float = scalar(1.0, minimum=0.0, exclusive=True)

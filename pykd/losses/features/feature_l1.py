@@ -60,6 +60,7 @@ class FeatureL1(FeatureDistance):
         Model, ICCVW 2019; Romero et al.: FitNets, 2015, arXiv:1412.6550 (comparing features as such).
     """
 
+    aliases = ("L1", "L1Loss")
     kernel_power = "l1"
 
     def reference(self, student_features, teacher_features, sample_weight=None):

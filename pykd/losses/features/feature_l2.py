@@ -58,6 +58,7 @@ class FeatureL2(FeatureDistance):
         Model, ICCVW 2019; Romero et al.: FitNets, 2015, arXiv:1412.6550 (comparing features as such).
     """
 
+    aliases = ("L2", "L2Loss")
     kernel_power = "l2"
 
     def reference(self, student_features, teacher_features, sample_weight=None):

@@ -139,6 +139,7 @@ class MKMMD(Loss):
         Case({"spatial_avg": "mean"}),
     )
     couples_batch = "compares every sample of the batch with every other"
+    aliases = ("MK-MMD",)
     paper = "Long et al. 2015, arXiv:1502.02791"
 
     spatial_avg: str | None = choice(None, ops.SPATIAL_AVERAGES)

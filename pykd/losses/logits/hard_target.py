@@ -161,6 +161,7 @@ class HardTarget(Loss):
             optional=("sample_weight", "class_weight"),
         ),
     )
+    aliases = ("CE", "CrossEntropyLoss")
     paper = "Hinton, Vinyals, Dean 2015, arXiv:1503.02531"
 
     label_smoothing: float = number(0.0, minimum=0.0, maximum=1.0)

@@ -162,6 +162,16 @@ class SoftTarget(Loss):
         Case({"temperature": 2.5, "form": "jsd", "beta": 0.3}),
         Case({"temperature": 3.0}, layouts={"student_logits": "batch tokens classes"}, optional=("sample_weight",)),
     )
+    aliases = (
+        "KD",
+        "ST",
+        "KDLoss",
+        "DistillKL",
+        "KLDivergence",
+        "LogitsDistillationLoss",
+        "KDSoftCELoss",
+        "kd_ce_loss",
+    )
     paper = "Hinton, Vinyals, Dean 2015, arXiv:1503.02531"
 
     temperature: float = scalar(2.0, minimum=0.0, exclusive=True)

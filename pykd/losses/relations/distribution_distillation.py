@@ -206,6 +206,7 @@ class DistributionDistillation(Loss):
         Case({"bins": 101, "width": 0.05}),
     )
     couples_batch = "compares every sample of the batch with every other"
+    aliases = ("DDL",)
     paper = "Huang et al. 2020, arXiv:2002.03662"
 
     positive_weight: float = scalar(0.1, minimum=0.0)

@@ -1,0 +1,90 @@
+"""A loss is found by its name, its class's and its aliases, whatever their case, and no two losses share one."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+import pykd
+from pykd import command_line, recipe
+from pykd.definition import registry
+from tests.test_settings import declare
+
+CASES = (str, str.upper, str.lower, str.swapcase, lambda name: name.replace("_", "-"))
+
+
+def test_every_name_finds_the_loss(loss_class, capsys):
+    for name in (loss_class.name, loss_class.__name__, *loss_class.aliases):
+        for changed in {change(name) for change in CASES}:
+            assert pykd.get(changed) is loss_class
+    for alias in loss_class.aliases:
+        (term,) = recipe.build({"loss": alias}).named_terms
+        assert type(term.parts[0].loss) is loss_class
+        assert command_line.main(["show", alias]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"{loss_class.__name__}(") and f"Also called: {', '.join(loss_class.aliases)}" in shown
+
+
+def test_the_family_is_the_folder(loss_class):
+    assert loss_class.family == Path(inspect.getfile(loss_class)).parent.name
+
+
+def good(student_logits, teacher_logits, reduction: str = "mean"):
+    return (student_logits - teacher_logits).abs().mean()
+
+
+@pytest.mark.parametrize("fields", [{"aliases": ("kd",)}, {"aliases": ("Soft-Target",)}, {"aliases": ("SOFTTARGET",)}])
+def test_no_two_losses_share_a_name(fields):
+    with pytest.raises(
+        ValueError,
+        match=r"expected a new name for a_module_for_a_test.ALoss, got '.*', which "
+        r"pykd.losses.logits.soft_target.SoftTarget has; choose another",
+    ):
+        declare(good, **fields)
+    made = declare(good, aliases=("one-that-is-free",))
+    assert made.family == "" and pykd.get("kd") is pykd.SoftTarget
+
+
+def test_two_classes_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="got 'SoftTarget', which pykd.losses.logits.soft_target.SoftTarget has"):
+        declare(good, called="SoftTarget")
+
+
+def test_aliases_are_a_tuple():
+    with pytest.raises(TypeError, match="expected the aliases of ALoss as a tuple, got 'X'; add a comma"):
+        declare(good, aliases="X")
+
+
+def test_an_unknown_name_says_which_there_are():
+    with pytest.raises(
+        ValueError, match=r"expected the name of a loss \(.*soft_target.*\) or an alias, got 'KDD'; `pykd list`"
+    ):
+        pykd.get("KDD")
+
+
+def test_the_list_is_grouped_and_searched(capsys):
+    registry.load_all()
+    every = registry.registered()
+    assert command_line.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line for line in lines if line and not line.startswith(" ")]
+    assert heads == sorted({cls.family for cls in every.values()})
+    family = ""
+    for line in lines:
+        if line in heads:
+            family = line
+        elif line:
+            assert every[line.split()[0]].family == family
+    assert len(lines) == len(every) + 2 * len(heads) - 1
+    for word in (*heads, "divergence"):
+        for given in ([word[:-1]], ["the", word.upper()]):
+            assert command_line.main(["list", *given]) == 0
+            lines = capsys.readouterr().out.splitlines()
+            shown = {line.split()[0]: line for line in lines if line.startswith(" ")}
+            assert shown.keys() >= {name for name, cls in every.items() if cls.family == word and len(given) == 1}
+            for name, line in shown.items():
+                assert all(one.casefold() in f"{every[name].family} {line}".casefold() for one in given)
+    for name, cls in every.items():
+        for alias in cls.aliases:
+            assert command_line.main(["list", alias.swapcase(), cls.family]) == 0
+            assert f"  {name} " in capsys.readouterr().out
