@@ -56,7 +56,8 @@ demo: build ## train teacher and students on the digits, in Python and C++, and 
 	$(PY) -m pykd demo
 
 .PHONY: readme
-readme: tested-build $(VECTORS) ## renew the generated parts of README.md
+readme: tested-build $(VECTORS) ## renew what is generated: parts of README.md, the stubs of the losses
+	$(PY) scripts/stubs
 	$(PY) scripts/readme
 
 .PHONY: bench

@@ -13,6 +13,11 @@ from typing import TYPE_CHECKING, Any
 from pykd._version import __version__
 
 if TYPE_CHECKING:
+    from pykd import functional as functional
+    from pykd import kernels as kernels
+    from pykd import losses as losses
+    from pykd import recipe as recipe
+    from pykd import torch_kernels as torch_kernels
     from pykd.composition import Composition as Composition
     from pykd.composition import DistillationLoss as DistillationLoss
     from pykd.composition import LossGraph as LossGraph
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
     from pykd.definition import register as register
     from pykd.export import export as export
     from pykd.export import verify as verify
+    from pykd.losses import *  # noqa: F403  all of them, by scripts/stubs
     from pykd.runtime import load as load
 
 _HOME = {
@@ -52,21 +58,23 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 
-def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    if name == "export":  # a package that can be called: pykd.export(loss, "folder")
-        value = importlib.import_module("pykd.export")
-    elif name in _HOME:
-        value = getattr(importlib.import_module(_HOME[name]), name)
-    elif importlib.util.find_spec(f"pykd.{name}") is not None:
-        return importlib.import_module(f"pykd.{name}")
-    elif name in _losses():
-        value = _losses()[name]
-    else:
-        raise AttributeError(f"module 'pykd' has no attribute {name!r}; `pykd list` shows every loss")
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # who would take any name
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name == "export":  # a package that can be called: pykd.export(loss, "folder")
+            value = importlib.import_module("pykd.export")
+        elif name in _HOME:
+            value = getattr(importlib.import_module(_HOME[name]), name)
+        elif importlib.util.find_spec(f"pykd.{name}") is not None:
+            return importlib.import_module(f"pykd.{name}")
+        elif name in _losses():
+            value = _losses()[name]
+        else:
+            raise AttributeError(f"module 'pykd' has no attribute {name!r}; `pykd list` shows every loss")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

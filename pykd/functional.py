@@ -12,17 +12,20 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pykd.definition import Loss, registry
 
+if TYPE_CHECKING:
+    from pykd.losses._formulas import *  # noqa: F403  all of them, by scripts/stubs
+else:
 
-def __getattr__(name: str) -> Any:
-    if not registry.is_registered(name):
-        registry.load_all()
-    if not registry.is_registered(name):
-        raise AttributeError(f"module 'pykd.functional' has no attribute {name!r}; it has {', '.join(__dir__())}")
-    return _with_fused(name)
+    def __getattr__(name: str) -> Any:
+        if not registry.is_registered(name):
+            registry.load_all()
+        if not registry.is_registered(name):
+            raise AttributeError(f"module 'pykd.functional' has no attribute {name!r}; it has {', '.join(__dir__())}")
+        return _with_fused(name)
 
 
 def __dir__() -> list[str]:

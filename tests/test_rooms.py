@@ -40,7 +40,8 @@ MODULES = {
     for path in sorted((ROOT / folder).rglob("*.py"))
     if "export" not in path.relative_to(ROOT).parts[1:]  # a link to export/
 }
-COMPILED = {"pykd._core"}
+# What has no source in Python: the extension, and what type checkers alone read.
+COMPILED = {module_of(path) for path in (ROOT / "pykd").rglob("*.pyi")} - MODULES.keys()
 
 
 def imports_of(path: Path) -> set[str]:

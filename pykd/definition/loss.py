@@ -15,7 +15,11 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 @dataclass_transform(field_specifiers=(scalar, number, whole, choice, flag))
-class Loss(nn.Module):
+class _WithFields(nn.Module):
+    """Says to type checkers that fields make the constructor; of what stands below it alone, so of ``reduction`` as well."""
+
+
+class Loss(_WithFields):
     """Base of every loss.
 
     A subclass declares its settings as fields (:mod:`pykd.definition.settings`), of which the constructor is made, and its
@@ -49,7 +53,7 @@ class Loss(nn.Module):
     least_lengths: ClassVar[Mapping[str, int]] = {}
     paper: ClassVar[str] = ""
 
-    reduction: str = choice("mean", REDUCTIONS, kw_only=True)
+    reduction: str = choice(REDUCTIONS, default="mean", kw_only=True)
 
     _lists: ClassVar[Mapping[str, Sequence[str]]] = {}  # inputs that are lists, with the flat names of their tensors
     _formula: ClassVar[Callable[..., Tensor]]

@@ -1,8 +1,8 @@
 """Settings: the fields of a loss that its constructor takes, each with a default and what is allowed.
 
-    temperature: float = scalar(2.0, minimum=0.0, exclusive=True)
-    form: str = choice("cross_entropy", FORMS)
-    beta: float = number(0.5, above=0.0, below=1.0)
+    temperature: float = scalar(default=2.0, minimum=0.0, exclusive=True)
+    form: str = choice(FORMS, default="cross_entropy")
+    beta: float = number(default=0.5, above=0.0, below=1.0)
 
 The base class makes the constructor of these, as ``dataclasses`` does, and type checkers know it does.
 """
@@ -79,12 +79,13 @@ class Setting:
         return " ".join([what, " and ".join(bounds)]).strip()
 
 
-# They return Any, as dataclasses.field does: what stands in the class is the setting, what instances have is its value.
+# They return Any, as dataclasses.field does: what stands in the class is the setting, what instances have is its value. Type
+# checkers take a field for optional where its default has the name "default"; so it has no other place.
 
 
 def scalar(
-    default: float,
     *,
+    default: float,
     minimum: float = -math.inf,
     exclusive: bool = False,
     maximum: float = math.inf,
@@ -95,8 +96,8 @@ def scalar(
 
 
 def number(
-    default: float,
     *,
+    default: float,
     minimum: float = -math.inf,
     maximum: float = math.inf,
     above: float = -math.inf,
@@ -107,16 +108,16 @@ def number(
     return Setting(default, "number", minimum=minimum, maximum=maximum, above=above, below=below)
 
 
-def whole(default: int, *, minimum: float = -math.inf, maximum: float = math.inf, kw_only: bool = False) -> Any:
+def whole(*, default: int, minimum: float = -math.inf, maximum: float = math.inf, kw_only: bool = False) -> Any:
     """A whole number."""
     return Setting(default, "whole", minimum=minimum, maximum=maximum)
 
 
-def choice(default: Any, choices: Sequence[Any], *, kw_only: bool = False) -> Any:
+def choice(choices: Sequence[Any], *, default: Any, kw_only: bool = False) -> Any:
     """One of a few words, or None where that is among them."""
     return Setting(default, "choice", choices=tuple(choices))
 
 
-def flag(default: bool, *, kw_only: bool = False) -> Any:
+def flag(*, default: bool, kw_only: bool = False) -> Any:
     """True or False."""
     return Setting(default, "flag")

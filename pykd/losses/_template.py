@@ -1,6 +1,7 @@
 """Copy this file to ``pykd/losses/<family>/<name>.py`` and fill it in; nothing else needs to know of the new loss.
 
-Then: ``pytest --loss <name>`` runs every check, ``pykd table --write README.md`` renews the table of losses.
+Then: ``pytest --loss <name>`` runs every check, ``pykd table --write README.md`` renews the table of losses,
+``scripts/stubs`` what editors and type checkers read.
 (Files that start with an underscore are not loaded; a test runs this one as it stands.)
 """
 
@@ -87,7 +88,7 @@ class Template(Loss):
     aliases = ("TemplateLoss",)
     paper = "Brier 1950"
 
-    temperature: float = scalar(1.0, minimum=0.0, exclusive=True)
+    temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
 
     # 4. What changes nothing (True), or why it does: tests hold you to it, either way.
     def properties(self) -> Properties:

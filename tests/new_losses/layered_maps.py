@@ -65,8 +65,8 @@ class LayeredMaps(Loss):
     cases = (Case({"share": 0.25}), Case({"layers": 3, "reduction": "sum"}, optional=("sample_weight",)))
     paper = "a test"
 
-    share: float = scalar(0.5, minimum=0.0, maximum=1.0)
-    layers: int = whole(2, minimum=1, maximum=20)
+    share: float = scalar(default=0.5, minimum=0.0, maximum=1.0)
+    layers: int = whole(default=2, minimum=1, maximum=20)
 
     def properties(self) -> Properties:
         return Properties(

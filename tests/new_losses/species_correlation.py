@@ -62,7 +62,7 @@ class SpeciesCorrelation(Loss):
     cases = (Case(), Case({"sharpness": 0.75, "reduction": "sum"}, optional=("sample_weight",)))
     paper = "Huang et al. 2022, arXiv:2205.10536"
 
-    sharpness: float = scalar(0.5, minimum=0.0, exclusive=True, maximum=1.0)
+    sharpness: float = scalar(default=0.5, minimum=0.0, exclusive=True, maximum=1.0)
 
     def properties(self) -> Properties:
         return Properties(

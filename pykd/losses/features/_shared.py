@@ -76,7 +76,7 @@ class FeatureDistance(Loss):
     sample_axes = ("batch", "batch tokens")
     paper = "Wang et al. ICCVW 2019"
 
-    spatial_avg: str | None = choice(None, ops.SPATIAL_AVERAGES)
+    spatial_avg: str | None = choice(ops.SPATIAL_AVERAGES, default=None)
     kernel_power: ClassVar[str]
 
     def fused(self, kernel: KernelPoint, student_features, teacher_features, sample_weight):

@@ -142,8 +142,8 @@ class MKMMD(Loss):
     aliases = ("MK-MMD",)
     paper = "Long et al. 2015, arXiv:1502.02791"
 
-    spatial_avg: str | None = choice(None, ops.SPATIAL_AVERAGES)
-    bandwidth: str = choice("joint", ("joint", "per_block"))
+    spatial_avg: str | None = choice(ops.SPATIAL_AVERAGES, default=None)
+    bandwidth: str = choice(("joint", "per_block"), default="joint")
 
     def fused(self, kernel: KernelPoint, student_features, teacher_features):
         tensors = {

@@ -164,8 +164,8 @@ class HardTarget(Loss):
     aliases = ("CE", "CrossEntropyLoss")
     paper = "Hinton, Vinyals, Dean 2015, arXiv:1503.02531"
 
-    label_smoothing: float = number(0.0, minimum=0.0, maximum=1.0)
-    ignore_index: int = whole(-100)
+    label_smoothing: float = number(default=0.0, minimum=0.0, maximum=1.0)
+    ignore_index: int = whole(default=-100)
 
     def properties(self) -> Properties:
         return Properties(

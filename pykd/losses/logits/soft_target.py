@@ -174,11 +174,11 @@ class SoftTarget(Loss):
     )
     paper = "Hinton, Vinyals, Dean 2015, arXiv:1503.02531"
 
-    temperature: float = scalar(2.0, minimum=0.0, exclusive=True)
-    soften_student: bool = flag(True)
-    form: str = choice("cross_entropy", FORMS)
-    beta: float = number(0.5, above=0.0, below=1.0)  # whose ends are form="kl" and form="reverse_kl"
-    tau_squared: bool = flag(False)
+    temperature: float = scalar(default=2.0, minimum=0.0, exclusive=True)
+    soften_student: bool = flag(default=True)
+    form: str = choice(FORMS, default="cross_entropy")
+    beta: float = number(default=0.5, above=0.0, below=1.0)  # whose ends are form="kl" and form="reverse_kl"
+    tau_squared: bool = flag(default=False)
 
     def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight, temperature):
         values = kernel(

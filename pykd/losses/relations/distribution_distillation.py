@@ -209,12 +209,12 @@ class DistributionDistillation(Loss):
     aliases = ("DDL",)
     paper = "Huang et al. 2020, arXiv:2002.03662"
 
-    positive_weight: float = scalar(0.1, minimum=0.0)
-    negative_weight: float = scalar(0.02, minimum=0.0)
-    order_weight: float = scalar(0.5, minimum=0.0)
-    bins: int = whole(1000, minimum=2, maximum=10_000)
-    width: float = number(0.1, above=0.0)
-    negatives: str = choice("hardest", ("hardest", "all"))
+    positive_weight: float = scalar(default=0.1, minimum=0.0)
+    negative_weight: float = scalar(default=0.02, minimum=0.0)
+    order_weight: float = scalar(default=0.5, minimum=0.0)
+    bins: int = whole(default=1000, minimum=2, maximum=10_000)
+    width: float = number(default=0.1, above=0.0)
+    negatives: str = choice(("hardest", "all"), default="hardest")
 
     def fused(self, kernel: KernelPoint, student_embeddings, teacher_embeddings, labels, *weights):
         tensors = {
