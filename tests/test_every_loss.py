@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import pykd
-from pykd.definition import Loss, Spec, registry
 from tests import tolerances
 from tests.conftest import TRIALS
 
@@ -268,16 +267,3 @@ def test_every_case_exercises_every_setting(loss_class):
     moved = {name for case in loss_class.cases for name, value in case.settings.items() if value != defaults[name]}
     allowed = {"reduction"} if loss_class.couples_batch else set()
     assert set(defaults) - moved <= allowed, f"no case of {loss_class.name} moves {set(defaults) - moved - allowed}"
-
-
-def test_registry_refuses_a_second_loss_of_the_same_name():
-    with pytest.raises(ValueError, match="expected a new name, got 'soft_target'"):
-
-        @registry.register("soft_target")
-        class Another(Loss):
-            inputs = {"student_logits": Spec("batch classes", grad=True)}
-            paper = "none"
-
-            @staticmethod
-            def reference(**inputs):
-                return 0.0

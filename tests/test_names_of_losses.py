@@ -7,7 +7,7 @@ import pytest
 
 import pykd
 from pykd import command_line, recipe
-from pykd.definition import registry
+from pykd.definition import Loss, Spec, registry
 from tests.test_settings import declare
 
 CASES = (str, str.upper, str.lower, str.swapcase, lambda name: name.replace("_", "-"))
@@ -48,6 +48,21 @@ def test_no_two_losses_share_a_name(fields):
 def test_two_classes_of_one_name_are_refused():
     with pytest.raises(ValueError, match="got 'SoftTarget', which pykd.losses.logits.soft_target.SoftTarget has"):
         declare(good, called="SoftTarget")
+
+
+def test_a_name_that_is_taken_is_refused():
+    with pytest.raises(
+        ValueError, match="expected a new name for .*Another, got 'soft_target', which .*SoftTarget has"
+    ):
+
+        @registry.register("soft_target")
+        class Another(Loss):
+            inputs = {"student_logits": Spec("batch classes", grad=True)}
+            paper = "none"
+
+            @staticmethod
+            def reference(**inputs):
+                return 0.0
 
 
 def test_aliases_are_a_tuple():
