@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pykd
+from pykd.composition import as_composition
 from tests import tolerances
 from tests.conftest import TRIALS
 
@@ -267,3 +268,15 @@ def test_every_case_exercises_every_setting(loss_class):
     moved = {name for case in loss_class.cases for name, value in case.settings.items() if value != defaults[name]}
     allowed = {"reduction"} if loss_class.couples_batch else set()
     assert set(defaults) - moved <= allowed, f"no case of {loss_class.name} moves {set(defaults) - moved - allowed}"
+
+
+def test_every_case_exercises_every_layout(loss_class):
+    """Of every input; those over tokens that follow from ``sample_axes`` are in tests/test_tokens.py."""
+    seen = set()
+    for case in loss_class.cases:
+        composition = as_composition(loss_class(**case.settings))
+        seen |= {(name, spec.axes) for name, spec in composition.choose(case.layouts, case.optional).items()}
+    for name in loss_class.inputs:
+        if loss_class.declared(name)[0].layers is None:
+            missing = [spec.axes for spec in loss_class.declared(name) if (name, spec.axes) not in seen]
+            assert not missing, f"no case of {loss_class.name} has {name} with the axes {missing}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pykd.composition.terms import MAX_PARTS, STUDENTS, Parameter, Part, Term
 from pykd.definition import Scalar, Spec, checks, names
+from pykd.definition.spec import Form
 
 
 class Interface:
@@ -32,7 +33,7 @@ class Interface:
         self.students = students
         self.single = single
         self.share_ignored = share_ignored
-        self._forms: list[dict[str, dict[str, list[str]]]] = []  # of every part
+        self._forms: list[list[Form]] = []  # of every part
         self._check()
         self.input_layouts, self.optional_inputs = self._collect_inputs()
         self.scalars = self._collect_parameters()
@@ -113,10 +114,10 @@ class Interface:
             for forms in self._forms:
                 here = [
                     fitting
-                    for fitting in forms.values()
+                    for _, fitting in forms
                     if all(any(s.axes in fitting[n] for s in possible[n]) for n in fitting if n in possible)
                 ]
-                for name in forms[next(iter(forms))]:
+                for name in forms[0].axes:
                     kept = [s for s in possible.get(name, ()) if any(s.axes in fitting[name] for fitting in here)]
                     if kept and len(kept) < len(possible[name]):
                         possible[name], changed = kept, True
@@ -167,9 +168,9 @@ class Interface:
             mask = specs[name].axes
             if len(specs[name].names) <= len(samples.split()):
                 continue
-            fitting = self._forms[number].get(mask)
             others = {n: own for n, own in axes.items() if n != part.graph_input(weight)}
-            if fitting is None or not all(own in fitting[n] for n, own in others.items()):
+            fitting = [form.axes for form in self._forms[number] if form.samples == mask]
+            if not any(all(own in form[n] for n, own in others.items()) for form in fitting):
                 raise ValueError(
                     f"expected {part.loss.name} to have samples along ({', '.join(mask.split())}), as {name} has, whose ignored "
                     f"entries it leaves out, got ({', '.join(samples.split())}); give the axes the same names, or pass "
@@ -244,7 +245,7 @@ class Interface:
                 self._forms.append(forms)
                 for name in part.loss.inputs:
                     graph_name = part.graph_input(name)
-                    over = {axes for fitting in forms.values() for axes in fitting[graph_name]}
+                    over = {axes for _, fitting in forms for axes in fitting[graph_name]}
                     every = [
                         layout
                         for spec in part.loss.layouts(name)
@@ -284,21 +285,25 @@ class Interface:
         required_first = sorted(layouts, key=lambda name: optional[name])
         return {name: layouts[name] for name in required_first}, [n for n in required_first if optional[n]]
 
-    def _forms_of(self, part: Part) -> dict[str, dict[str, list[str]]]:
+    def _forms_of(self, part: Part) -> list[Form]:
         """:meth:`Loss.forms` of a part, in the words of the graph. Where there are several students, samples are no tokens."""
-        forms = {}
-        for samples, fitting in list(part.loss.forms().items())[: 1 if self.students else None]:
-            renamed = " ".join(part.axes.get(axis, axis) for axis in samples.split())
-            forms[renamed] = {
-                part.graph_input(name): [
-                    layout.axes
-                    for spec in part.loss.layouts(name)
-                    if spec.axes in fitting[name]
-                    for layout in self._with_students(spec.rename(part.axes))
-                ]
-                for name in part.loss.inputs
-            }
-        return forms
+        every = part.loss.forms()
+        return [
+            Form(
+                " ".join(part.axes.get(axis, axis) for axis in form.samples.split()),
+                {
+                    part.graph_input(name): [
+                        layout.axes
+                        for spec in part.loss.layouts(name)
+                        if spec.axes in form.axes[name]
+                        for layout in self._with_students(spec.rename(part.axes))
+                    ]
+                    for name in part.loss.inputs
+                },
+            )
+            for form in every
+            if not self.students or form.samples == every[0].samples
+        ]
 
     def _with_students(self, spec: Spec) -> list[Spec]:
         """The layouts of one input where student tensors carry the axis of several students."""

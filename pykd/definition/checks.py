@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from pykd.definition.spec import Layouts, Spec
+from pykd.definition.spec import Form, Layouts, Spec
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -68,26 +68,32 @@ def resolve(name: str, tensor: Tensor, layouts: Layouts) -> Spec:
     raise error(f"expected {name} as {wanted}, got {got}; convert or reshape it first")
 
 
-def samples_of(forms: Mapping[str, Mapping[str, Sequence[str]]], axes: Mapping[str, str]) -> str:
-    """The axes that count the samples of a loss, on which its inputs have to agree.
+def samples_of(forms: Sequence[Form], axes: Mapping[str, str]) -> str:
+    """The axes that count the samples of a loss, after a check that the layouts of its inputs go together.
 
     Args:
-        forms: for each choice of such axes, the axes that every input may have; see :class:`pykd.Loss`.
+        forms: the layouts that do; see :class:`pykd.Loss`.
         axes: those that the inputs at hand have.
     """
-    for samples, fitting in forms.items():
+    for samples, fitting in forms:
         if all(own in fitting[name] for name, own in axes.items()):
             return samples
     first = next(iter(axes))
-    for fitting in forms.values():
-        for name, own in axes.items():
-            if axes[first] in fitting[first] and own not in fitting[name]:
-                wanted = " or ".join(f"({', '.join(one.split())})" for one in fitting[name])
-                raise ValueError(
-                    f"expected {name} with axes {wanted}, as {first} has ({', '.join(axes[first].split())}), "
-                    f"got ({', '.join(own.split())}); give one entry for each sample"
-                )
-    raise ValueError(f"expected axes that go together, got {dict(axes)}; pass others")
+    here = [form for form in forms if axes[first] in form.axes[first]]
+    for name, own in axes.items():
+        wanted = [one for form in here for one in form.axes[name]]
+        if own not in wanted:
+            known = " or ".join(_words(one) for one in dict.fromkeys(wanted))
+            raise ValueError(
+                f"expected {f'{name} with axes {known}' if known else f'no {name}'}, as {first} has {_words(axes[first])}, "
+                f"got {_words(own)}; pass tensors that go together"
+            )
+    got = ", ".join(f"{name} {_words(own)}" for name, own in axes.items())
+    raise ValueError(f"expected tensors whose axes go together, got {got}; pass one of them in another form")
+
+
+def _words(axes: str) -> str:
+    return f"({', '.join(axes.split())})"
 
 
 def least_of(specs: Mapping[str, Spec], least: Mapping[str, int]) -> list[list[int]]:

@@ -9,7 +9,7 @@ from typing_extensions import dataclass_transform
 
 from pykd.definition import checks, names, ops
 from pykd.definition.settings import Setting, choice, flag, number, scalar, whole
-from pykd.definition.spec import Case, Layouts, Properties, Scalar, Spec
+from pykd.definition.spec import Case, Form, Layouts, Properties, Scalar, Spec, forms
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -32,10 +32,12 @@ class Loss(_WithFields):
         aliases: what papers and other libraries call it: ``("KD", "DistillKL")``. :func:`pykd.get`, recipes and the command
             line find it by these, too.
         inputs: tensors by name, in the order in which the formula takes them; a tuple of Specs where one input may take
-            several forms (class indices or probabilities, say).
+            several forms (class indices or probabilities; vectors, tokens or maps). In a call any two inputs agree on the axes
+            that both can have, and all layers of a list on one form.
         cases: settings to test.
         sample_axes: the axes that may count the samples: ``"batch"``, and ``"batch tokens"`` where a sample may also be one
-            token of a sequence; all inputs of a call agree on them, and values per sample have these axes.
+            token of a sequence; all inputs of a call agree on them, and values per sample have these axes. An input that is
+            declared with these axes is taken as it is declared; any other has them in the place of ``"batch"``.
         couples_batch: why there is no value per sample; empty where the loss splits over samples.
         least_lengths: of axes that need more than one entry: ``{"classes": 2}``. A shorter call is an error.
         paper: author, year, arXiv id.
@@ -61,19 +63,23 @@ class Loss(_WithFields):
     _of_layers: ClassVar[dict[tuple[int, ...], "type[Loss]"]] = {}
     _settings: ClassVar[Mapping[str, Setting]] = {"reduction": cast("Setting", reduction)}
     _layouts: ClassVar[Mapping[str, Layouts]] = {}
-    _forms: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]] = {}
+    _forms: ClassVar[Sequence[Form]] = ()
     _weight_input: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls._declare_settings()
-        over = {
-            samples: {n: [spec.over(samples) for spec in cls.declared(n)] for n in cls.inputs}
-            for samples in cls.sample_axes
-        }
+        over = {samples: {name: cls._layouts_over(samples, name) for name in cls.inputs} for samples in cls.sample_axes}
         cls._layouts = {
             name: tuple(dict.fromkeys(spec for specs in over.values() for spec in specs[name])) for name in cls.inputs
         }
+        for name, layouts in cls._layouts.items():
+            kinds = [(len(spec.names), spec.dtype == "int64") for spec in layouts]
+            if len(set(kinds)) < len(kinds):
+                raise TypeError(
+                    f"expected the layouts of {cls.__name__}'s {name} to differ in their number of axes, or one to hold integers, "
+                    f"got {' and '.join(repr(spec.axes) for spec in layouts)}; a call could not tell which one it has"
+                )
         cls._weight_input = next(
             (
                 name
@@ -82,10 +88,15 @@ class Loss(_WithFields):
             ),
             None,
         )
-        cls._forms = {
-            samples: {name: [spec.axes for spec in own] for name, own in specs.items()}
-            for samples, specs in over.items()
-        }
+        if not cls._lists:  # whose layers take one form
+            optional = {name for name in cls.inputs if cls.declared(name)[0].optional}
+            cls._forms = [form for samples, specs in over.items() for form in forms(samples, specs, optional)]
+
+    @classmethod
+    def _layouts_over(cls, samples: str, name: str) -> list[Spec]:
+        """The layouts of an input where these axes count the samples: those that have them, or else each of them with them."""
+        having = [spec for spec in cls.declared(name) if spec.has(samples)]
+        return having or [spec.over(samples) for spec in cls.declared(name)]
 
     @classmethod
     def _declare_settings(cls) -> None:
@@ -184,6 +195,17 @@ class Loss(_WithFields):
                 },
             )
             optional = {name for name in inputs if made.declared(name)[0].optional}
+            made._forms = [
+                Form(
+                    form.samples,
+                    {
+                        flat: [Spec(axes).of_layer(i).axes if name in lists else axes for axes in form.axes[name]]
+                        for name in cls.inputs
+                        for i, flat in enumerate(lists.get(name, [name]))
+                    },
+                )
+                for form in cls._forms
+            ]
             made.forward = _forward(cls._formula, inputs, optional, cls.scalars, cls._formula_settings, lists)
             cls._of_layers[key] = made
         return cls._of_layers[key]
@@ -267,7 +289,7 @@ class Loss(_WithFields):
             if tensor is not None:
                 specs[name] = checks.resolve(name, tensor, self.layouts(name))  # type: ignore[arg-type]
                 tensors[name] = tensor  # type: ignore[assignment]
-        if len(self.sample_axes) > 1:
+        if len(self.forms()) > 1:
             checks.samples_of(self.forms(), {name: spec.axes for name, spec in specs.items()})
         checks.check_tensors(specs, tensors, self.least_lengths)
         if not checks.are_data_visible():
@@ -335,8 +357,8 @@ class Loss(_WithFields):
         return cls._layouts[name]
 
     @classmethod
-    def forms(cls) -> Mapping[str, Mapping[str, Sequence[str]]]:
-        """For each of ``sample_axes``: the axes that every input may have with it."""
+    def forms(cls) -> Sequence[Form]:
+        """The layouts that go together, for each of ``sample_axes``."""
         return cls._forms
 
     def settings(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What a loss declares of its inputs, its scalars and its test cases."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +18,7 @@ class Spec:
         grad: whether the student is behind this tensor, so that it receives the gradient.
         dtype: ``"float"`` (any floating type, the same for all inputs of a call), ``"int64"``, or ``"weight"``: numbers of
             at least 0 of any floating type, or a mask of True and False (or of 1 and 0), whatever the type of the other
-            inputs; exported files take float32.
+            inputs; exported files take float32, since every engine and language has it, and one file serves both.
         index_of: for integers: the axis whose entries they count, such as ``"classes"``.
         optional: whether the input may be left out.
         draw: what it holds, and so how examples and tests draw it. ``"logits"``: scores of classes along the last axis;
@@ -41,6 +42,17 @@ class Spec:
     scale: float = 1.0
     layers: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float", "int64", "weight"):
+            hint = (
+                "a mask is a 'weight' drawn as 'mask': calls take bool, files float32"
+                if self.dtype == "bool"
+                else "take one"
+            )
+            raise ValueError(
+                f"expected the dtype of a Spec to be 'float', 'int64' or 'weight', got {self.dtype!r}; {hint}"
+            )
+
     @property
     def names(self) -> tuple[str, ...]:
         """The axes as a tuple."""
@@ -48,9 +60,13 @@ class Spec:
 
     def over(self, samples: str) -> "Spec":
         """The same input where these axes count its samples in the place of ``"batch"``; as it is where it has them."""
-        if self.names[0] != "batch" or self.axes == samples or self.axes.startswith(f"{samples} "):
+        if self.names[0] != "batch" or self.has(samples):
             return self
         return dataclasses.replace(self, axes=" ".join([samples, *self.names[1:]]))
+
+    def has(self, axes: str) -> bool:
+        """Whether all of these axes are among its own."""
+        return set(axes.split()) <= set(self.names)
 
     def of_layer(self, number: int) -> "Spec":
         """One of the tensors of a list, with axes of its own."""
@@ -90,6 +106,57 @@ class Properties:
 
 
 Layouts = tuple[Spec, ...]  # the forms that one input may take; the first is the default
+
+
+class Form(NamedTuple):
+    """Layouts of all inputs that go together in a call.
+
+    Attributes:
+        samples: the axes that count the samples.
+        axes: those that each input may have; none where it does not go with the others.
+    """
+
+    samples: str
+    axes: Mapping[str, Sequence[str]]
+
+
+def forms(samples: str, layouts: Mapping[str, Sequence[Spec]], optional: Set[str] = frozenset()) -> list[Form]:
+    """The layouts that go together over samples that these axes count.
+
+    They do where any two inputs agree on the axes that both can have: ``"batch channels height width"`` of the student goes
+    with ``"batch teacher_channels height width"`` of the teacher and with a mask ``"batch height width"``, not with
+    ``"batch teacher_channels"``. Entries that count along an axis (``index_of``) have it for that.
+    """
+    had = {
+        name: [{*spec.names, *((spec.index_of,) if spec.index_of else ())} for spec in specs]
+        for name, specs in layouts.items()
+    }
+    known = {name: set().union(*every) for name, every in had.items()}
+    varying = {axis for every in had.values() for axes in every for axis in axes if any(axis not in a for a in every)}
+    found: dict[frozenset[str], Form] = {}
+    nothing: frozenset[str] = frozenset()
+    choices = [
+        {frozenset(axes & varying) for axes in every} | ({nothing} if name in optional else set())
+        for name, every in had.items()
+    ]
+    for chosen in itertools.product(*choices):
+        together = frozenset().union(*chosen)
+        if together in found:
+            continue
+        axes = {
+            name: [
+                s.axes
+                for s, own in zip(layouts[name], had[name], strict=True)
+                if own & varying == together & known[name]
+            ]
+            for name in layouts
+        }
+        if all(axes[name] for name in layouts if name not in optional):
+            found[together] = Form(samples, axes)
+    order = {spec.axes: number for specs in layouts.values() for number, spec in enumerate(specs)}
+    return sorted(
+        found.values(), key=lambda form: [min(map(order.__getitem__, one), default=0) for one in form.axes.values()]
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,8 +69,9 @@ class Template(Loss):
         Brier: Verification of Forecasts Expressed in Terms of Probability, Monthly Weather Review, 1950.
     """
 
-    # 3. The tensors in the order of the formula, with named axes (any names; least_lengths = {"classes": 2} where one class is
-    #    too few; sample_axes, where a sample may also be one token of a sequence: soft_target.py has them), with what they hold
+    # 3. The tensors in the order of the formula, with named axes (any names; a tuple of Specs where an input may have several
+    #    forms, of which those go together that agree on the axes that both can have; least_lengths = {"classes": 2} where one
+    #    class is too few; sample_axes, where a sample may also be one token of a sequence: soft_target.py), with what they hold
     #    (draw; layers, where it is a list), and which of the teacher's tensors each of the student's is compared with (like);
     #    the settings to test, every one of them off its default somewhere (tests reduce and weigh by themselves); what else
     #    the loss is called (abbreviations of papers, classes of other libraries); and the settings themselves, of which the
