@@ -84,7 +84,8 @@ def direct(function: Function, values: tuple[Tensor, ...]) -> onnx.ModelProto:
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    return {**core_aten_decompositions(), _aten._log_softmax.default: _log_softmax}
+    ours = {_aten._log_softmax.default: _log_softmax, _aten.log1p.default: _log1p, _aten.expm1.default: _expm1}
+    return {**core_aten_decompositions(), **ours}
 
 
 @functools.cache
@@ -108,6 +109,21 @@ def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
     """Written out: some runtimes compute ONNX's LogSoftmax as log(softmax), which is −∞ where the softmax underflows."""
     shifted = x - x.amax(dim, keepdim=True)
     return shifted - shifted.exp().sum(dim, keepdim=True).log()
+
+
+def _log1p(x: Tensor) -> Tensor:
+    """ONNX has none. log(1 + x) with the x that the sum has kept, times what of x that is: so it keeps its digits."""
+    sum_ = 1 + x
+    lost = (sum_ == 1) | (sum_ == torch.inf)
+    kept = torch.where(lost, 1.0, sum_ - 1)
+    return torch.where(lost, torch.where(sum_ == 1, x, sum_), sum_.log() * (x / kept))
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """ONNX has none. 2 t / (1 − t) with t = tanh(x / 2), which keeps the digits of every x ≤ 0; −eˣ times that of −x."""
+    tanh = torch.tanh(x.abs() * -0.5)
+    below = 2 * tanh / (1 - tanh)
+    return torch.where(x > 0, -below * x.exp(), below)
 
 
 # ---- The traced graph ---------------------------------------------------------------------------

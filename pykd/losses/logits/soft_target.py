@@ -23,20 +23,36 @@ def soft_target_rows(
     p = torch.exp(log_p)
     if form == "cross_entropy":
         return -ops.product_or_zero(p, log_q).sum(dim=-1)
-    q = torch.exp(log_q)
-    # 0, but for the rounding of the two normalisers, which it takes out of Σ p (log p − log q).
-    rounding = (q - p).detach().sum(dim=-1)
     if form == "kl":
-        return ops.product_or_zero(p, log_p - log_q).sum(dim=-1) + rounding
+        q = torch.exp(log_q.detach())
+        return ops.product_or_zero(p, log_p - log_q).sum(dim=-1) + _rounding(p, q, log_p, log_q, temperature)
+    q = torch.exp(log_q)
     if form == "reverse_kl":
-        return _mean_of_logs(q, log_q - log_p) - rounding
+        return _mean_of_logs(q, log_q - log_p) - _rounding(p, q.detach(), log_p, log_q, temperature)
     if form == "symmetric_kl":
         forward = ops.product_or_zero(p, log_p - log_q).sum(dim=-1)
         return (forward + _mean_of_logs(q, log_q - log_p)) / 2
-    m = beta * p + (1 - beta) * q
-    log_m = torch.log(torch.where(m == 0, torch.ones_like(m), m))  # where m is 0, so are both its parts
-    teacher_side = ops.product_or_zero(p, log_p - log_m).sum(dim=-1)
-    return beta * teacher_side + (1 - beta) * ops.product_or_zero(q, log_q - log_m).sum(dim=-1)
+    # KL(p‖m) and KL(q‖m) by log(m / p) and log(m / q), of which little is left where p and q are almost equal.
+    log_ratio = _log_ratio(log_p, log_q)
+    teacher_side = p * torch.log1p((1 - beta) * torch.expm1(log_ratio))
+    student_side = q * torch.log1p(beta * torch.expm1(-log_ratio))
+    return -beta * teacher_side.sum(dim=-1) - (1 - beta) * student_side.sum(dim=-1)
+
+
+def _rounding(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
+    """Σ (q − p): 0, but for the rounding of the two normalisers, which it takes out of Σ p (log p − log q).
+
+    At a high temperature p and q are almost equal, and each one's own rounding is more than T² before the divergence
+    allows: there the difference comes from the logarithms, too. In a file the temperature is an input and may be any.
+    """
+    if isinstance(temperature, float) and temperature <= 8.0:
+        return (q - p).sum(dim=-1)
+    return ((p + q) * torch.tanh(_log_ratio(log_p, log_q.detach()) / 2)).sum(dim=-1)
+
+
+def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """log(q / p), finite: a class with less than e⁻⁸⁰ counts for nothing beside the others."""
+    return log_q.clamp(min=-80.0) - log_p.clamp(min=-80.0)
 
 
 def _softened_log_probs(logits: Tensor, temperature: float) -> Tensor:
