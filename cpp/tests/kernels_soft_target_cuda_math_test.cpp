@@ -13,6 +13,7 @@
 #include <optional>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/soft_target/soft_target_kernels.cuh"
@@ -176,16 +177,18 @@ class Tensor {
   std::vector<gpu::Words> words_;
 };
 
-// `threads`, `parts`, staged rounds: what make_plan() would choose on a large device, on a small scale.
+// `threads`, `parts`, staged rounds: what make_plan() would choose on a large device, on a small scale. `team`: 0 for
+// the whole block, else the lanes of a warp that have a row.
 template <class T>
-Plan small_plan(int classes, int tensors, int parts, int threads, int staged, bool apart = false) {
+Plan small_plan(int classes, int tensors, int parts, int threads, int staged, int team = 0) {
   Plan plan;
-  plan.apart = apart;
   plan.parts = parts;
   plan.threads = threads;
+  plan.team = team == 0 ? threads : team;
   plan.chunks = static_cast<int>(divide_up(divide_up(classes + T::kLanes - 1, T::kLanes), parts));
-  plan.staged = apart ? 0 : std::min<int>(staged, static_cast<int>(divide_up(plan.chunks, threads)));
-  plan.shared_bytes = kExchangeBytes + plan.staged * threads * 16 * tensors;
+  plan.staged = std::min<int>(staged, static_cast<int>(divide_up(plan.chunks, plan.team)));
+  plan.round_bytes = threads * 16 * tensors;
+  plan.shared_bytes = kExchangeBytes + plan.staged * plan.round_bytes;
   return plan;
 }
 
@@ -223,23 +226,9 @@ Result run(const Case& c, const Plan& plan, Leads leads = {}, Wanted wanted = {}
   problem.batch = c.batch;
   problem.classes = c.classes;
 
-  const auto blocks = static_cast<unsigned>(c.batch * plan.parts);
-  const auto threads = static_cast<unsigned>(plan.threads);
-  if (!plan.apart) {
-    const gpu::Launch launch{blocks, static_cast<unsigned>(plan.parts), threads,
-                             static_cast<std::size_t>(plan.shared_bytes)};
-    launch.run([&] { rows_kernel<T>(problem, plan); }, wanted.backwards);
-  } else {
-    std::vector<Statistics> statistics(blocks);
-    std::vector<Sums> sums(blocks);
-    const Scratch scratch{statistics.data(), sums.data()};
-    const gpu::Launch all{blocks, 1, threads, kExchangeBytes};
-    all.run([&] { parts_statistics_kernel<T>(problem, plan, scratch); }, wanted.backwards);
-    all.run([&] { parts_sums_kernel<T>(problem, plan, scratch); }, wanted.backwards);
-    gpu::Launch last = all;
-    if (!(wanted.gradient && slope_needs_sums(problem.setting))) last.blocks = static_cast<unsigned>(c.batch);
-    last.run([&] { parts_results_kernel<T>(problem, plan, scratch); }, wanted.backwards);
-  }
+  const gpu::Launch launch{static_cast<unsigned>(blocks_of(plan, c.batch)), static_cast<unsigned>(plan.parts),
+                           static_cast<unsigned>(plan.threads), static_cast<std::size_t>(plan.shared_bytes)};
+  with_kernel<T>(problem, [&](auto kernel) { launch.run([&] { kernel(problem, plan); }, wanted.backwards); });
 
   EXPECT_TRUE(gradient.intact()) << "written beside the gradient";
   Result result;
@@ -279,8 +268,8 @@ std::string words(const Case& c, const Plan& plan) {
   return "form " + std::to_string(c.form ? static_cast<int>(*c.form) : -1) + ", labels " + std::to_string(c.labels) +
          ", label_probs " + std::to_string(c.label_probs) + ", T " + std::to_string(c.temperature) + ", softened " +
          std::to_string(c.soften_student) + ", classes " + std::to_string(c.classes) + ", parts " +
-         std::to_string(plan.parts) + (plan.apart ? " apart" : "") + ", threads " + std::to_string(plan.threads) +
-         ", staged " + std::to_string(plan.staged);
+         std::to_string(plan.parts) + ", threads " + std::to_string(plan.threads) + ", team " +
+         std::to_string(plan.team) + ", staged " + std::to_string(plan.staged);
 }
 
 template <class T>
@@ -320,7 +309,7 @@ TYPED_TEST(SoftTargetCuda, ComputesEveryFormWithEveryKindOfLabel) {
 
 TYPED_TEST(SoftTargetCuda, AgreesInEveryLayout) {
   unsigned seed = 1000;
-  for (const Form form : {Form::kCrossEntropy, Form::kJsd}) {
+  for (const Form form : {Form::kSymmetricKl, Form::kJsd}) {
     for (const int classes : {1, 9, 300, 1021}) {
       Case c;
       c.batch = 2;
@@ -329,12 +318,12 @@ TYPED_TEST(SoftTargetCuda, AgreesInEveryLayout) {
       c.labels = true;
       draw<TypeParam>(c, seed++);
       for (const int parts : {1, 2, 4}) {
-        for (const int staged : {0, 1, 99}) {  // nothing, a part, all of a row in shared memory
-          check<TypeParam>(c, small_plan<TypeParam>(classes, 2, parts, 32, staged));
+        for (const int staged : {0, 1, 99}) {           // nothing, a part, all of a row in shared memory
+          if (staged == 1 && classes < 1021) continue;  // it is all of it
+          check<TypeParam>(c, small_plan<TypeParam>(classes, 2, parts, 64, staged));
         }
       }
       check<TypeParam>(c, small_plan<TypeParam>(classes, 2, 1, 96, 99));
-      check<TypeParam>(c, small_plan<TypeParam>(classes, 2, 5, 32, 0, true));
     }
     Case c;
     c.batch = 1;
@@ -343,17 +332,32 @@ TYPED_TEST(SoftTargetCuda, AgreesInEveryLayout) {
     c.labels = true;
     draw<TypeParam>(c, seed++);
     check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 1, 256, 99));
-    check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 40, 32, 0, true));  // more parts than threads
+    if (form == Form::kJsd) check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 16, 64, 99));  // as many as there are
   }
 }
 
-TYPED_TEST(SoftTargetCuda, TakesMoreRoundsThanItCopiesAhead) {
+TYPED_TEST(SoftTargetCuda, SharesABlockAmongShortRows) {
+  unsigned seed = 1500;
+  for (const Form form : kForms) {
+    for (const int team : {1, 2, 8, 32}) {
+      Case c;
+      c.batch = 70 / team + 1;  // the last block is not full
+      c.classes = form == Form::kKl ? 10 : 53;
+      c.form = form;
+      c.labels = true;
+      draw<TypeParam>(c, seed++);
+      for (const int staged : {0, 1, 99}) check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 1, 64, staged, team));
+    }
+  }
+}
+
+TYPED_TEST(SoftTargetCuda, CopiesInQuarters) {
   Case c;
   c.batch = 1;
-  c.classes = 32 * TypeParam::kLanes * (kCopiesAhead + 3) + 5;
+  c.classes = 64 * TypeParam::kLanes * 9 + 5;
   draw<TypeParam>(c, 5);
-  for (const int staged : {1, kCopiesAhead, kCopiesAhead + 1, 99}) {
-    check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 1, 32, staged));
+  for (const int staged : {1, 2, 4, 5, 8, 9, 99}) {  // rounds, among quarters
+    check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 1, 64, staged));
   }
 }
 
@@ -365,24 +369,24 @@ TYPED_TEST(SoftTargetCuda, TakesRowsThatLieAnywhere) {
   for (int lead = 0; lead < TypeParam::kLanes; ++lead) {
     const Leads alike{lead, lead, lead, lead};
     check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 1, 32, 99), alike);
-    check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 2, 32, 1), alike);
+    check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 2, 64, 1), alike);
   }
   for (const Leads& leads : {Leads{1, 0, 0, 0}, Leads{0, 1, 0, 0}, Leads{0, 0, 1, 0}, Leads{0, 0, 0, 1}}) {
     check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 1, 32, 99), leads);
-    check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 3, 32, 0, true), leads);
+    check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 1, 64, 1), leads);
   }
 }
 
 TYPED_TEST(SoftTargetCuda, WritesWhatIsWantedAlone) {
   for (const Form form : {Form::kKl, Form::kReverseKl}) {
-    for (const bool apart : {false, true}) {
+    for (const int parts : {1, 2}) {
       Case c;
       c.classes = 40;
       c.form = form;
       c.label_probs = true;
       draw<TypeParam>(c, 11);
       const Result all = expected(c);
-      const Plan plan = small_plan<TypeParam>(c.classes, 2, 2, 32, 99, apart);
+      const Plan plan = small_plan<TypeParam>(c.classes, 2, parts, 64, 99);
       const auto untouched = [](const Values& values) {
         return std::all_of(values.begin(), values.end(), [](double x) { return x == 77.0; });
       };
@@ -453,7 +457,7 @@ TYPED_TEST(SoftTargetCuda, TakesClassesThatAreMaskedOut) {
     if (form == Form::kReverseKl || form == Form::kJsd) c.student[200 + 5] = -kInf;
     // All of them: no distribution, so NaN.
     for (int j = 0; j < 100; ++j) c.student[300 + j] = -kInf;
-    for (const int parts : {1, 4}) check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, parts, 32, 99));
+    for (const int parts : {1, 4}) check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, parts, 64, 99));
     EXPECT_TRUE(std::isnan(expected(c).soft[3]));
     EXPECT_FALSE(std::isnan(expected(c).soft[0] + expected(c).soft[1] + expected(c).soft[2]));
   }
@@ -482,7 +486,7 @@ TYPED_TEST(SoftTargetCuda, SaysNanForNanAndInfinity) {
         c.form = form;
         draw<TypeParam>(c, 29);
         (in_student ? c.student : c.teacher)[130] = bad;
-        const Result got = run<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 2, 32, 99));
+        const Result got = run<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 2, 64, 99));
         EXPECT_TRUE(std::isnan(got.soft[0])) << got.soft[0];
         EXPECT_FALSE(std::isnan(got.soft[1]));
         for (int j = 0; j < 300; ++j) EXPECT_TRUE(std::isnan(got.gradient[j])) << j;
@@ -499,7 +503,7 @@ TYPED_TEST(SoftTargetCuda, IsExactlyZeroForEqualLogits) {
     c.beta = 0.5f;
     draw<TypeParam>(c, 31);
     c.teacher = c.student;
-    const Result got = run<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 2, 32, 99));
+    const Result got = run<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 2, 64, 99));
     EXPECT_EQ(got.soft, Values(3, 0.0));
     EXPECT_EQ(got.gradient, Values(3 * 130, 0.0));
   }
@@ -517,7 +521,7 @@ TYPED_TEST(SoftTargetCuda, StaysAccurateForLargeLogits) {
       c.student[i] = rounded<TypeParam>(9900.0 + 8.0 * static_cast<double>(i % 3) + (i % 7 == 0 ? -19000.0 : 0.0));
       c.teacher[i] = rounded<TypeParam>(9900.0 + 8.0 * static_cast<double>(i % 5) + (i % 11 == 0 ? -19000.0 : 0.0));
     }
-    check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 2, 32, 99));
+    check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 2, 64, 99));
   }
 }
 
@@ -527,8 +531,8 @@ TYPED_TEST(SoftTargetCuda, DoesNotDependOnTheOrderOfBlocks) {
   c.form = Form::kSymmetricKl;
   c.label_probs = true;
   draw<TypeParam>(c, 41);
-  for (const bool apart : {false, true}) {
-    const Plan plan = small_plan<TypeParam>(c.classes, 2, 4, 32, 99, apart);
+  for (const int parts : {1, 4}) {
+    const Plan plan = small_plan<TypeParam>(c.classes, 2, parts, 64, 99);
     const Result forth = run<TypeParam>(c, plan);
     const Result back = run<TypeParam>(c, plan, {}, {true, true, true, true});
     EXPECT_EQ(forth.soft, back.soft);
@@ -539,43 +543,98 @@ TYPED_TEST(SoftTargetCuda, DoesNotDependOnTheOrderOfBlocks) {
 
 // ---- The arithmetic alone ------------------------------------------------------------------------------
 
+using Symmetric = Kind<static_cast<int>(Form::kSymmetricKl), true>;
+
+void add(Statistics<Symmetric>& to, const Setting& setting, const float (&s)[4], const float (&t)[4]) {
+  to.add(setting, *std::max_element(s, s + 4), *std::max_element(t, t + 4), s, t);
+  const float y[4] = {0.1f, 0.2f, 0.3f, 0.4f};
+  to.add_labels(setting, s, y);
+}
+
 TEST(SoftTargetCudaMath, JoinsPartsInAnyOrder) {
-  const Setting setting = make_setting(Form::kKl, true, true, 2.5f, true, 0.5f);
-  const float low[4] = {-80.0f, -81.0f, -1e4f, -79.5f}, high[4] = {90.0f, 89.0f, -3.0f, 0.0f};
+  const Setting setting = make_setting(Form::kSymmetricKl, true, true, 2.5f, true, 0.5f);
+  const float low[4] = {-80.0f, -81.0f, -95.0f, -79.5f}, high[4] = {90.0f, 89.0f, -3.0f, 88.0f};
   const float gone[4] = {-gpu::infinity(), -gpu::infinity(), -gpu::infinity(), -gpu::infinity()};
-  Statistics a, b, none, whole;
-  for (const auto* chunk : {&low, &high, &gone}) {
-    whole.add_student(setting, *chunk);
-    whole.add_teacher(setting, *chunk);
+  Statistics<Symmetric> a, b, none, whole;
+  for (Statistics<Symmetric>* some : {&a, &whole}) add(*some, setting, low, high);
+  for (Statistics<Symmetric>* some : {&b, &whole}) {
+    add(*some, setting, high, low);
+    add(*some, setting, high, high);
   }
-  a.add_student(setting, low);
-  a.add_teacher(setting, low);
-  b.add_student(setting, gone);
-  b.add_teacher(setting, gone);
-  b.add_student(setting, high);
-  b.add_teacher(setting, high);
-  Statistics ab = a, ba = b;
+  Statistics<Symmetric> ab = a, ba = b;
   ab.merge(setting, b);
   ba.merge(setting, a);
-  EXPECT_EQ(std::memcmp(&ab, &ba, 6 * sizeof(float)), 0);
+  EXPECT_EQ(std::memcmp(&ab, &ba, 10 * sizeof(float)), 0);
   ab.merge(setting, none);
   none.merge(setting, ba);
-  for (const Statistics& joined : {ab, none}) {
-    EXPECT_EQ(joined.student_max, 90.0f);
+  for (const Statistics<Symmetric>& joined : {ab, none}) {
+    EXPECT_EQ(joined.student_offset, whole.student_offset);
+    EXPECT_EQ(joined.teacher_offset, whole.teacher_offset);
     EXPECT_FLOAT_EQ(joined.student_sum, whole.student_sum);
     EXPECT_FLOAT_EQ(joined.plain_sum, whole.plain_sum);
     EXPECT_FLOAT_EQ(joined.teacher_sum, whole.teacher_sum);
+    EXPECT_FLOAT_EQ(joined.forward, whole.forward);
+    EXPECT_FLOAT_EQ(joined.backward, whole.backward);
+    EXPECT_FLOAT_EQ(joined.label_sum, whole.label_sum);
+    EXPECT_FLOAT_EQ(joined.label_dot, whole.label_dot);
   }
-  // The scaled maximum, 51.9, is rounded to within 2e-6, and the sum is relative to that.
-  EXPECT_NEAR(whole.student_sum, 1.0 + std::exp(-1 / 2.5) + std::exp(-93 / 2.5) + std::exp(-90 / 2.5), 4e-6);
+  // In float64, relative to the greatest logit of all, 90: the scaled one, 51.9, is rounded to within 2e-6.
+  double students = 0, teachers = 0, forward = 0, backward = 0, dot = 0;
+  const auto relative = [](double x) { return (x - 90.0) / 2.5 * std::log2(std::exp(1.0)); };
+  for (const auto& [s, t] : {std::pair(&low, &high), std::pair(&high, &low), std::pair(&high, &high)}) {
+    for (int i = 0; i < 4; ++i) {
+      const double x = relative((*s)[i]), y = relative((*t)[i]);
+      students += std::exp2(x);
+      teachers += std::exp2(y);
+      forward += std::exp2(y) * (y - x);
+      backward += std::exp2(x) * (x - y);
+      dot -= 0.1 * (i + 1) * ((*s)[i] - 90.0) * std::log2(std::exp(1.0));
+    }
+  }
+  EXPECT_NEAR(whole.student_sum, students, 4e-6 * students);
+  EXPECT_NEAR(whole.teacher_sum, teachers, 4e-6 * teachers);
+  EXPECT_NEAR(whole.forward, forward, 4e-6 * forward);
+  EXPECT_NEAR(whole.backward, backward, 4e-6 * backward);
+  EXPECT_NEAR(whole.label_dot, dot, 4e-6 * dot);
+
+  Statistics<Symmetric> masked, seen;
+  add(masked, setting, gone, gone);
+  add(seen, setting, gone, gone);
+  EXPECT_EQ(masked.student_sum, 0.0f);
+  EXPECT_EQ(masked.forward, 0.0f);
+  add(seen, setting, low, high);  // as if nothing had been before, but for the labels
+  EXPECT_EQ(seen.student_sum, a.student_sum);
+  EXPECT_EQ(seen.forward, a.forward);
+  EXPECT_EQ(seen.backward, a.backward);
+  EXPECT_EQ(seen.label_dot, gpu::infinity());
+}
+
+TEST(SoftTargetCudaMath, RaisesTheBaseSeldomAndLosesNothing) {
+  const Setting setting = make_setting(Form::kSymmetricKl, true, false, 1.0f, true, 0.5f);
+  Statistics<Symmetric> sums;
+  const auto rise = [&](float x) {
+    const float s[4] = {x, x, x, x};
+    const float before = sums.student_offset;
+    add(sums, setting, s, s);
+    return sums.student_offset != before;
+  };
+  EXPECT_TRUE(rise(1.0f));
+  EXPECT_FALSE(rise(3.0f));
+  EXPECT_FALSE(rise(-7.0f));
+  EXPECT_TRUE(rise(1.0f + 9.0f / kLog2E));
+  EXPECT_EQ(sums.forward, 0.0f);
+  EXPECT_EQ(sums.backward, 0.0f);
+  const double want = 4 * (std::exp(1.0) + std::exp(3.0) + std::exp(-7.0) + std::exp(1.0 + 9.0 / kLog2E));
+  EXPECT_NEAR(sums.student_sum * std::exp2(-static_cast<double>(sums.student_offset)), want, 1e-6 * want);
 }
 
 TEST(SoftTargetCudaMath, JoinsNothingWithNothing) {
-  const Setting setting = make_setting(Form::kKl, true, false, 1.0f, true, 0.5f);
-  Statistics a, b;
+  const Setting setting = make_setting(Form::kSymmetricKl, true, false, 1.0f, true, 0.5f);
+  Statistics<Symmetric> a, b;
   a.merge(setting, b);
   EXPECT_EQ(a.student_sum, 0.0f);
-  EXPECT_EQ(a.student_max, -gpu::infinity());
+  EXPECT_EQ(a.forward, 0.0f);
+  EXPECT_EQ(a.student_offset, kNoOffset);
 }
 
 TEST(SoftTargetCudaMath, MixesWithoutLeavingTheRange) {
@@ -661,7 +720,7 @@ TEST(GpuEmulation, DelaysCopiesUntilTheyAreWaitedFor) {
 // ---- The choice of a layout ----------------------------------------------------------------------------
 
 const Device kA100{108, 163 << 10, 164 << 10, 1};
-const Device kH100{132, 227 << 10, 228 << 10, 8};
+const Device kH100{132, 227 << 10, 228 << 10, 16};
 const Device kSmall{46, 99 << 10, 100 << 10, 8};  // a desktop card of compute capability 12.0
 
 TEST(SoftTargetPlan, CoversEveryRowWithinTheDevicesLimits) {
@@ -678,12 +737,21 @@ TEST(SoftTargetPlan, CoversEveryRowWithinTheDevicesLimits) {
             EXPECT_LT(static_cast<std::int64_t>(plan.parts - 1) * plan.chunks * lanes, classes + lanes - 1);
             EXPECT_TRUE(plan.threads % 32 == 0 && plan.threads >= 32 && plan.threads <= kMostThreads);
             EXPECT_LE(plan.shared_bytes, device.shared_of_block);
-            EXPECT_EQ(plan.shared_bytes, kExchangeBytes + plan.staged * plan.threads * 16 * tensors);
-            EXPECT_LE((plan.staged - 1) * plan.threads, plan.chunks);
-            if (!plan.apart) {
-              EXPECT_LE(plan.parts, device.largest_cluster);
-              EXPECT_EQ(plan.parts & (plan.parts - 1), 0);  // as merge_lanes() needs it
+            EXPECT_EQ(plan.round_bytes, plan.threads * 16 * tensors);
+            EXPECT_EQ(plan.shared_bytes, kExchangeBytes + plan.staged * plan.round_bytes);
+            EXPECT_LE((plan.staged - 1) * plan.team, plan.chunks);
+            EXPECT_LE(plan.parts, device.largest_cluster);
+            EXPECT_EQ(plan.parts & (plan.parts - 1), 0);  // as merge_lanes() needs it
+            if (plan.team <= 32) {
+              EXPECT_EQ(plan.team & (plan.team - 1), 0);
+              EXPECT_EQ(plan.parts, 1);
+            } else {
+              EXPECT_EQ(plan.team, plan.threads);
+              EXPECT_LE(plan.parts, plan.threads);  // each thread posts to one block
             }
+            const std::int64_t blocks = blocks_of(plan, batch);
+            EXPECT_GE(blocks * plan.threads / plan.team, batch * plan.parts);
+            EXPECT_LT((blocks - plan.parts) * plan.threads / plan.team, batch * plan.parts);
           }
         }
       }
@@ -694,8 +762,7 @@ TEST(SoftTargetPlan, CoversEveryRowWithinTheDevicesLimits) {
 TEST(SoftTargetPlan, ReadsRowsOnceWithThreeBlocksPerMultiprocessor) {
   for (const int classes : {1000, 32000, 50257, 128256}) {
     const Plan plan = make_plan(kH100, 4096, classes, 8, 2);
-    EXPECT_FALSE(plan.apart);
-    EXPECT_GE(plan.staged * plan.threads, plan.chunks) << classes;
+    EXPECT_GE(plan.staged * plan.team, plan.chunks) << classes;
     EXPECT_LE(3 * (plan.shared_bytes + kReservedBytes), kH100.shared_of_multiprocessor) << classes;
   }
   EXPECT_EQ(make_plan(kH100, 4096, 32000, 8, 2).parts, 2);
@@ -706,11 +773,26 @@ TEST(SoftTargetPlan, ReadsRowsOnceWithThreeBlocksPerMultiprocessor) {
 TEST(SoftTargetPlan, SpreadsFewRows) {
   EXPECT_EQ(make_plan(kH100, 64, 32000, 8, 2).parts, 8);
   EXPECT_EQ(make_plan(kH100, 64, 1000, 8, 2).parts, 1);  // too short to share
-  const Plan few = make_plan(kH100, 1, 262144, 4, 2);
-  EXPECT_TRUE(few.apart);
-  EXPECT_GE(few.parts, 132 / 2);
-  EXPECT_TRUE(make_plan(kA100, 8, 128256, 8, 2).apart);  // without clusters it has no other way
-  EXPECT_FALSE(make_plan(kA100, 256, 128256, 8, 2).apart);
+  for (const std::int64_t batch : {1, 8, 16}) {
+    const Plan few = make_plan(kH100, batch, 262144, 4, 2);
+    EXPECT_EQ(few.parts, 16);
+    EXPECT_EQ(make_plan(kH100, batch, 128256, 8, 2).parts, 16);
+  }
+  const Plan one = make_plan(kH100, 1, 262144, 4, 2);
+  EXPECT_GE(one.staged * one.team, one.chunks);  // alone on its multiprocessor, it reads once
+}
+
+TEST(SoftTargetPlan, GivesShortRowsAFewLanes) {
+  EXPECT_EQ(make_plan(kH100, 65536, 10, 8, 2).team, 2);  // 10 classes and 7 before them: at most three chunks
+  EXPECT_EQ(make_plan(kH100, 65536, 10, 8, 2).threads, kMostThreads);
+  EXPECT_EQ(make_plan(kH100, 65536, 100, 4, 2).team, 16);
+  EXPECT_EQ(make_plan(kH100, 65536, 1000, 8, 2).team, 32);
+  EXPECT_EQ(make_plan(kH100, 65536, 2000, 8, 2).team, kMostThreads / 2);
+  // As many blocks as there are multiprocessors, before full ones.
+  const Plan some = make_plan(kH100, 1024, 1000, 8, 2);
+  EXPECT_GE(blocks_of(some, 1024), 2 * 132);
+  const Plan few = make_plan(kH100, 8, 10, 8, 2);
+  EXPECT_EQ(blocks_of(few, 8), 8);
 }
 
 }  // namespace

@@ -15,11 +15,12 @@ from benchmarks.gpu.stage import Context
 
 SHAPES = (
     (1, 1), (7, 2), (33, 77), (256, 10), (64, 1001), (5, 4096),
+    (4000, 10), (1000, 300),  # lanes of a warp
     (32, 32000),  # a cluster of 8
     (600, 32000),  # of 2, all of a row in shared memory
     (20, 50257),  # odd: every row begins elsewhere
     (280, 128256),  # more than fits in shared memory, in float32
-    (1, 262144),  # blocks that meet in device memory
+    (1, 262144),  # a cluster of 16
     (3, 1 << 20),
 )  # fmt: skip
 LEADS = ((0, 0, 0, 0), (1, 1, 1, 1), (1, 0, 0, 0), (0, 0, 3, 2))

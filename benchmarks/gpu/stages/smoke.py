@@ -6,9 +6,9 @@ from benchmarks.gpu.device import Device, device_of
 from benchmarks.gpu.soft_target import Case, Outputs
 from benchmarks.gpu.stage import Context
 
-# One block; clusters of 2 and of 8; blocks that meet in device memory. (On 132 multiprocessors: soft_target_plan.h.)
-SHAPES = ((5, 77), (600, 32000), (32, 32000), (1, 1 << 20))
-PLAIN_SHAPES = ((5, 77), (140, 12000), (3, 32000), (1, 1 << 19))
+# One block; lanes of a warp; clusters of 2, 8 and 16. (On 132 multiprocessors: soft_target_plan.h.)
+SHAPES = ((5, 77), (3000, 77), (600, 32000), (32, 32000), (1, 1 << 20))
+PLAIN_SHAPES = ((5, 77), (300, 77), (140, 12000), (3, 32000), (1, 1 << 19))
 
 
 def run(context: Context) -> None:

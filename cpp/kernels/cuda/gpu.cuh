@@ -14,7 +14,6 @@
 
 #ifdef __CUDACC__
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_pipeline.h>
@@ -77,20 +76,67 @@ PYKD_GPU T shuffle_xor(const T& value, int mask) {
   return result;
 }
 
-// The same for all threads of a cluster of blocks. Before compute capability 9.0 no block has company.
-PYKD_GPU void cluster_barrier() {
+// How the blocks of a cluster tell each other what they have found. A block opens a mailbox in its shared memory for a
+// number of bytes, once; then every thread of the cluster announces, and awaits the announcement of all others, so
+// that there is something to post to. await_mail() returns when all bytes have come. Nobody looks into another block's
+// memory, so a block with no more mail to come may end. No fence in all of this waits for stores to device memory.
+// Before compute capability 9.0 no block has company.
+struct alignas(8) Mailbox {
+  std::uint64_t state;
+};
+
+PYKD_GPU unsigned shared_address(const void* shared) { return static_cast<unsigned>(__cvta_generic_to_shared(shared)); }
+
+PYKD_GPU void open_mailbox(Mailbox* mine, unsigned bytes) {
 #if __CUDA_ARCH__ >= 900
-  cooperative_groups::this_cluster().sync();
+  const unsigned address = shared_address(mine);
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
+               : "memory");
 #endif
 }
-
-// What lies at `mine` in the shared memory of the cluster's block `rank`.
-template <class T>
-PYKD_GPU const T* of_cluster_block(T* mine, unsigned rank) {
+PYKD_GPU void announce_mailboxes() {
 #if __CUDA_ARCH__ >= 900
-  return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
-#else
-  return mine;
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+PYKD_GPU void await_mailboxes() {
+#if __CUDA_ARCH__ >= 900
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+// Sends `value` to where `slot` is in the shared memory of the cluster's block `rank`, for its mailbox `mailbox`.
+template <class S>
+PYKD_GPU void post(const S& value, S* slot, Mailbox* mailbox, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  static_assert(sizeof(S) % 16 == 0, "sent 16 bytes at a time");
+  unsigned words[sizeof(S) / 4];
+  std::memcpy(words, &value, sizeof(S));
+  unsigned to, box;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(slot)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(box) : "r"(shared_address(mailbox)), "r"(rank));
+  PYKD_GPU_UNROLL
+  for (unsigned i = 0; i < sizeof(S) / 4; i += 4) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to + 4 * i),
+        "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3]), "r"(box)
+        : "memory");
+  }
+#endif
+}
+PYKD_GPU void await_mail(Mailbox* mine) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n\t"
+      ".reg .pred come;\n"
+      "again:\n\t"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 come, [%0], 0;\n\t"
+      "@!come bra again;\n\t"
+      "}" ::"r"(shared_address(mine))
+      : "memory");
 #endif
 }
 
@@ -128,7 +174,19 @@ PYKD_GPU float log2_fast(float x) {
   return y;
 }
 PYKD_GPU float log2(float x) { return ::log2f(x); }
-PYKD_GPU float max(float a, float b) { return fmaxf(a, b); }          // the other one where one is NaN
+PYKD_GPU float max(float a, float b) { return fmaxf(a, b); }  // the other one where one is NaN
+PYKD_GPU float min(float a, float b) { return fminf(a, b); }
+// The greater halves, of two at once; the other one where one is NaN.
+PYKD_GPU std::uint32_t max_halves(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t greater;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(greater) : "r"(a), "r"(b));
+  return greater;
+}
+PYKD_GPU std::uint32_t max_bfloats(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t greater;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(greater) : "r"(a), "r"(b));
+  return greater;
+}
 PYKD_GPU float product(float a, float b) { return __fmul_rn(a, b); }  // rounded, whatever comes next
 PYKD_GPU float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 PYKD_GPU float infinity() { return __int_as_float(0x7f800000); }
@@ -174,6 +232,11 @@ struct Float32 {
     PYKD_GPU_UNROLL
     for (int i = 0; i < 4; ++i) x[i] = bits_to_float(words.w[i]);
   }
+  // The largest that is not NaN.
+  static PYKD_GPU float greatest(const Words& words) {
+    return max(max(bits_to_float(words.w[0]), bits_to_float(words.w[1])),
+               max(bits_to_float(words.w[2]), bits_to_float(words.w[3])));
+  }
   static PYKD_GPU Words pack(const float (&x)[kLanes]) {
     Words words;
     PYKD_GPU_UNROLL
@@ -194,6 +257,10 @@ struct Float16 {
       x[2 * i + 1] = half_to_float(static_cast<Storage>(words.w[i] >> 16));
     }
   }
+  static PYKD_GPU float greatest(const Words& words) {
+    const std::uint32_t both = max_halves(max_halves(words.w[0], words.w[1]), max_halves(words.w[2], words.w[3]));
+    return max(half_to_float(static_cast<Storage>(both & 0xffffu)), half_to_float(static_cast<Storage>(both >> 16)));
+  }
   static PYKD_GPU Words pack(const float (&x)[kLanes]) {
     Words words;
     PYKD_GPU_UNROLL
@@ -213,6 +280,10 @@ struct Bfloat16 {
       x[2 * i] = bits_to_float(words.w[i] << 16);
       x[2 * i + 1] = bits_to_float(words.w[i] & 0xffff0000u);
     }
+  }
+  static PYKD_GPU float greatest(const Words& words) {
+    const std::uint32_t both = max_bfloats(max_bfloats(words.w[0], words.w[1]), max_bfloats(words.w[2], words.w[3]));
+    return max(bits_to_float(both << 16), bits_to_float(both & 0xffff0000u));
   }
   static PYKD_GPU Words pack(const float (&x)[kLanes]) {
     Words words;

@@ -16,12 +16,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -49,22 +53,40 @@ struct EmulatedWarp {
   unsigned char lanes[kWarp][64];
 };
 
+// In bytes.
+struct EmulatedMail {
+  unsigned expected, come;
+};
+
 struct EmulatedBlock {
   EmulatedBlock(unsigned threads, std::size_t shared_bytes)
       : barrier(threads), warps(threads / kWarp), shared(shared_bytes / sizeof(Words)) {
     forget();
   }
-  void forget() { std::memset(static_cast<void*>(shared.data()), 0xff, shared.size() * sizeof(Words)); }
+  void forget() {
+    std::memset(static_cast<void*>(shared.data()), 0xff, shared.size() * sizeof(Words));
+    const std::lock_guard<std::mutex> lock(mail_mutex);
+    mail.clear();
+  }
   Barrier barrier;
   std::vector<EmulatedWarp> warps;
   std::vector<Words> shared;
+  std::mutex mail_mutex;  // of what comes from other blocks
+  std::condition_variable mail_has_come;
+  std::map<std::ptrdiff_t, EmulatedMail> mail;  // by where the mailbox is
 };
+
+// Where something lies in a block's shared memory.
+inline std::ptrdiff_t offset_in(EmulatedBlock& block, const void* p) {
+  return static_cast<const unsigned char*>(p) - reinterpret_cast<const unsigned char*>(block.shared.data());
+}
 
 struct EmulatedThread {
   unsigned block = 0, rank = 0, thread = 0, threads = 0;
   EmulatedBlock* own = nullptr;
   std::deque<EmulatedBlock>* cluster = nullptr;
   Barrier* cluster_barrier = nullptr;
+  bool announced = false;
   // Copies that were begun: those of groups that are closed, and those of the group that is open.
   std::deque<std::vector<std::pair<void*, const void*>>> groups;
   std::vector<std::pair<void*, const void*>> open;
@@ -91,7 +113,7 @@ struct Launch {
         workers.emplace_back([&, rank, thread] {
           for (unsigned i = 0; i < blocks / cluster; ++i) {
             const unsigned first = (backwards ? blocks / cluster - 1 - i : i) * cluster;
-            EmulatedThread state{first + rank, rank, thread, threads, &running[rank], &running, &all, {}, {}};
+            EmulatedThread state{first + rank, rank, thread, threads, &running[rank], &running, &all, false, {}, {}};
             self = &state;
             kernel();
             running[rank].barrier.wait();
@@ -126,12 +148,37 @@ T shuffle_xor(const T& value, int mask) {
   return result;
 }
 
-inline void cluster_barrier() { self->cluster_barrier->wait(); }
+struct alignas(8) Mailbox {
+  std::uint64_t state;
+};
 
-template <class T>
-const T* of_cluster_block(T* mine, unsigned rank) {
-  const auto offset = reinterpret_cast<unsigned char*>(mine) - shared_memory();
-  return reinterpret_cast<const T*>(reinterpret_cast<unsigned char*>((*self->cluster)[rank].shared.data()) + offset);
+inline void open_mailbox(Mailbox* mine, unsigned bytes) {
+  EmulatedBlock& block = *self->own;
+  const std::lock_guard<std::mutex> lock(block.mail_mutex);
+  if (self->announced || !block.mail.emplace(offset_in(block, mine), EmulatedMail{bytes, 0}).second) std::abort();
+}
+inline void announce_mailboxes() { self->announced = true; }
+inline void await_mailboxes() {
+  if (!self->announced) std::abort();  // on a GPU it would hang
+  self->cluster_barrier->wait();
+}
+// Mail for a box that is not open, or more than it expects, is lost on a GPU.
+template <class S>
+void post(const S& value, S* slot, Mailbox* mailbox, unsigned rank) {
+  static_assert(sizeof(S) % 16 == 0, "sent 16 bytes at a time");
+  EmulatedBlock& to = (*self->cluster)[rank];
+  const std::lock_guard<std::mutex> lock(to.mail_mutex);
+  const auto mail = to.mail.find(offset_in(*self->own, mailbox));
+  if (mail == to.mail.end() || mail->second.come + sizeof(S) > mail->second.expected) std::abort();
+  std::memcpy(reinterpret_cast<unsigned char*>(to.shared.data()) + offset_in(*self->own, slot), &value, sizeof(S));
+  mail->second.come += static_cast<unsigned>(sizeof(S));
+  to.mail_has_come.notify_all();
+}
+inline void await_mail(Mailbox* mine) {
+  EmulatedBlock& block = *self->own;
+  std::unique_lock<std::mutex> lock(block.mail_mutex);
+  const EmulatedMail& mail = block.mail.at(offset_in(block, mine));
+  block.mail_has_come.wait(lock, [&] { return mail.come == mail.expected; });
 }
 
 inline void check_aligned(const void* p) {
@@ -173,6 +220,7 @@ inline float exp2(float x) {
 inline float log2_fast(float x) { return std::log2(x); }
 inline float log2(float x) { return std::log2(x); }
 inline float max(float a, float b) { return std::fmax(a, b); }
+inline float min(float a, float b) { return std::fmin(a, b); }
 inline float product(float a, float b) {
   volatile float result = a * b;  // rounded, whatever comes next
   return result;
@@ -223,6 +271,16 @@ inline std::uint32_t floats_to_halves(float a, float b) {
 }
 inline std::uint32_t floats_to_bfloats(float a, float b) {
   return float_to_bfloat(a) | static_cast<std::uint32_t>(float_to_bfloat(b)) << 16;
+}
+inline std::uint32_t max_halves(std::uint32_t a, std::uint32_t b) {
+  const auto greater = [](std::uint32_t x, std::uint32_t y) {
+    return max(half_to_float(static_cast<std::uint16_t>(x)), half_to_float(static_cast<std::uint16_t>(y)));
+  };
+  return floats_to_halves(greater(a & 0xffffu, b & 0xffffu), greater(a >> 16, b >> 16));
+}
+inline std::uint32_t max_bfloats(std::uint32_t a, std::uint32_t b) {
+  return floats_to_bfloats(max(bits_to_float(a << 16), bits_to_float(b << 16)),
+                           max(bits_to_float(a & 0xffff0000u), bits_to_float(b & 0xffff0000u)));
 }
 
 }  // namespace pykd::kernels::gpu

@@ -3,15 +3,15 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
 #include <mutex>
+#include <utility>
 
 #include "kernels/cuda/interface.h"
 #include "kernels/soft_target/soft_target_kernels.cuh"
 
 namespace pykd::kernels::soft_target {
 namespace {
-
-constexpr std::uint64_t kKeptScratchBytes = 1 << 25;  // of a device, from call to call; one call takes some KB
 
 // The first thing that goes wrong ends a launch: CHECK(cudaSomething(…));
 // It is taken back, lest a later look at "the last error" finds it.
@@ -37,19 +37,6 @@ class OutsideCaptures {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// Where scratch memory comes from. The default pool gives its memory back at every synchronisation, and shares its
-// settings with everyone in the process.
-const char* make_pool(int device, cudaMemPool_t* pool) {
-  cudaMemPoolProps properties = {};
-  properties.allocType = cudaMemAllocationTypePinned;
-  properties.location.type = cudaMemLocationTypeDevice;
-  properties.location.id = device;
-  CHECK(cudaMemPoolCreate(pool, &properties));
-  std::uint64_t kept = kKeptScratchBytes;
-  CHECK(cudaMemPoolSetAttribute(*pool, cudaMemPoolAttrReleaseThreshold, &kept));
-  return nullptr;
-}
-
 cudaLaunchConfig_t row_launch(unsigned blocks, const Plan& plan, cudaLaunchAttribute* attribute, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
@@ -65,12 +52,15 @@ cudaLaunchConfig_t row_launch(unsigned blocks, const Plan& plan, cudaLaunchAttri
   return config;
 }
 
-// Lets rows_kernel have all of a device's shared memory, and finds the largest cluster that then still runs.
-template <class T>
-const char* prepare_kernel(Device* device) {
-  CHECK(cudaFuncSetAttribute(rows_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, device->shared_of_block));
-  CHECK(cudaFuncSetAttribute(rows_kernel<T>, cudaFuncAttributePreferredSharedMemoryCarveout,
-                             cudaSharedmemCarveoutMaxShared));
+using RowsKernel = void (*)(Problem, Plan);
+
+// Lets a kernel have all of a device's shared memory, and finds the largest cluster in which it then still runs.
+const char* prepare_kernel(RowsKernel kernel, Device* device) {
+  CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device->shared_of_block));
+  CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  if (device->largest_cluster > kPortableParts) {
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  }
   for (; device->largest_cluster > 1; device->largest_cluster /= 2) {
     Plan plan;
     plan.parts = device->largest_cluster;
@@ -79,22 +69,20 @@ const char* prepare_kernel(Device* device) {
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t config = row_launch(static_cast<unsigned>(plan.parts), plan, &attribute, nullptr);
     int clusters = 0;
-    CHECK(cudaOccupancyMaxActiveClusters(&clusters, rows_kernel<T>, &config));
-    if (clusters > 0) break;
+    // A size that a device does not know is an error of the question.
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0) break;
+    cudaGetLastError();
   }
   return nullptr;
 }
 
-// What is to be known of the current device, `index`; looked up once.
-const char* look_up(int index, Device* result, cudaMemPool_t* pool) {
-  constexpr int kDevices = 64;
+// What is to be known of the device `index`, which is the current one, for a kernel; looked up once.
+const char* look_up(RowsKernel kernel, int index, Device* result) {
   static std::mutex mutex;
-  static Device known[kDevices];
-  static cudaMemPool_t pools[kDevices];
-  static bool looked_up[kDevices];
-  if (index < 0 || index >= kDevices) return "expected a CUDA device below 64";
+  static std::map<std::pair<RowsKernel, int>, Device> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (!looked_up[index]) {
+  const auto found = known.find({kernel, index});
+  if (found == known.end()) {
     const OutsideCaptures outside;
     Device device;
     int capability = 0;
@@ -102,59 +90,29 @@ const char* look_up(int index, Device* result, cudaMemPool_t* pool) {
     CHECK(cudaDeviceGetAttribute(&device.shared_of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
     CHECK(cudaDeviceGetAttribute(&device.shared_of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
     CHECK(cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, index));
-    device.largest_cluster = capability >= 9 ? 8 : 1;
-    if (const char* error = prepare_kernel<gpu::Float32>(&device)) return error;
-    if (const char* error = prepare_kernel<gpu::Float16>(&device)) return error;
-    if (const char* error = prepare_kernel<gpu::Bfloat16>(&device)) return error;
-    if (pools[index] == nullptr) {
-      if (const char* error = make_pool(index, &pools[index])) return error;
-    }
-    known[index] = device;
-    looked_up[index] = true;
+    device.largest_cluster = capability >= 9 ? kMostParts : 1;
+    if (const char* error = prepare_kernel(kernel, &device)) return error;
+    known[{kernel, index}] = device;
+    *result = device;
+  } else {
+    *result = found->second;
   }
-  *result = known[index];
-  *pool = pools[index];
   return nullptr;
 }
 
 template <class T>
-const char* launch_rows(const Problem& problem, const Plan& plan, cudaStream_t stream) {
-  cudaLaunchAttribute attribute;
-  const auto blocks = static_cast<unsigned>(problem.batch * plan.parts);
-  const cudaLaunchConfig_t config = row_launch(blocks, plan, &attribute, stream);
-  CHECK(cudaLaunchKernelEx(&config, rows_kernel<T>, problem, plan));
-  return nullptr;
-}
-
-template <class T>
-const char* launch_parts(const Problem& problem, const Plan& plan, cudaMemPool_t pool, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(problem.batch * plan.parts);
-  const auto threads = static_cast<unsigned>(plan.threads);
-  const bool sums_first = problem.gradient != nullptr && slope_needs_sums(problem.setting);
-  unsigned char* memory = nullptr;
-  CHECK(cudaMallocFromPoolAsync(&memory, blocks * (sizeof(Statistics) + sizeof(Sums)), pool, stream));
-  const Scratch scratch{reinterpret_cast<Statistics*>(memory),
-                        reinterpret_cast<Sums*>(memory + blocks * sizeof(Statistics))};
-  parts_statistics_kernel<T><<<blocks, threads, kExchangeBytes, stream>>>(problem, plan, scratch);
-  parts_sums_kernel<T><<<blocks, threads, kExchangeBytes, stream>>>(problem, plan, scratch);
-  parts_results_kernel<T>
-      <<<sums_first ? blocks : static_cast<unsigned>(problem.batch), threads, kExchangeBytes, stream>>>(problem, plan,
-                                                                                                        scratch);
-  const cudaError_t launched = cudaGetLastError();
-  const cudaError_t freed = cudaFreeAsync(memory, stream);
-  CHECK(launched);
-  CHECK(freed);
-  return nullptr;
-}
-
-template <class T>
-const char* launch_on(const Problem& problem, int device, cudaStream_t stream) {
-  Device facts;
-  cudaMemPool_t pool = nullptr;
-  if (const char* error = look_up(device, &facts, &pool)) return error;
-  const Plan plan = make_plan(facts, problem.batch, problem.classes, T::kLanes, problem.teacher == nullptr ? 1 : 2);
-  if (problem.batch > 0x7fffffff / plan.parts) return "expected fewer rows: the grid of a CUDA launch is full";
-  return plan.apart ? launch_parts<T>(problem, plan, pool, stream) : launch_rows<T>(problem, plan, stream);
+const char* launch_on(const Problem& problem, int index, cudaStream_t stream) {
+  return with_kernel<T>(problem, [&](RowsKernel kernel) -> const char* {
+    Device device;
+    if (const char* error = look_up(kernel, index, &device)) return error;
+    const Plan plan = make_plan(device, problem.batch, problem.classes, T::kLanes, problem.teacher == nullptr ? 1 : 2);
+    const std::int64_t blocks = blocks_of(plan, problem.batch);
+    if (blocks > 0x7fffffff) return "expected fewer rows: the grid of a CUDA launch is full";
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = row_launch(static_cast<unsigned>(blocks), plan, &attribute, stream);
+    CHECK(cudaLaunchKernelEx(&config, kernel, problem, plan));
+    return nullptr;
+  });
 }
 
 const char* launch(const Call& call, int device, void* stream) {

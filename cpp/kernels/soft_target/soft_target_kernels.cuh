@@ -1,17 +1,20 @@
 // File: kernels/soft_target/soft_target_kernels.cuh
 //
-// soft_target on a GPU. Each row is worked on by a team: one block, or a cluster of blocks, or (few rows, many
-// classes) several blocks of three launches that meet in device memory. Every block has a part of the row's classes.
+// soft_target on a GPU, in one launch. Each row is worked on by a team: some lanes of a warp, a block, or a cluster of
+// blocks, each of which has a part of the row's classes.
 //
-//     statistics   maxima and sums of exponentials; reads the logits
-//     sweep        values, and where it needs none of them the gradient at once (cross_entropy, kl, hard)
-//     sweep        the gradient, where it needs the value of KL(q || ...) first
+//     statistics   sums of exponentials, and the values of all forms but jsd; reads the logits
+//     mixtures     the value of jsd
+//     gradient
 //
-// A part is read in chunks of 16 bytes. The first pass leaves as many of them as fit in shared memory, from where the
-// other passes take them; the rest is read again, from the L2 cache where that is large enough. A thread reads only
-// the shared memory that it has filled itself, so no barrier is needed for that. Rows whose first class does not lie
-// on a 16-byte boundary begin with an incomplete chunk, read element by element, and end with one; where the tensors'
-// rows lie differently, all chunks are read so.
+// A part is read in chunks of 16 bytes. All that fits into shared memory is on its way there from the beginning, and
+// the first sweep waits for one quarter of it after another; the other sweeps take it from there. The rest is read
+// again, from the L2 cache where that is large enough. A thread reads only the shared memory that it has filled itself,
+// so no barrier is needed for that. Rows whose first class does not lie on a 16-byte boundary begin with an incomplete
+// chunk, read element by element, and end with one; where the tensors' rows lie differently, all chunks are read so.
+//
+// The blocks of a cluster send each other their sums and wait for those of the others, once (jsd: twice). Nothing waits
+// for the gradient's stores, and nobody reads a block's memory: a block that is done may go.
 //
 // Sums are formed in an order that depends on the shape, the dtype, the alignment and the device, not on time: the
 // same bits every time.
@@ -19,6 +22,7 @@
 #define PYKD_KERNELS_SOFT_TARGET_SOFT_TARGET_KERNELS_CUH_
 
 #include <cstddef>
+#include <type_traits>
 
 #include "kernels/cuda/gpu.cuh"
 #include "kernels/soft_target/soft_target.h"
@@ -45,20 +49,25 @@ struct Problem {
 
 constexpr int kMostWarps = kMostThreads / gpu::kWarp;
 
-// Where the threads of a team meet; at the start of a block's shared memory.
-struct Exchange {
-  Statistics warp_statistics[kMostWarps];
-  Statistics statistics;
-  Sums warp_sums[kMostWarps];
-  Sums sums;
+// Where the threads of a team meet: the warps of a block, then the blocks of a cluster.
+template <class S>
+struct Meeting {
+  S warps[kMostWarps];
+  S blocks[kMostParts];
 };
-static_assert(sizeof(Exchange) <= kExchangeBytes);
+// At the start of a block's shared memory.
+template <class K>
+struct Exchange {
+  Meeting<Statistics<K>> statistics;
+  Meeting<Sums> sums;
+  gpu::Mailbox statistics_mail, sums_mail;
+};
 
-// The statistics or sums of `lanes` neighbouring threads, joined; each gets them. `lanes`: a power of 2.
+// Those of `lanes` neighbouring threads, joined; each gets them. `lanes`: a power of 2, of one warp.
 template <class S>
 PYKD_GPU S merge_lanes(const Setting& setting, S mine, int lanes) {
   PYKD_GPU_NO_UNROLL
-  for (int mask = lanes / 2; mask > 0; mask /= 2) mine.merge(setting, gpu::shuffle_xor(mine, mask));
+  for (int mask = lanes / 2; mask > 0; mask /= 2) mine.merge(setting, mine.exchanged(mask));
   return mine;
 }
 
@@ -75,139 +84,193 @@ PYKD_GPU S merge_block(const Setting& setting, S mine, S* of_warps) {
   return merge_lanes(setting, mine, kMostWarps);
 }
 
-// Those of the threads of a cluster of 1, 2, 4 or 8 blocks.
+// Those of a team's threads.
 template <class S>
-PYKD_GPU S merge_cluster(const Setting& setting, const S& mine, S* of_warps, S* of_block, unsigned blocks) {
-  const S all = merge_block(setting, mine, of_warps);
+PYKD_GPU S merge_team(const Setting& setting, const Plan& plan, const S& mine, Meeting<S>& meeting,
+                      gpu::Mailbox* mailbox) {
+  if (plan.team <= gpu::kWarp) return merge_lanes(setting, mine, plan.team);
+  const S all = merge_block(setting, mine, meeting.warps);
+  const auto blocks = static_cast<unsigned>(plan.parts);
   if (blocks == 1) return all;
-  if (gpu::thread() == 0) *of_block = all;
-  gpu::cluster_barrier();
-  return merge_lanes(setting, S(*gpu::of_cluster_block(of_block, gpu::thread() % blocks)), static_cast<int>(blocks));
+  const unsigned rank = gpu::block() % blocks;
+  if (gpu::thread() < blocks) gpu::post(all, &meeting.blocks[rank], mailbox, gpu::thread());
+  gpu::await_mail(mailbox);
+  return merge_lanes(setting, meeting.blocks[gpu::thread() % blocks], plan.parts);
 }
 
-// What one block does with its part of a row. Chunks are counted from the part's first, `k`.
-template <class T>
+// What one team does with its part of a row. Chunks are counted from the part's first, `k`; a thread has those from
+// `lane` on, in steps of the team.
+template <class T, class K>
 class Part {
  public:
   static constexpr int kLanes = T::kLanes;
   using Storage = typename T::Storage;
 
-  PYKD_GPU Part(const Problem& problem, const Plan& plan, std::int64_t row, unsigned part, unsigned char* stage)
+  PYKD_GPU Part(const Problem& problem, const Plan& plan, std::int64_t row, unsigned part, unsigned lane, bool present,
+                unsigned char* stage)
       : setting_(problem.setting),
         student_(at(problem.student, row, problem.classes)),
         teacher_(at(problem.teacher, row, problem.classes)),
         label_probs_(at(problem.label_probs, row, problem.classes)),
         gradient_(const_cast<Storage*>(at(problem.gradient, row, problem.classes))),
         classes_(problem.classes),
-        stage_(stage),
-        staged_(plan.staged) {
-    const int lane = lane_of(student_);
-    const bool alike = (teacher_ == nullptr || lane_of(teacher_) == lane) &&
-                       (label_probs_ == nullptr || lane_of(label_probs_) == lane) &&
-                       (gradient_ == nullptr || lane_of(gradient_) == lane);
-    const int shift = alike ? lane : 0;  // classes that the row's first chunk lacks
+        lane_(static_cast<int>(lane)),
+        team_(plan.team),
+        step_(plan.round_bytes),
+        stage_(stage + gpu::thread() * kStep) {
+    const int shift_of_student = shift_of(student_);
+    const bool alike = (!K::kTeacher || shift_of(teacher_) == shift_of_student) &&
+                       (label_probs_ == nullptr || shift_of(label_probs_) == shift_of_student) &&
+                       (gradient_ == nullptr || shift_of(gradient_) == shift_of_student);
+    const int shift = alike ? shift_of_student : 0;  // classes that the row's first chunk lacks
     const int first = static_cast<int>(part) * plan.chunks;
     const int rest = (classes_ + shift + kLanes - 1) / kLanes - first;
-    count_ = rest < 0 ? 0 : rest < plan.chunks ? rest : plan.chunks;
+    count_ = rest < 0 || !present ? 0 : rest < plan.chunks ? rest : plan.chunks;
     first_column_ = first * kLanes - shift;
+    const int end = alike && classes_ > first_column_ ? (classes_ - first_column_) / kLanes : 0;
+    end_complete_ = end < count_ ? end : count_;
     first_complete_ = first_column_ < 0 ? 1 : 0;
-    end_complete_ = alike && classes_ > first_column_ ? (classes_ - first_column_) / kLanes : 0;
+    staged_ = plan.staged * team_ < count_ ? plan.staged * team_ : count_;
+    quarter_ = (plan.staged + kQuarters - 1) / kQuarters * team_;
   }
 
-  PYKD_GPU Statistics statistics() const {
-    Statistics result;
+  // Everything that fits, on its way into shared memory.
+  PYKD_GPU void begin_copies() const {
+    unsigned char* slot = stage_;
+    int k = lane_;
+    if (k < first_complete_) k = copy_elements(k, &slot);
     PYKD_GPU_NO_UNROLL
-    for (int round = 0; round < kCopiesAhead; ++round) begin_copy(round);
-    each_chunk<true>([&](int k, const Chunk& chunk) {
-      float x[kLanes];
-      T::unpack(chunk.student, x);
-      result.add_student(setting_, x);
-      if (teacher_ != nullptr) {
-        T::unpack(chunk.teacher, x);
-        result.add_teacher(setting_, x);
+    for (int quarter = 0; quarter < kQuarters; ++quarter) {
+      const int staged = end_of(quarter), end = column(staged < end_complete_ ? staged : end_complete_);
+      int from = column(k);
+      PYKD_GPU_NO_UNROLL
+      for (; from < end; from += team_ * kLanes, k += team_, slot += step_) {
+        gpu::copy_to_shared(slot, student_ + from);
+        if constexpr (K::kTeacher) gpu::copy_to_shared(slot + 16, teacher_ + from);
       }
-      if (label_probs_ != nullptr) {
-        T::unpack(read(label_probs_, k, 0.0f), x);
-        result.add_label_probs(x);
+      gpu::commit();
+    }
+    PYKD_GPU_NO_UNROLL
+    while (k < staged_) k = copy_elements(k, &slot);
+  }
+
+  PYKD_GPU Statistics<K> statistics() const {
+    Statistics<K> result;
+    each_chunk<true>([&](auto whole, int k, const gpu::Words& student, const gpu::Words& teacher) {
+      float s[kLanes], t[kLanes] = {};
+      T::unpack(student, s);
+      if constexpr (K::kTeacher) T::unpack(teacher, t);
+      result.add(setting_, T::greatest(student), K::kTeacher ? T::greatest(teacher) : 0.0f, s, t);
+      if constexpr (K::kGeneral) {
+        if (label_probs_ != nullptr) {
+          float y[kLanes];
+          T::unpack(read<whole>(label_probs_, k, 0.0f), y);
+          result.add_labels(setting_, s, y);
+        }
       }
     });
     return result;
   }
 
-  // Values and gradient of the part, either or both. `label`: -1 where there is none in range.
-  PYKD_GPU Sums sweep(const Row& row, int label, bool values, bool gradient) const {
+  PYKD_GPU Sums mixtures(const Row<K>& row) const {
     Sums sums;
-    each_chunk<false>([&](int k, const Chunk& chunk) {
-      float s[kLanes], g[kLanes];
-      T::unpack(chunk.student, s);
-      if (teacher_ == nullptr || row.soft_factor == 0.0f) {
-        PYKD_GPU_UNROLL
-        for (int i = 0; i < kLanes; ++i) g[i] = 0.0f;
-      }
-      if (teacher_ != nullptr) {
-        float t[kLanes];
-        T::unpack(chunk.teacher, t);
-        switch (setting_.form) {
-          case Form::kCrossEntropy:
-            soft<Form::kCrossEntropy>(row, s, t, values, gradient, sums, g);
-            break;
-          case Form::kKl:
-            soft<Form::kKl>(row, s, t, values, gradient, sums, g);
-            break;
-          case Form::kReverseKl:
-            soft<Form::kReverseKl>(row, s, t, values, gradient, sums, g);
-            break;
-          case Form::kSymmetricKl:
-            soft<Form::kSymmetricKl>(row, s, t, values, gradient, sums, g);
-            break;
-          case Form::kJsd:
-            soft<Form::kJsd>(row, s, t, values, gradient, sums, g);
-            break;
-        }
-      }
-      if (label_probs_ != nullptr) {
-        float y[kLanes];
-        T::unpack(read(label_probs_, k, 0.0f), y);
-        if (values) {
-          PYKD_GPU_UNROLL
-          for (int i = 0; i < kLanes; ++i) row.add_hard(sums, y[i], s[i]);
-        }
-        if (gradient && row.hard_factor != 0.0f) {
-          PYKD_GPU_UNROLL
-          for (int i = 0; i < kLanes; ++i) g[i] += row.hard_factor * row.hard_slope(y[i], row.label_sum, s[i]);
-        }
-      } else if (gradient && row.hard_factor != 0.0f) {
-        const int label_lane = label - column(k);
-        PYKD_GPU_UNROLL
-        for (int i = 0; i < kLanes; ++i) {
-          g[i] += row.hard_factor * row.hard_slope(i == label_lane ? 1.0f : 0.0f, 1.0f, s[i]);
-        }
-      }
-      if (gradient) write(k, g);
+    each_chunk<false>([&](auto, int, const gpu::Words& student, const gpu::Words& teacher) {
+      float s[kLanes], t[kLanes];
+      T::unpack(student, s);
+      T::unpack(teacher, t);
+      PYKD_GPU_UNROLL
+      for (int i = 0; i < kLanes; ++i) row.add_mixture(sums, s[i], t[i]);
     });
     return sums;
   }
 
+  // `label`: -1 where there is none in range.
+  PYKD_GPU void gradient(const Row<K>& row, int label) const {
+    if (row.soft_factor == 0.0f && row.hard_factor == 0.0f) {  // whatever the logits are
+      const float nothing[kLanes] = {};
+      PYKD_GPU_NO_UNROLL
+      for (int k = lane_; k < count_; k += team_) write<false>(k, nothing);
+    } else if (K::kTeacher && row.soft_factor != 0.0f) {
+      gradient<K::kTeacher>(row, label);
+    } else {
+      gradient<false>(row, label);
+    }
+  }
+
  private:
-  struct Chunk {
-    gpu::Words student, teacher;
-  };
+  static constexpr int kQuarters = 4;
+  static constexpr int kStep = K::kTeacher ? 32 : 16;  // bytes of shared memory for one round of one thread
+
+  template <bool kSoft>
+  PYKD_GPU float slope(const Row<K>& row, float s, float t) const {
+    if constexpr (!kSoft) return row.hard_slope(s);
+    float slope = row.soft_slope(s, t);
+    if constexpr (K::kGeneral) {
+      if (setting_.separate && row.hard_factor != 0.0f) slope += row.hard_slope(s);
+    }
+    return slope;
+  }
+
+  template <bool kSoft>
+  PYKD_GPU void gradient(const Row<K>& row, int label) const {
+    each_chunk<false>([&](auto whole, int k, const gpu::Words& student, const gpu::Words& teacher) {
+      float s[kLanes], t[kLanes] = {}, g[kLanes];
+      T::unpack(student, s);
+      if constexpr (kSoft) T::unpack(teacher, t);
+      PYKD_GPU_UNROLL
+      for (int i = 0; i < kLanes; ++i) g[i] = slope<kSoft>(row, s[i], t[i]);
+      if constexpr (K::kGeneral) {
+        if (label_probs_ != nullptr && row.hard_factor != 0.0f) {
+          float y[kLanes];
+          T::unpack(read<whole>(label_probs_, k, 0.0f), y);
+          PYKD_GPU_UNROLL
+          for (int i = 0; i < kLanes; ++i) g[i] -= row.hard_factor * y[i];
+        }
+      }
+      write<whole>(k, g);
+    });
+    // The label's class once more, by the thread that has just written it.
+    const int at_label = label - first_column_;
+    if (label >= 0 && at_label >= 0 && at_label / kLanes < count_ && at_label / kLanes % team_ == lane_ &&
+        row.hard_factor != 0.0f) {
+      const float s = T::widen(student_[label]), t = kSoft ? T::widen(teacher_[label]) : 0.0f;
+      gradient_[label] = T::narrow(slope<kSoft>(row, s, t) - row.hard_factor);
+    }
+  }
 
   static PYKD_GPU const Storage* at(const void* tensor, std::int64_t row, std::int32_t classes) {
     return tensor == nullptr ? nullptr : static_cast<const Storage*>(tensor) + row * classes;
   }
   // How many elements after a 16-byte boundary it lies.
-  static PYKD_GPU int lane_of(const Storage* p) {
+  static PYKD_GPU int shift_of(const Storage* p) {
     return static_cast<int>(reinterpret_cast<std::uintptr_t>(p) / sizeof(Storage) % kLanes);
+  }
+
+  // An incomplete chunk; returns the next one.
+  PYKD_GPU int copy_elements(int k, unsigned char** slot) const {
+    if (k >= staged_) return k;
+    gpu::store(*slot, read_elements(student_, k, -gpu::infinity()));
+    if constexpr (K::kTeacher) gpu::store(*slot + 16, read_elements(teacher_, k, -gpu::infinity()));
+    *slot += step_;
+    return k + team_;
   }
 
   PYKD_GPU int column(int k) const { return first_column_ + k * kLanes; }
   PYKD_GPU bool complete(int k) const { return k >= first_complete_ && k < end_complete_; }
+  // The staged chunks that are copied first, second and so on: before this one.
+  PYKD_GPU int end_of(int quarter) const {
+    const int end = (quarter + 1) * quarter_;
+    return end < staged_ ? end : staged_;
+  }
 
   // Classes that do not exist read as `outside`: -inf for logits, 0 for label_probs. Both add nothing to any sum.
+  // kWhole: the chunk is known to be complete.
+  template <bool kWhole>
   PYKD_GPU gpu::Words read(const Storage* row, int k, float outside) const {
+    return kWhole || complete(k) ? gpu::load(row + column(k)) : read_elements(row, k, outside);
+  }
+  PYKD_GPU gpu::Words read_elements(const Storage* row, int k, float outside) const {
     const int first = column(k);
-    if (complete(k)) return gpu::load(row + first);
     float x[kLanes];
     PYKD_GPU_UNROLL
     for (int i = 0; i < kLanes; ++i) {
@@ -217,80 +280,74 @@ class Part {
     return T::pack(x);
   }
 
+  template <bool kWhole>
   PYKD_GPU void write(int k, const float (&g)[kLanes]) const {
     const int first = column(k);
-    if (complete(k)) {
+    if (kWhole || complete(k)) {
       gpu::store_streaming(gradient_ + first, T::pack(g));
       return;
     }
-    PYKD_GPU_UNROLL
-    for (int i = 0; i < kLanes; ++i) {
-      if (first + i >= 0 && first + i < classes_) gradient_[first + i] = T::narrow(g[i]);
-    }
-  }
-
-  PYKD_GPU unsigned char* slot(int round, int tensor) const {
-    const unsigned tensors = teacher_ == nullptr ? 1 : 2;
-    return stage_ +
-           ((static_cast<unsigned>(round) * tensors + static_cast<unsigned>(tensor)) * gpu::threads() + gpu::thread()) *
-               16;
-  }
-
-  // A group of copies per round, empty where there is nothing to copy: the count of groups is that of rounds.
-  PYKD_GPU void begin_copy(int round) const {
-    const int k = round * static_cast<int>(gpu::threads()) + static_cast<int>(gpu::thread());
-    if (round < staged_ && k < count_) {
-      if (complete(k)) {
-        gpu::copy_to_shared(slot(round, 0), student_ + column(k));
-        if (teacher_ != nullptr) gpu::copy_to_shared(slot(round, 1), teacher_ + column(k));
-      } else {
-        gpu::store(slot(round, 0), read(student_, k, -gpu::infinity()));
-        if (teacher_ != nullptr) gpu::store(slot(round, 1), read(teacher_, k, -gpu::infinity()));
+    if constexpr (!kWhole) {
+      PYKD_GPU_UNROLL
+      for (int i = 0; i < kLanes; ++i) {
+        if (first + i >= 0 && first + i < classes_) gradient_[first + i] = T::narrow(g[i]);
       }
     }
-    gpu::commit();
   }
 
-  // body(k, chunk) for this thread's chunks.
-  template <bool kFirstPass, class Body>
+  // body(whole, k, student, teacher) for this thread's chunks: first for those that are complete and in shared memory,
+  // then for the others. whole: std::true_type, std::false_type.
+  template <bool kFirstSweep, class Body>
   PYKD_GPU void each_chunk(const Body& body) const {
-    int round = 0;
+    const unsigned char* slot = stage_;
+    const bool begins_incomplete = lane_ < first_complete_;
+    int k = lane_;
+    if (begins_incomplete) {
+      k += team_;
+      slot += step_;
+    }
     PYKD_GPU_NO_UNROLL
-    for (int k = static_cast<int>(gpu::thread()); k < count_; k += static_cast<int>(gpu::threads()), ++round) {
-      if constexpr (kFirstPass) {
-        begin_copy(round + kCopiesAhead);
-        gpu::wait_for_all_but<kCopiesAhead>();
+    for (int quarter = kFirstSweep ? 0 : kQuarters - 1; quarter < kQuarters; ++quarter) {
+      if constexpr (kFirstSweep) wait_for(quarter);
+      const int staged = kFirstSweep ? end_of(quarter) : staged_, end = staged < end_complete_ ? staged : end_complete_;
+      PYKD_GPU_NO_UNROLL
+      for (; k < end; k += team_, slot += step_) {
+        const gpu::Words student = gpu::load(slot);
+        body(std::true_type(), k, student, K::kTeacher ? gpu::load(slot + 16) : student);
       }
-      Chunk chunk{};
-      if (round < staged_) {
-        chunk.student = gpu::load(slot(round, 0));
-        if (teacher_ != nullptr) chunk.teacher = gpu::load(slot(round, 1));
+    }
+    int next = k;
+    if (begins_incomplete) k = lane_;
+    PYKD_GPU_NO_UNROLL
+    while (k < count_) {
+      gpu::Words student, teacher;
+      if (k < staged_) {
+        const unsigned char* at = k == next ? slot : stage_;
+        student = gpu::load(at);
+        teacher = K::kTeacher ? gpu::load(at + 16) : student;
       } else {
-        chunk.student = read(student_, k, -gpu::infinity());
-        if (teacher_ != nullptr) chunk.teacher = read(teacher_, k, -gpu::infinity());
+        student = read<false>(student_, k, -gpu::infinity());
+        teacher = K::kTeacher ? read<false>(teacher_, k, -gpu::infinity()) : student;
       }
-      body(k, chunk);
+      body(std::false_type(), k, student, teacher);
+      if (k == next) {
+        next += team_;
+        slot += step_;
+      }
+      k = next;
     }
   }
 
-  template <Form kForm>
-  PYKD_GPU void soft(const Row& row, const float (&s)[kLanes], const float (&t)[kLanes], bool values, bool gradient,
-                     Sums& sums, float (&g)[kLanes]) const {
-    float lp[kLanes], lq[kLanes], p[kLanes], q[kLanes];
-    PYKD_GPU_UNROLL
-    for (int i = 0; i < kLanes; ++i) {
-      lp[i] = row.log_p(t[i]);
-      lq[i] = row.log_q(s[i]);
-      p[i] = gpu::exp2(lp[i]);
-      q[i] = gpu::exp2(lq[i]);
-    }
-    if (values) {
-      PYKD_GPU_UNROLL
-      for (int i = 0; i < kLanes; ++i) row.add_soft<kForm>(sums, lp[i], lq[i], p[i], q[i]);
-    }
-    if (gradient && row.soft_factor != 0.0f) {
-      PYKD_GPU_UNROLL
-      for (int i = 0; i < kLanes; ++i) g[i] = row.soft_factor * row.soft_slope<kForm>(lp[i], lq[i], p[i], q[i]);
+  static PYKD_GPU void wait_for(int quarter) {
+    switch (quarter) {
+      case 0:
+        return gpu::wait_for_all_but<3>();
+      case 1:
+        return gpu::wait_for_all_but<2>();
+      case 2:
+        return gpu::wait_for_all_but<1>();
+      default:
+        return gpu::wait_for_all_but<0>();
     }
   }
 
@@ -300,14 +357,14 @@ class Part {
   const Storage* label_probs_;
   Storage* gradient_;
   int classes_;
+  int lane_, team_;
+  int step_;  // bytes from one round to the next in shared memory
   unsigned char* stage_;
-  int staged_;                         // rounds (one chunk per thread) that stay in shared memory
   int count_;                          // chunks of the part
+  int staged_, quarter_;               // chunks that stay in shared memory; and that are copied together
   int first_column_;                   // below 0 where the row's first chunk is incomplete
   int first_complete_, end_complete_;  // chunks of which all classes exist and all tensors lie on a boundary
 };
-
-// ---- What all kernels begin and end with -------------------------------------------------------------
 
 PYKD_GPU int label_of(const Problem& problem, std::int64_t row) {
   if (problem.labels == nullptr) return -1;
@@ -315,24 +372,55 @@ PYKD_GPU int label_of(const Problem& problem, std::int64_t row) {
   return label >= 0 && label < problem.classes ? static_cast<int>(label) : -1;
 }
 
-PYKD_GPU Row make_row(const Problem& problem, const Statistics& statistics, std::int64_t index, int label) {
-  Row row(problem.setting, statistics, problem.soft_weight == nullptr ? 0.0f : problem.soft_weight[index],
-          problem.hard_weight == nullptr ? 0.0f : problem.hard_weight[index]);
+// Grid: blocks_of(plan, batch); clusters of plan.parts.
+template <class T, int kForm, bool kGeneral>
+PYKD_GPU_KERNEL(kMostThreads, 3)
+rows_kernel(Problem problem, Plan plan) {
+  using K = Kind<kForm, kGeneral>;
+  static_assert(sizeof(Exchange<K>) <= kExchangeBytes);
+  unsigned char* shared = gpu::shared_memory();
+  auto& exchange = *reinterpret_cast<Exchange<K>*>(shared);
+  const Setting& setting = problem.setting;
+  const auto blocks = static_cast<unsigned>(plan.parts), team = static_cast<unsigned>(plan.team);
+  const unsigned rank = gpu::block() % blocks;
+  const bool shares_block = team <= gpu::kWarp;
+  const unsigned lane = shares_block ? gpu::thread() & (team - 1) : gpu::thread();
+  const std::int64_t own =
+      shares_block ? static_cast<std::int64_t>(gpu::block()) * (gpu::threads() / team) + gpu::thread() / team
+                   : gpu::block() / blocks;
+  const bool present = own < problem.batch;
+  const std::int64_t index = present ? own : 0;
+
+  const Part<T, K> part(problem, plan, index, rank, lane, present, shared + kExchangeBytes);
+  part.begin_copies();
+  if (blocks > 1) {
+    if (gpu::thread() == 0) {
+      gpu::open_mailbox(&exchange.statistics_mail, blocks * sizeof(Statistics<K>));
+      if constexpr (K::kMixture) gpu::open_mailbox(&exchange.sums_mail, blocks * sizeof(Sums));
+    }
+    gpu::announce_mailboxes();
+  }
+  Statistics<K> statistics = part.statistics();
+  if (blocks > 1) gpu::await_mailboxes();
+  statistics = merge_team(setting, plan, statistics, exchange.statistics, &exchange.statistics_mail);
+
+  const int label = label_of(problem, index);
+  Row<K> row(setting, statistics, problem.soft_weight == nullptr ? 0.0f : problem.soft_weight[index],
+             problem.hard_weight == nullptr ? 0.0f : problem.hard_weight[index], problem.label_probs != nullptr);
   if (problem.labels != nullptr && label < 0 && row.hard_factor != 0.0f) row.hard_factor = gpu::nan();
-  return row;
-}
+  if constexpr (K::kMixture) {
+    row.mixture = merge_team(setting, plan, part.mixtures(row), exchange.sums, &exchange.sums_mail);
+  }
+  if (problem.gradient != nullptr) {
+    row.prepare_gradient();
+    part.gradient(row, label);
+  }
 
-PYKD_GPU bool values_wanted(const Problem& problem) {
-  return problem.soft != nullptr || (problem.hard != nullptr && problem.label_probs != nullptr);
-}
-
-template <class T>
-PYKD_GPU void write_values(const Problem& problem, const Row& row, const Sums& sums, std::int64_t index, int label) {
-  if (gpu::thread() != 0) return;
-  if (problem.soft != nullptr) problem.soft[index] = row.soft_value(sums);
+  if (!present || rank != 0 || lane != 0) return;
+  if (K::kTeacher && problem.soft != nullptr) problem.soft[index] = row.soft_value();
   if (problem.hard == nullptr) return;
   if (problem.labels == nullptr) {
-    problem.hard[index] = row.hard_value(sums);
+    problem.hard[index] = row.hard_value();
   } else if (label < 0) {
     problem.hard[index] = gpu::nan();
   } else {
@@ -341,104 +429,25 @@ PYKD_GPU void write_values(const Problem& problem, const Row& row, const Sums& s
   }
 }
 
-// ---- A row is one block's, or one cluster's ----------------------------------------------------------
-
-// Grid: batch * plan.parts blocks; clusters of plan.parts.
-template <class T>
-PYKD_GPU_KERNEL(kMostThreads, 3)
-rows_kernel(Problem problem, Plan plan) {
-  unsigned char* shared = gpu::shared_memory();
-  auto& exchange = *reinterpret_cast<Exchange*>(shared);
-  const auto blocks = static_cast<unsigned>(plan.parts);
-  const std::int64_t index = gpu::block() / blocks;
-  const unsigned rank = gpu::block() % blocks;
-  const Setting& setting = problem.setting;
-
-  Part<T> part(problem, plan, index, rank, shared + kExchangeBytes);
-  const Statistics statistics =
-      merge_cluster(setting, part.statistics(), exchange.warp_statistics, &exchange.statistics, blocks);
-  const int label = label_of(problem, index);
-  Row row = make_row(problem, statistics, index, label);
-
-  const bool gradient = problem.gradient != nullptr;
-  const bool sums_first = gradient && slope_needs_sums(setting);
-  const bool values = values_wanted(problem) || sums_first;
-  Sums sums;
-  if (values || gradient) sums = part.sweep(row, label, values, gradient && !sums_first);
-  if (values) sums = merge_cluster(setting, sums, exchange.warp_sums, &exchange.sums, blocks);
-  if (sums_first) {
-    row.q_sum = sums.q;
-    part.sweep(row, label, false, true);
+// use(kernel), with the kernel that a call needs.
+template <class T, class Use>
+auto with_kernel(const Problem& problem, const Use& use) {
+  const bool general = problem.setting.separate || problem.label_probs != nullptr;
+  const auto of_form = [&](auto form) {
+    constexpr int kForm = decltype(form)::value;
+    return general ? use(&rows_kernel<T, kForm, true>) : use(&rows_kernel<T, kForm, false>);
+  };
+  if (!problem.setting.soft) return of_form(std::integral_constant<int, kNoTeacher>());
+  switch (problem.setting.form) {
+    case Form::kReverseKl:
+      return of_form(std::integral_constant<int, static_cast<int>(Form::kReverseKl)>());
+    case Form::kSymmetricKl:
+      return of_form(std::integral_constant<int, static_cast<int>(Form::kSymmetricKl)>());
+    case Form::kJsd:
+      return of_form(std::integral_constant<int, static_cast<int>(Form::kJsd)>());
+    default:
+      return of_form(std::integral_constant<int, static_cast<int>(Form::kKl)>());
   }
-  if (rank == 0) write_values<T>(problem, row, sums, index, label);
-  if (blocks > 1) gpu::cluster_barrier();  // a block's shared memory stays until the others have read it
-}
-
-// ---- A row is several independent blocks' ------------------------------------------------------------
-
-// Between the launches: of every part of every row.
-struct Scratch {
-  Statistics* statistics;
-  Sums* sums;
-};
-
-// What the parts of a row have left, joined by each block that asks.
-template <class S>
-PYKD_GPU S merge_parts(const Setting& setting, const S* parts, int count, S* of_warps) {
-  S mine;
-  for (int i = static_cast<int>(gpu::thread()); i < count; i += static_cast<int>(gpu::threads())) {
-    mine.merge(setting, parts[i]);
-  }
-  return merge_block(setting, mine, of_warps);
-}
-
-// Grid of the first two: batch * plan.parts blocks. Of the third: the same where the gradient waits for the sums, else
-// batch blocks.
-template <class T>
-PYKD_GPU_KERNEL(kMostThreads, 3)
-parts_statistics_kernel(Problem problem, Plan plan, Scratch scratch) {
-  auto& exchange = *reinterpret_cast<Exchange*>(gpu::shared_memory());
-  const auto parts = static_cast<unsigned>(plan.parts);
-  Part<T> part(problem, plan, gpu::block() / parts, gpu::block() % parts, nullptr);
-  const Statistics statistics = merge_block(problem.setting, part.statistics(), exchange.warp_statistics);
-  if (gpu::thread() == 0) scratch.statistics[gpu::block()] = statistics;
-}
-
-template <class T>
-PYKD_GPU_KERNEL(kMostThreads, 3)
-parts_sums_kernel(Problem problem, Plan plan, Scratch scratch) {
-  auto& exchange = *reinterpret_cast<Exchange*>(gpu::shared_memory());
-  const auto parts = static_cast<unsigned>(plan.parts);
-  const std::int64_t index = gpu::block() / parts;
-  const Statistics statistics =
-      merge_parts(problem.setting, scratch.statistics + index * parts, plan.parts, exchange.warp_statistics);
-  const int label = label_of(problem, index);
-  const Row row = make_row(problem, statistics, index, label);
-  const bool gradient = problem.gradient != nullptr && !slope_needs_sums(problem.setting);
-  Part<T> part(problem, plan, index, gpu::block() % parts, nullptr);
-  Sums sums = part.sweep(row, label, true, gradient);
-  sums = merge_block(problem.setting, sums, exchange.warp_sums);
-  if (gpu::thread() == 0) scratch.sums[gpu::block()] = sums;
-}
-
-template <class T>
-PYKD_GPU_KERNEL(kMostThreads, 3)
-parts_results_kernel(Problem problem, Plan plan, Scratch scratch) {
-  auto& exchange = *reinterpret_cast<Exchange*>(gpu::shared_memory());
-  const bool gradient = problem.gradient != nullptr && slope_needs_sums(problem.setting);
-  const unsigned parts = gradient ? static_cast<unsigned>(plan.parts) : 1;
-  const std::int64_t index = gpu::block() / parts;
-  const Statistics statistics =
-      merge_parts(problem.setting, scratch.statistics + index * plan.parts, plan.parts, exchange.warp_statistics);
-  const Sums sums = merge_parts(problem.setting, scratch.sums + index * plan.parts, plan.parts, exchange.warp_sums);
-  const int label = label_of(problem, index);
-  Row row = make_row(problem, statistics, index, label);
-  row.q_sum = sums.q;
-  if (gradient) {
-    Part<T> part(problem, plan, index, gpu::block() % parts, nullptr);
-    part.sweep(row, label, false, true);
-  }
-  if (gpu::block() % parts == 0) write_values<T>(problem, row, sums, index, label);
 }
 
 }  // namespace pykd::kernels::soft_target
