@@ -57,7 +57,7 @@ class Row:
         size: the axis lengths.
         value_error: largest |got − want| / max(1, |want|) over the values.
         gradient_error: largest |got − want| over max(largest |want|, 0.01) of each gradient.
-        value_room: what rounding may add to the limit of the value at these inputs, see :func:`room`.
+        value_room: what is added to the limit of the value at these inputs, see :func:`rooms_of`.
         gradient_room: the same of the gradient.
         ok: whether both errors are within the limits of the dtype and their room.
     """
@@ -181,7 +181,7 @@ def verify(
         if move and form != "fixed":
             given = {**given, metadata.GRAD_SCALE: _GRAD_SCALE}
         want = truth(composition, graph, inputs, numbers, per_sample)
-        rounding = room(graph, inputs, numbers, want, dtype)
+        rooms = rooms_of(composition, graph, inputs, numbers, want, dtype)
         for engine, device, run in runs:
             moved = {name: tensor.to(device) for name, tensor in inputs.items()}
             with _running(engine):
@@ -190,7 +190,7 @@ def verify(
             got = {name: tensor / scale if name.startswith("grad_") else tensor for name, tensor in got.items()}
             value_error, gradient_error = errors(got, want)
             size = " ".join(f"{axis} {length}" for axis, length in sizes.items())
-            rows.append(Row(engine, device, dtype, size, value_error, gradient_error, *rounding))
+            rows.append(Row(engine, device, dtype, size, value_error, gradient_error, *rooms))
     return Report(tuple(sorted(rows, key=lambda row: (row.engine, row.device))), tuple(missing))
 
 
@@ -230,10 +230,22 @@ def truth(
     return {**values, **{f"grad_{name}": g.numpy() for name, g in zip(wanted, gradients, strict=True)}}
 
 
+def rooms_of(
+    composition: Any, graph: Any, inputs: Values, numbers: Mapping[str, float], want: Mapping[str, Any], dtype: str
+) -> tuple[float, float]:
+    """How much farther than LIMITS a right file may be from ``want``, as (value, gradient).
+
+    By :func:`room`, and by the tolerance that a loss declares for the case (:class:`pykd.Case`).
+    """
+    factor = composition.tolerance(dtype) - 1
+    value, gradient = room(graph, inputs, numbers, want, dtype)
+    return value + factor * LIMITS[dtype][0], gradient + factor * LIMITS[dtype][1]
+
+
 def room(
     graph: Any, inputs: Values, numbers: Mapping[str, float], want: Mapping[str, Any], dtype: str
 ) -> tuple[float, float]:
-    """How much farther than LIMITS a right file may be from ``want``, as (value, gradient).
+    """The part of :func:`rooms_of` that rounding has.
 
     The condition of the numbers, found by trying: how far the definition itself is off in the type of the inputs, and
     how far its exact numbers move when every input moves by a rounding. A wrong file owes its error to neither.

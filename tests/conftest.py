@@ -1,7 +1,7 @@
 """Every registered loss with every case that it declares reaches the tests through here."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ class Subject:
     composition: Composition
     layouts: dict[str, str]
     optional: tuple[str, ...]
-    tolerance: Mapping[str, float] = field(default_factory=dict)
 
     def graph(self, per_sample: bool = False, check: bool = False) -> LossGraph:
         return self.composition.graph(self.layouts, self.optional, per_sample, check)
@@ -77,7 +76,7 @@ def loss_subjects() -> Iterator[Subject]:
     for cls, case in registry.every_case():
         loss = cls(**case.settings)
         name = f"{cls.name}[{case}]"
-        yield Subject(name, as_composition(loss), dict(case.layouts), tuple(case.optional), case.tolerance)
+        yield Subject(name, as_composition(loss), dict(case.layouts), tuple(case.optional))
 
 
 def composed_subjects() -> Iterator[Subject]:

@@ -22,7 +22,7 @@ import torch
 
 import pykd
 from pykd.export import metadata
-from pykd.export.verification import LIMITS, truth
+from pykd.export.verification import LIMITS, rooms_of, truth
 from tests.conftest import Subject, subjects
 from tests.sources import used_by
 
@@ -35,7 +35,9 @@ def call(subject: Subject, number: int, sizes: dict[str, int], dtype: str, per_s
     tensors = subject.composition.draw(graph.signature.inputs, sizes, seed=100 + number, dtype=getattr(torch, dtype))
     moved = {name: p.scalar.moved(p.default, number) for name, p in graph.signature.parameters.items()}
     want = truth(subject.composition, graph, tensors, moved, per_sample)
+    rooms = rooms_of(subject.composition, graph, tensors, moved, want, dtype)
     return {
+        "tolerance": dict(zip(("value", "gradient"), map(sum, zip(LIMITS[dtype], rooms, strict=True)), strict=True)),
         "inputs": {name: array(tensor, str(tensor.dtype).removeprefix("torch.")) for name, tensor in tensors.items()},
         "parameters": moved if number else {},
         "outputs": {
@@ -87,12 +89,10 @@ def prepare(subject: Subject, dtype: str, root: Path) -> Path:
         dtype=dtype,
         progress=lambda line: None,
     )
-    value, gradient = LIMITS[dtype]
     # Without the large one: the files are text. An ordinary call first, which keeps the defaults.
     trials = [{}, *(s for name, s in subject.trial_sizes().items() if name != "large")]
     vectors = {
         "name": folder.name,
-        "tolerance": {"value": value, "gradient": gradient},
         "calls": [call(subject, i, sizes, dtype, per_sample) for i, sizes in enumerate(trials)],
     }
     (folder / "vectors.json").write_text(json.dumps(vectors))

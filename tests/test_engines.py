@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pykd
-from pykd.export.verification import LIMITS, errors, truth, verify
+from pykd.export.verification import LIMITS, errors, rooms_of, truth, verify
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
@@ -39,8 +39,9 @@ def test_runtime_in_calls_with_changing_shapes(subject, engine, exported):
         want = truth(subject.composition, graph, tensors, numbers, per_sample)
         got = loss.value_and_gradient(**tensors, **numbers)
         assert list(got) == [output.name for output in loss.signature.outputs]
+        value_room, gradient_room = rooms_of(subject.composition, graph, tensors, numbers, want, "float32")
         value_error, gradient_error = errors(got, want)
-        assert value_error <= value_limit and gradient_error <= gradient_limit
+        assert value_error <= value_limit + value_room and gradient_error <= gradient_limit + gradient_room
         alone = loss.value(**tensors, **numbers)
         assert not any(name.startswith("grad_") for name in alone)
         for name, value in alone.items():

@@ -17,6 +17,8 @@ from onnx import helper, numpy_helper
 import pykd
 from pykd.export import integrity, metadata, torchscript, verification
 from pykd.export.verification import LIMITS, Report, Row, errors, verify
+from tests import make_vectors
+from tests.conftest import Subject
 
 BOTH = ("loss.onnx", "loss.grad.onnx")
 
@@ -256,6 +258,28 @@ def test_a_file_that_is_wrong_is_refused(edits, columns, folder):
     change(folder, *edits)
     report = verify(folder, engines=("python",))
     assert not report.ok and disagreeing(report) == columns, str(report)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["the value by little more than rounding", "the gradient by little more than rounding"]
+)
+def test_a_case_is_allowed_what_it_declares(wrong, folder, monkeypatch):
+    """In verification and in the vectors of the C++ tests: with the settings of the case, in its type, and no other."""
+    change(folder, *WRONG[wrong][0])
+    declared = {"tolerance": {"float32": 20.0}, "why": "to see what it does"}
+    part = composition().named_terms[1].parts[0].loss
+    cases = type(part).cases
+    for settings, allowed, ok in (
+        ({**part.settings(), "reduction": "sum"}, declared, True),
+        (part.settings(), {**declared, "tolerance": {"float16": 20.0}}, False),
+        ({**part.settings(), "temperature": 1.5}, declared, False),
+    ):
+        monkeypatch.setattr(type(part), "cases", (*cases, pykd.Case(settings, **allowed)))
+        assert verify(folder, engines=("python",)).ok == ok
+        subject = Subject("any", composition(), {"labels": "batch"}, ())
+        call = make_vectors.call(subject, 0, {}, "float32", per_sample=False)
+        for limit, found in zip(LIMITS["float32"], call["tolerance"].values(), strict=True):
+            assert 1 < found / limit < 2 if not ok else 20 < found / limit < 21
 
 
 @pytest.mark.parametrize(

@@ -21,5 +21,5 @@ LEAST = {"float16": 2.0**-25}
 def of_formula(subject: Subject, dtype: str) -> tuple[float, float]:
     """(value, gradient) for a subject, in a type."""
     value, gradient = FORMULA[dtype]
-    factor = subject.tolerance.get(dtype, 1.0)
+    factor = subject.composition.tolerance(dtype)
     return value * factor, gradient * factor

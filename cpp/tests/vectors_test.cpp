@@ -2,8 +2,9 @@
 // with calls and what they must give. Each is run with every engine it has a file for, all calls in
 // sequence on one loaded loss. Python writes the folders; there is none in this process.
 //
-//   {"name": ..., "tolerance": {"value": 1e-6, "gradient": 1e-5},
-//    "calls": [{"inputs": {"student_logits": {"dtype": "float32", "shape": [2, 3], "data": [...]}},
+//   {"name": ...,
+//    "calls": [{"tolerance": {"value": 1e-6, "gradient": 1e-5},
+//               "inputs": {"student_logits": {"dtype": "float32", "shape": [2, 3], "data": [...]}},
 //               "parameters": {"temperature": 2.0},
 //               "outputs": {"loss": {...}, "grad_student_logits": {...}}}]}
 //
@@ -145,7 +146,7 @@ json read_json(const fs::path& path) {
   return json::parse(stream);
 }
 
-void run_call(const Loss& loss, const json& call, const json& tolerance, bool with_gradient) {
+void run_call(const Loss& loss, const json& call, bool with_gradient) {
   std::map<std::string, Array> inputs, outputs;
   Tensors in, out;
   for (const auto& item : call.at("inputs").items()) {
@@ -167,7 +168,7 @@ void run_call(const Loss& loss, const json& call, const json& tolerance, bool wi
   }
   loss.run(in, out, parameters);
   for (const auto& item : outputs) {
-    compare(item.first, call.at("outputs").at(item.first), item.second, tolerance);
+    compare(item.first, call.at("outputs").at(item.first), item.second, call.at("tolerance"));
   }
 }
 
@@ -186,8 +187,8 @@ class VectorsTest : public testing::Test {
     for (std::size_t i = 0; i < vectors.at("calls").size(); ++i) {
       SCOPED_TRACE("call " + std::to_string(i));
       const json& call = vectors.at("calls")[i];
-      run_call(loss, call, vectors.at("tolerance"), true);
-      run_call(loss, call, vectors.at("tolerance"), false);
+      run_call(loss, call, true);
+      run_call(loss, call, false);
       if (HasFatalFailure()) return;
     }
   }

@@ -122,6 +122,10 @@ class Interface:
                     if kept and len(kept) < len(possible[name]):
                         possible[name], changed = kept, True
 
+    def tolerance(self, dtype: str) -> float:
+        """The largest factor for errors in a type that a case of its losses declares; see :meth:`pykd.Loss.tolerance`."""
+        return max(part.loss.tolerance(dtype) for term in self.named_terms for part in term.parts)
+
     def ignore_indices(self, specs: Mapping[str, Spec]) -> dict[str, int]:
         """The inputs of class indices that may be ignored, with the one that is."""
         found: dict[str, int] = {}

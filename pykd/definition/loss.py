@@ -369,6 +369,20 @@ class Loss(_WithFields):
         """A copy with other settings."""
         return self._as_declared()(**{**self.settings(), **changes})
 
+    def tolerance(self, dtype: str) -> float:
+        """The factor for errors in a type that a case with these settings declares, however it reduces; 1: none does."""
+
+        def but_for_reduction(settings: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in settings.items() if name != "reduction"}
+
+        kind = self._as_declared()
+        declaring = (case for case in self.cases if dtype in case.tolerance)
+        own = but_for_reduction(self.settings())
+        return max(
+            (c.tolerance[dtype] for c in declaring if but_for_reduction(kind(**c.settings).settings()) == own),
+            default=1.0,
+        )
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
 

@@ -224,7 +224,7 @@ class Case:
         settings: arguments of the constructor.
         layouts: input name → axes where an input may take several forms.
         optional: optional inputs that are given.
-        tolerance: by dtype, a factor for the errors that tests allow, where a loss is not as well conditioned as others.
+        tolerance: by dtype, a factor for the errors that tests and verification allow, where a loss is not as well conditioned as others.
         why: the reason for it.
     """
 
