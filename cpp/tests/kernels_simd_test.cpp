@@ -35,7 +35,12 @@ void apply(const float* in, size_t count, float* out) {
   for (size_t i = 0; i < count; i += lanes) {
     const size_t rest = count - i;
     const auto x = load_some(in, i, rest);
-    store_some(which == 0 ? exp2(d, x) : which == 1 ? exp(d, x) : log(d, x), out, i, rest);
+    const auto y = which == 0   ? exp2(d, x)
+                   : which == 1 ? exp(d, x)
+                   : which == 2 ? log(d, x)
+                   : which == 3 ? exp2m1(d, x)
+                                : log1p(d, x);
+    store_some(y, out, i, rest);
   }
 }
 
@@ -70,6 +75,8 @@ void stream_all(const float* in, size_t count, void* out) {
 void Exp2(const float* in, size_t count, float* out) { apply<0>(in, count, out); }
 void Exp(const float* in, size_t count, float* out) { apply<1>(in, count, out); }
 void Log(const float* in, size_t count, float* out) { apply<2>(in, count, out); }
+void Exp2m1(const float* in, size_t count, float* out) { apply<3>(in, count, out); }
+void Log1p(const float* in, size_t count, float* out) { apply<4>(in, count, out); }
 void WidenFloat16(const void* in, size_t count, float* out) { widen_all<hwy::float16_t>(in, count, out); }
 void WidenBFloat16(const void* in, size_t count, float* out) { widen_all<hwy::bfloat16_t>(in, count, out); }
 void NarrowFloat16(const float* in, size_t count, void* out) { narrow_all<hwy::float16_t>(in, count, out); }
@@ -100,6 +107,8 @@ namespace pykd::kernels {
 namespace {
 
 HWY_EXPORT(Exp2);
+HWY_EXPORT(Exp2m1);
+HWY_EXPORT(Log1p);
 HWY_EXPORT(Exp);
 HWY_EXPORT(Log);
 HWY_EXPORT(WidenFloat16);
@@ -151,6 +160,9 @@ float at(Function function, float x) {
 void exp2_of(const float* in, size_t count, float* out) { HWY_DYNAMIC_DISPATCH(Exp2)(in, count, out); }
 void exp_of(const float* in, size_t count, float* out) { HWY_DYNAMIC_DISPATCH(Exp)(in, count, out); }
 void log_of(const float* in, size_t count, float* out) { HWY_DYNAMIC_DISPATCH(Log)(in, count, out); }
+void exp2m1_of(const float* in, size_t count, float* out) { HWY_DYNAMIC_DISPATCH(Exp2m1)(in, count, out); }
+void log1p_of(const float* in, size_t count, float* out) { HWY_DYNAMIC_DISPATCH(Log1p)(in, count, out); }
+double exp2m1_exact(double x) { return std::expm1(x * 0.693147180559945309417); }
 
 TEST_P(Simd, ExponentialsAndLogarithm) {
   constexpr size_t kPoints = 1000003;
@@ -161,6 +173,20 @@ TEST_P(Simd, ExponentialsAndLogarithm) {
   EXPECT_LT(largest_relative_error(log_of, evenly(0.0f, 2.0f, kPoints), std::log), 2e-7);
   EXPECT_LT(largest_relative_error(log_of, evenly(1.0f, 1e30f, kPoints), std::log), 2e-7);
   EXPECT_LT(largest_relative_error(log_of, {1e-37f, 1e37f, 0.999999f, 1.000001f}, std::log), 2e-7);
+}
+
+TEST_P(Simd, WhatIsNextTo1KeepsItsDigits) {
+  std::vector<float> points;
+  for (float x = -1e-30f; x > -125.0f; x *= 1.01f) points.insert(points.end(), {x, -x});
+  EXPECT_LT(largest_relative_error(exp2m1_of, points, exp2m1_exact), 2e-7);
+  std::vector<float> around = evenly(-0.9999f, 30.0f, 1000003);
+  for (float x = 1e-30f; x < 0.999f; x *= 1.01f) around.insert(around.end(), {x, -x});
+  EXPECT_LT(largest_relative_error(log1p_of, around, std::log1p), 3e-7);
+  for (const Function function : {Function{exp2m1_of}, Function{log1p_of}}) {
+    EXPECT_EQ(at(function, 0.0f), 0.0f);
+    EXPECT_TRUE(std::isnan(at(function, kNan)));
+  }
+  for (const float far : {-127.0f, -1e38f, -kInf}) EXPECT_EQ(at(exp2m1_of, far), -1.0f) << far;
 }
 
 TEST_P(Simd, ExponentialsAndLogarithmAtTheEdges) {

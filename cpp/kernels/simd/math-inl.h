@@ -3,13 +3,15 @@
 // exp and log of float32 vectors, for kernels compiled once per instruction set (Highway's foreach_target.h). Include
 // it after hwy/highway.h, outside any namespace, as Highway's own -inl.h files.
 //
-//     exp2(d, x)  2^x for x <= 127; exactly 1 at 0, exactly 0 below -126
-//     exp(d, x)   e^x for x <= 88; exactly 1 at 0, exactly 0 below about -87.3
-//     log(d, x)   ln x for normal x > 0; exactly 0 at 1
+//     exp2(d, x)    2^x for x <= 127; exactly 1 at 0, exactly 0 below -126
+//     exp2m1(d, x)  2^x - 1 for x <= 127, with the digits of small ones
+//     exp(d, x)     e^x for x <= 88; exactly 1 at 0, exactly 0 below about -87.3
+//     log(d, x)     ln x for normal x > 0; exactly 0 at 1
+//     log1p(d, x)   ln(1 + x) for finite x > -1, with the digits of small ones
 //
-// NaN stays NaN; exp and exp2 of -inf are 0, and raise no floating-point exception. Relative errors: exp2 below 2e-7,
-// exp below 3e-7, log below 2e-7 (kernels_simd_test.cpp). Results are never subnormal: those are slow, and no loss
-// needs them.
+// NaN stays NaN; exp and exp2 of -inf are 0, and raise no floating-point exception. Relative errors: exp2, exp2m1 and
+// log below 2e-7, exp and log1p below 3e-7 (kernels_simd_test.cpp). Results are never subnormal: those are
+// slow, and no loss needs them.
 #if defined(PYKD_KERNELS_SIMD_MATH_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef PYKD_KERNELS_SIMD_MATH_INL_H_
 #undef PYKD_KERNELS_SIMD_MATH_INL_H_
@@ -35,6 +37,17 @@ HWY_INLINE V exp2_polynomial(D d, V r) {
   p = hn::MulAdd(p, r, hn::Set(d, 2.4022242426872253e-01f));
   p = hn::MulAdd(p, r, hn::Set(d, 6.931470036506653e-01f));
   return hn::MulAdd(p, r, hn::Set(d, 1.0f));
+}
+
+// 2^r - 1 for |r| <= 1/2: r times the polynomial of the smallest relative error (1e-8).
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V exp2m1_polynomial(D d, V r) {
+  V p = hn::MulAdd(hn::Set(d, 1.540351223e-04f), r, hn::Set(d, 1.339073526e-03f));
+  p = hn::MulAdd(p, r, hn::Set(d, 9.618237615e-03f));
+  p = hn::MulAdd(p, r, hn::Set(d, 5.550357327e-02f));
+  p = hn::MulAdd(p, r, hn::Set(d, 2.402264923e-01f));
+  p = hn::MulAdd(p, r, hn::Set(d, 6.931471825e-01f));
+  return hn::Mul(p, r);
 }
 
 // The larger of x and `least`, x where it is NaN. So differences between very low entries stay numbers.
@@ -71,6 +84,15 @@ HWY_INLINE V exp2(D d, V x) {
 }
 
 template <class D, class V = hn::Vec<D>>
+HWY_INLINE V exp2m1(D d, V x) {
+  const hn::RebindToSigned<D> di;
+  x = at_least(d, -127.0f, x);
+  const V n = hn::Round(x), r = hn::Sub(x, n);
+  const V power = hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(di, n), hn::Set(di, 127))));
+  return hn::MulAdd(exp2m1_polynomial(d, r), power, hn::Sub(power, hn::Set(d, 1.0f)));
+}
+
+template <class D, class V = hn::Vec<D>>
 HWY_INLINE V exp(D d, V x) {
   x = at_least(d, -88.0f, x);
   // ln 2 in two parts, the first with few bits, so that n times it is exact: x - n ln 2 keeps the digits of x.
@@ -102,6 +124,13 @@ HWY_INLINE V log(D d, V x) {
   tail = hn::NegMulAdd(hn::Set(d, 0.5f), f2, tail);
   const V result = hn::MulAdd(n, hn::Set(d, 0.693359375f), hn::Add(f, tail));
   return hn::IfThenElse(hn::IsNaN(x), x, result);
+}
+
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V log1p(D d, V x) {
+  const V sum = hn::Add(hn::Set(d, 1.0f), x);
+  const V lost = hn::Sub(x, hn::Sub(sum, hn::Set(d, 1.0f)));  // by the rounding of the sum
+  return hn::Add(log(d, sum), hn::Div(lost, sum));
 }
 
 }  // namespace pykd::kernels::HWY_NAMESPACE

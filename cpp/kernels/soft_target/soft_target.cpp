@@ -49,6 +49,7 @@ struct Problem {
   float student_scale;  // logits are multiplied by it: 1 / T or 1
   float teacher_scale;
   float beta;
+  bool almost_equal;     // a temperature at which p and q may be, and their divergence small beside their rounding
   bool separate_hard;    // the hard part needs a softmax of its own, without temperature
   bool stream_gradient;  // write it past the caches
 };
@@ -137,10 +138,12 @@ namespace pykd::kernels::soft_target::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 using kernels::HWY_NAMESPACE::entries_to_alignment;
 using kernels::HWY_NAMESPACE::exp2;
+using kernels::HWY_NAMESPACE::exp2m1;
 using kernels::HWY_NAMESPACE::finish_streaming;
 using kernels::HWY_NAMESPACE::kLog2E;
 using kernels::HWY_NAMESPACE::load;
 using kernels::HWY_NAMESPACE::log;
+using kernels::HWY_NAMESPACE::log1p;
 using kernels::HWY_NAMESPACE::store;
 using kernels::HWY_NAMESPACE::stream;
 
@@ -319,13 +322,57 @@ HWY_NOINLINE void add_part(const PartInput& part, size_t count, const BlockScale
   }
 }
 
-// The two divergences of jsd over a span of classes, given the factors that make e a probability and the natural
-// logarithm of q / p where the difference is 0.
+// Sums over a row of student and teacher with one scale, relative to their largest logits.
+struct Excess {
+  double excess = 0;   // of e_student - e_teacher, each with its digits however small it is
+  double teacher = 0;  // of e_teacher
+};
+
+template <class T>
+HWY_NOINLINE Excess excess_over_teacher(const T* HWY_RESTRICT student, const T* HWY_RESTRICT teacher, size_t classes,
+                                        float student_top, float teacher_top, float scale) {
+  const D d;
+  const size_t lanes = hn::Lanes(d);
+  Excess sums;
+  V excess, teacher_sum;
+  const auto add = [&](V student_logits, V teacher_logits, const auto& present) HWY_ATTR {
+    const V student_y = hn::Mul(hn::Sub(student_logits, hn::Set(d, student_top)), hn::Set(d, scale));
+    const V teacher_y = hn::Mul(hn::Sub(teacher_logits, hn::Set(d, teacher_top)), hn::Set(d, scale));
+    const V student_e = exp2(d, student_y), teacher_e = exp2(d, teacher_y);
+    const V difference = hn::Sub(student_y, teacher_y), one = hn::Set(d, 1.0f);
+    const V above = hn::IfThenElse(hn::Gt(difference, one), hn::Sub(student_e, teacher_e),
+                                   hn::Mul(teacher_e, exp2m1(d, hn::Min(difference, one))));
+    // where both are -inf, whatever the difference is, it counts for nothing
+    excess = hn::Add(excess, unless_zero(hn::Add(student_e, teacher_e), above));
+    teacher_sum = hn::Add(teacher_sum, present(teacher_e));
+  };
+  for (size_t part = 0; part < classes; part += part_entries()) {
+    const size_t end = std::min(classes, part + part_entries());
+    excess = teacher_sum = hn::Zero(d);
+    size_t i = part;
+    for (; i + lanes <= end; i += lanes) {
+      add(load(d, student + i), load(d, teacher + i), [](V e) HWY_ATTR { return e; });
+    }
+    if (i < end) {
+      const auto present = hn::FirstN(d, end - i);
+      add(load(d, student + i, end - i, student_top), load(d, teacher + i, end - i, teacher_top),
+          [present](V e) HWY_ATTR { return hn::IfThenElseZero(present, e); });
+    }
+    sums.excess += sum_of_lanes(excess);
+    sums.teacher += sum_of_lanes(teacher_sum);
+  }
+  return sums;
+}
+
+// The two divergences of jsd over a span of classes, given the factors that make e a probability and the logarithm to
+// the base 2 of q / p where the difference is 0.
 struct MixtureSums {
   double teacher = 0;  // KL(p || m)
   double student = 0;  // KL(q || m)
 };
 
+// almost_equal: with the digits of a small log(m / p), which the logarithm of a sum loses.
+template <bool almost_equal>
 HWY_NOINLINE void add_mixture(const Scratch& scratch, size_t begin, size_t end, float student_factor,
                               float teacher_factor, float log_ratio, float beta, MixtureSums& sums) {
   const D d;
@@ -337,12 +384,19 @@ HWY_NOINLINE void add_mixture(const Scratch& scratch, size_t begin, size_t end, 
     for (size_t i = block; i < block_end; i += lanes) {  // a last vector is filled up with probabilities of 0
       const V q = hn::Mul(hn::Load(d, scratch.student + i), hn::Set(d, student_factor));
       const V p = hn::Mul(hn::Load(d, scratch.teacher + i), hn::Set(d, teacher_factor));
-      const V log_q_over_p = hn::MulAdd(hn::Load(d, scratch.difference + i), ln2, hn::Set(d, log_ratio));
-      // Relative to the larger of the two, so that nothing overflows. Equal ones give exactly 0; where both are 0, or
-      // next to it, whatever the logarithm is, it counts for nothing.
-      const V larger = hn::Max(hn::Max(p, q), hn::Set(d, std::numeric_limits<float>::min()));
-      const V mixture = hn::MulAdd(hn::Set(d, beta), hn::Sub(p, q), q);
-      const V log_m = log(d, hn::Div(mixture, larger));
+      const V log2_q_over_p = hn::Add(hn::Load(d, scratch.difference + i), hn::Set(d, log_ratio));
+      const V log_q_over_p = hn::Mul(log2_q_over_p, ln2);
+      // Relative to the larger of p and q, so that nothing overflows and equal ones give exactly 0. Where both are 0,
+      // or next to it, whatever the logarithm is, it counts for nothing.
+      V log_m;
+      if constexpr (almost_equal) {
+        const V share = hn::IfThenElse(hn::Gt(log2_q_over_p, zero), hn::Set(d, beta), hn::Set(d, 1.0f - beta));
+        const V missing = hn::Mul(share, exp2m1(d, hn::Neg(hn::Abs(log2_q_over_p))));
+        log_m = log1p(d, hn::Max(missing, hn::Set(d, -1.0f + std::numeric_limits<float>::epsilon())));
+      } else {
+        const V larger = hn::Max(hn::Max(p, q), hn::Set(d, std::numeric_limits<float>::min()));
+        log_m = log(d, hn::Div(hn::MulAdd(hn::Set(d, beta), hn::Sub(p, q), q), larger));
+      }
       const V log_q = unless_zero(q, hn::Sub(hn::Min(log_q_over_p, zero), log_m));
       const V log_p = unless_zero(p, hn::Sub(hn::Min(hn::Neg(log_q_over_p), zero), log_m));
       student_sum = hn::MulAdd(q, log_q, student_sum);
@@ -489,6 +543,7 @@ class Rows {
     log_student_ = std::log2(sums_.student);
     if (Terms::kTeacher) log_teacher_ = std::log2(sums_.teacher);
     if constexpr (Terms::kTeacher) {
+      if (problem_.almost_equal) refine_ratio(row);
       const double soft = soft_value();
       if (problem_.soft != nullptr) problem_.soft[row] = static_cast<float>(soft);
     }
@@ -542,6 +597,18 @@ class Rows {
     }
   }
 
+  // The student's sum once more, by how little it differs from the teacher's: the rounding of the exponentials, which
+  // is another one for each, is more than what a divergence of two that are almost equal is made of.
+  void refine_ratio(size_t row) {
+    const T* const student = static_cast<const T*>(problem_.student) + row * classes_;
+    const T* const teacher = static_cast<const T*>(problem_.teacher) + row * classes_;
+    const Excess sums = excess_over_teacher(student, teacher, classes_, student_top_, teacher_top_, student_scale2_);
+    const double ratio = sums.excess / sums.teacher;
+    if (!(std::abs(ratio) < 0.5) || std::isnan(sums_.student)) return;
+    sums_.student = sums_.teacher * (1 + ratio);
+    log_student_ = log_teacher_ + std::log1p(ratio) / kLn2InDouble;
+  }
+
   static const float* as_float32(const float* entries, const float* /*wide*/) { return entries; }
   template <class Half>
   static const float* as_float32(const Half* /*entries*/, const float* wide) {
@@ -552,12 +619,12 @@ class Rows {
     const double log_ratio = log_student_ - log_teacher_;
     if constexpr (Terms::kMixture) {
       mixture_ = MixtureSums();
+      const auto add = problem_.almost_equal ? add_mixture<true> : add_mixture<false>;
       for (size_t begin = 0, end; begin < classes_; begin = end) {
         const Span span = span_at(begin);
         end = span.end;
-        add_mixture(scratch_, begin, end, static_cast<float>(span.student_factor),
-                    static_cast<float>(span.teacher_factor),
-                    static_cast<float>((span.log_ratio - log_ratio) * kLn2InDouble), problem_.beta, mixture_);
+        add(scratch_, begin, end, static_cast<float>(span.student_factor), static_cast<float>(span.teacher_factor),
+            static_cast<float>(span.log_ratio - log_ratio), problem_.beta, mixture_);
       }
       return problem_.beta * mixture_.teacher + (1.0 - problem_.beta) * mixture_.student;
     }
@@ -826,6 +893,9 @@ void run(const Call& call) {
     if (call.attributes[kSoftenStudent] != 0) problem.student_scale = problem.teacher_scale;
   }
   problem.beta = static_cast<float>(call.attributes[kBeta]);
+  // Up to 8, T^2 times the rounding of a probability is below 1e-5.
+  problem.almost_equal = problem.teacher != nullptr && problem.form != Form::kCrossEntropy &&
+                         call.attributes[kSoftenStudent] != 0 && call.number(kTemperature) > 8.0f;
   problem.separate_hard =
       problem.student_scale != 1.0f && (problem.labels != nullptr || problem.label_probs != nullptr);
   const size_t entries = problem.rows * problem.classes;

@@ -24,7 +24,9 @@
 //  - A weight of 0 takes nothing from its value: the gradient of a row whose weights are 0 (or left out) is exactly 0,
 //    even where the values are NaN.
 //
-// Accuracy: entries are float32, summed in float32 within 1,024 classes and in double beyond.
+// Accuracy: entries are float32, summed in float32 within 1,024 classes and in double beyond. At temperatures above 8
+// (soften_student, not cross_entropy) the rows are read twice, so that a divergence of two that are almost equal keeps
+// its digits: T^2 times it is off by T roundings, not T^2.
 //
 // Determinism: a row is computed by one thread in one way; the same bits for every number of threads. Different SIMD
 // targets differ in rounding.
