@@ -4,10 +4,13 @@ The judge is float64: NumPy references for values, autograd of the definition in
 test_every_loss.py compares with finite differences of the references).
 """
 
+import itertools
+
 import pytest
 import torch
 
 import pykd
+from pykd.definition import registry
 from pykd.export.verification import LIMITS, errors, rooms_of, truth, verify
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -21,6 +24,36 @@ def test_every_engine_agrees_with_float64(subject, dtype, exported):
         "torch.jit", "onnxruntime", "onnxruntime (C++)", "torchscript (C++)",
     }  # fmt: skip
     assert report.ok, f"\n{report}"
+
+
+def reductions_that_no_case_has():
+    """Loss, reduction and whether samples are weighed; values per sample (``"none"``) are in all files that can have them."""
+    registry.load_all()
+    for cls in registry.registered().values():
+        weight = cls.weight_input()
+        exported = {(cls(**case.settings).reduction, weight in case.optional) for case in cls.cases}
+        weighted = (False, True) if weight is not None else (False,)
+        for wanted in itertools.product(("mean",) if cls.couples_batch else ("mean", "sum"), weighted):
+            if wanted not in exported:
+                yield pytest.param(cls, *wanted, id=f"{cls.name}-{wanted[0]}-{'weighted' if wanted[1] else 'plain'}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cls", "reduction", "weighted"), reductions_that_no_case_has())
+def test_every_reduction_is_exported_with_weights_and_without(cls, reduction, weighted, tmp_path):
+    case, weight = cls.cases[0], cls.weight_input()
+    optional = [*(name for name in case.optional if name != weight), *([weight] if weighted else [])]
+    layouts = {name: axes for name, axes in case.layouts.items() if weighted or name != weight}
+    loss = cls(**{**case.settings, "reduction": reduction})
+    per_sample = not cls.couples_batch
+    pykd.export(
+        loss, tmp_path / "loss", layouts=layouts, optional_inputs=optional, per_sample=per_sample,
+        progress=lambda line: None,
+    )  # fmt: skip
+    report = verify(tmp_path / "loss", engines=("runtime",), quick=True, trust=True)
+    assert report.ok, f"\n{report}"
+    outputs = [output.name for output in pykd.load(str(tmp_path / "loss")).signature.outputs]
+    assert ("loss_per_sample" in outputs) == per_sample
 
 
 @pytest.mark.slow
