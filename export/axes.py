@@ -4,8 +4,8 @@ ONNX broadcasts: a teacher of one sample would silently serve three, and an empt
 axes in a file are remarks to a runtime, which may even take them for granted. So every input goes through a ``Reshape``
 that no runtime can carry out where a length is another one: the target 0, 5, 0 keeps the first and the last axis, and fits
 a tensor of the right size alone where its second axis has length 5. A Reshape moves no memory, and no optimiser can
-tell that it does nothing, since its target is computed from another input. An empty axis of the first input that has
-it is asked to have length 1.
+tell that it does nothing, since its target is computed from another input. An axis of the first input that has it is
+asked to have length 1 where it is empty, and its least length where it is shorter.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -16,20 +16,26 @@ from onnx import helper, numpy_helper
 
 
 def check_in_graph(
-    model: onnx.ModelProto, axes: Mapping[str, Sequence[str]], compared: Collection[Collection[str]] = ()
+    model: onnx.ModelProto,
+    axes: Mapping[str, Sequence[str]],
+    compared: Collection[Collection[str]] = (),
+    least: Mapping[str, int] | None = None,
 ) -> None:
     """Puts the checks at the start of a graph.
 
     Args:
         model: its inputs have these names; changed in place.
         axes: the names of the axes of its tensors.
-        compared: sets of inputs whose axes an operator compares anyway.
+        compared: sets of inputs whose axes an operator compares anyway; it refuses empty ones, too.
+        least: the least length of axes that need more than one entry.
     """
-    checks = _Checks(axes)
+    least = least or {}
+    checks = _Checks(axes, least)
     first: dict[str, tuple[str, int]] = {}  # of each axis: the input that has it first, and where
     for name, names in axes.items():
         known = [first.setdefault(axis, (name, at)) for at, axis in enumerate(names)]
-        if any(place[0] == name for place in known) and not any(name in group for group in compared):
+        own = [axis for axis, place in zip(names, known, strict=True) if place[0] == name]
+        if own and (any(axis in least for axis in own) or not any(name in group for group in compared)):
             checks.reshape(name, checks.lengths(name))
         wrong = [
             (at, place)
@@ -57,8 +63,9 @@ def check_in_graph(
 class _Checks:
     """The nodes and constants of the checks, and how each input is called after its own."""
 
-    def __init__(self, axes: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, axes: Mapping[str, Sequence[str]], least: Mapping[str, int]) -> None:
         self.axes = axes
+        self.least = least
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self.checked: dict[str, str] = {}
@@ -70,9 +77,11 @@ class _Checks:
         self.nodes.append(helper.make_node("Reshape", [before, target], [self.checked[name]]))
 
     def lengths(self, name: str) -> str:
-        """The lengths of an input, at least 1 each."""
+        """The lengths of an input, at least 1 each, or what is least."""
         shape = self._node("Shape", f"{name}_shape", name)
-        return self._node("Max", f"{name}_lengths", shape, self._constant("one", [1]))
+        least = [self.least.get(axis, 1) for axis in self.axes[name]]
+        one = self._constant("one", [1]) if set(least) <= {1} else self._constant(f"{name}_least", least)
+        return self._node("Max", f"{name}_lengths", shape, one)
 
     def only(self, name: str, at: int, owner: str, owners_at: int) -> str:
         """A target that keeps every axis of ``name`` but one, which has the length of one of ``owner``."""

@@ -9,6 +9,7 @@ import torch
 
 from pykd._version import __version__
 from pykd.composition import Composition, LossGraph
+from pykd.definition import Scalar
 
 FORMAT_VERSION = 2  # the newest; a file has the oldest version that says what it needs
 KEY = "pykd"  # of ONNX metadata_props
@@ -19,6 +20,12 @@ GRAD_SCALE = "grad_scale"
 def gradient_inputs(graph: LossGraph) -> list[str]:
     """The inputs that receive a gradient."""
     return [name for name, spec in graph.signature.inputs.items() if spec.grad]
+
+
+def least_lengths(composition: Composition, graph: LossGraph) -> dict[str, int]:
+    """The axes of the inputs that need more than one entry, and how many."""
+    axes = {axis for spec in graph.signature.inputs.values() for axis in spec.names}
+    return {axis: least for axis, least in sorted(composition.least_lengths.items()) if axis in axes and least > 1}
 
 
 def of_graph(
@@ -60,14 +67,15 @@ def of_graph(
     ]
     parameters = []
     for name, parameter in graph.signature.parameters.items():
-        parameters.append(_parameter(name, parameter.default, parameter.scalar.minimum, parameter.scalar.exclusive))
+        parameters.append(_parameter(name, parameter.default, parameter.scalar))
     if kind != "value":
         outputs += [
             {"name": f"grad_{entry['name']}", "axes": entry["axes"], "dtype": dtype, "gradient_of": entry["name"]}
             for entry in inputs
             if entry["gradient"]
         ]
-        parameters.append(_parameter(GRAD_SCALE, 1.0, float("-inf"), False))
+        parameters.append(_parameter(GRAD_SCALE, 1.0, Scalar()))
+    least = least_lengths(composition, graph)
     return {
         "format": "pykd",
         "format_version": 1 if parameters_as == "overridable" else 2,
@@ -76,6 +84,7 @@ def of_graph(
         "recipe": composition.recipe(),
         "terms": [_term(composition, term) for term in composition.named_terms],
         "inputs": inputs,
+        **({"least_lengths": least} if least else {}),
         "parameters": parameters,
         **({"parameters_as": parameters_as} if parameters_as != "overridable" else {}),
         "outputs": outputs,
@@ -97,10 +106,12 @@ def dumps(metadata: dict[str, Any]) -> str:
     return json.dumps(metadata, ensure_ascii=False, allow_nan=False)
 
 
-def _parameter(name: str, default: float, minimum: float, exclusive: bool) -> dict[str, Any]:
+def _parameter(name: str, default: float, scalar: Scalar) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": name, "default": default}
-    if minimum != float("-inf"):
-        entry |= {"minimum": minimum, "minimum_exclusive": exclusive}
+    if scalar.minimum != float("-inf"):
+        entry |= {"minimum": scalar.minimum, "minimum_exclusive": scalar.exclusive}
+    if scalar.maximum != float("inf"):
+        entry["maximum"] = scalar.maximum
     return entry
 
 

@@ -61,7 +61,7 @@ def build(
     for part, without in ((model, []), (value, [*gradients, metadata.GRAD_SCALE])):
         _remove(part, without, sites)
         kernel_nodes.name_nodes(part, sites, dtype)
-        axes.check_in_graph(part, names, kernel_nodes.compared(part))
+        axes.check_in_graph(part, names, kernel_nodes.compared(part), metadata.least_lengths(composition, graph))
         _hold_parameters(part, [*graph.signature.parameters, metadata.GRAD_SCALE], parameters_as)
     return {"value": value, "gradient": model}
 

@@ -34,14 +34,14 @@ class Loss:
     @property
     def passed_over(self) -> str: ...
     @property
-    def inputs(self) -> list[tuple[str, tuple[str, ...], tuple[str, ...], bool]]:
-        """Per input: name, axes, dtypes, whether it receives a gradient."""
+    def inputs(self) -> list[tuple[str, tuple[str, ...], tuple[str, ...], bool, tuple[int, ...]]]:
+        """Per input: name, axes, dtypes, whether it receives a gradient, the least lengths of the axes."""
     @property
-    def outputs(self) -> list[tuple[str, tuple[str, ...], tuple[str, ...], bool]]:
-        """Per output: name, axes, dtypes, whether it is a gradient."""
+    def outputs(self) -> list[tuple[str, tuple[str, ...], tuple[str, ...], bool, tuple[int, ...]]]:
+        """Per output: name, axes, dtypes, whether it is a gradient, the least lengths of the axes."""
     @property
-    def parameters(self) -> list[tuple[str, float, float, bool]]:
-        """Per parameter: name, default, minimum, whether the minimum itself is excluded."""
+    def parameters(self) -> list[tuple[str, float, float, bool, float]]:
+        """Per parameter: name, default, minimum, whether the minimum itself is excluded, maximum."""
     def output_shape(self, inputs: dict[str, Any], name: str) -> tuple[tuple[int, ...], str]:
         """The shape and dtype that an output has for these inputs."""
     def run(self, inputs: dict[str, Any], parameters: dict[str, Any], outputs: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ class TensorInfo:
     axes: tuple[str, ...]  # equal names mean equal lengths, across all tensors of a call
     dtypes: tuple[str, ...]  # those it may have; all floating tensors of a call have the same
     gradient: bool  # an input: it receives a gradient. An output: it is one
+    least_lengths: tuple[int, ...]  # along each axis
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class ParameterInfo:
     default: float
     minimum: float | None
     minimum_exclusive: bool
+    maximum: float | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,10 +68,12 @@ class Signature:
     def __repr__(self) -> str:
         rows = [("input", *_row(info), "gradient" if info.gradient else "") for info in self.inputs]
         for parameter in self.parameters:
-            bound = ""
+            bounds = []
             if parameter.minimum is not None:
-                bound = f"{'>' if parameter.minimum_exclusive else '>='} {parameter.minimum:g}"
-            rows.append(("parameter", parameter.name, f"{parameter.default:g}", bound, ""))
+                bounds.append(f"{'>' if parameter.minimum_exclusive else '>='} {parameter.minimum:g}")
+            if parameter.maximum is not None:
+                bounds.append(f"<= {parameter.maximum:g}")
+            rows.append(("parameter", parameter.name, f"{parameter.default:g}", ", ".join(bounds), ""))
         rows += [("output", *_row(info), "") for info in self.outputs]
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         return "\n".join(
@@ -79,7 +83,10 @@ class Signature:
 
 def _row(info: TensorInfo) -> tuple[str, str, str]:
     dtypes = "any float" if len(info.dtypes) > 1 else info.dtypes[0]
-    return info.name, f"({', '.join(info.axes)})", dtypes
+    axes = [
+        axis if least == 1 else f"{axis} >= {least}" for axis, least in zip(info.axes, info.least_lengths, strict=True)
+    ]
+    return info.name, f"({', '.join(axes)})", dtypes
 
 
 class LoadedLoss:
@@ -107,8 +114,14 @@ class LoadedLoss:
         self._signature = Signature(
             tuple(TensorInfo(*info) for info in core.inputs),
             tuple(
-                ParameterInfo(name, default, None if math.isinf(minimum) else minimum, exclusive)
-                for name, default, minimum, exclusive in core.parameters
+                ParameterInfo(
+                    name,
+                    default,
+                    None if math.isinf(minimum) else minimum,
+                    exclusive,
+                    None if math.isinf(maximum) else maximum,
+                )
+                for name, default, minimum, exclusive, maximum in core.parameters
             ),
             tuple(TensorInfo(*info) for info in core.outputs),
         )
@@ -167,7 +180,7 @@ class LoadedLoss:
                 float, in place of its default. Tensors are NumPy arrays, torch tensors or other objects with
                 ``__dlpack__``; they are read where they lie, without a copy, and must be contiguous. Weights of samples
                 alone may be masks, integers or any floating type, and are converted to float32.
-                Axes with equal names in the signature have equal lengths, at least 1.
+                Axes with equal names in the signature have equal lengths, at least 1, or more where it says so.
 
         Returns:
             A new dict with ``"loss"`` (scalar, in float32, or float64 for float64 inputs), each term by

@@ -168,6 +168,49 @@ else:
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow
+def test_files_know_the_least_length_and_the_maximum(newcomers):
+    """The loader refuses by both; any session of ONNX by the length, whatever it makes of the metadata."""
+    code = """
+import sys, numpy, onnx, onnxruntime, pykd, new_loss_plugin
+from onnx.reference import ReferenceEvaluator
+from pykd.definition import registry
+registry.load_all()
+path = sys.argv[1]
+pykd.export(pykd.compose({"own": registry.get("species_correlation")()}), path, progress=lambda line: None)
+one, two = numpy.zeros((3, 1), numpy.float32), numpy.zeros((3, 2), numpy.float32)
+
+def refused(function, *words):
+    try:
+        function()
+    except Exception as error:
+        assert all(word in str(error) for word in words), error
+    else:
+        raise AssertionError(words)
+
+for engine in ("onnxruntime", "torchscript"):
+    loss = pykd.load(path, engine=engine)
+    assert "(batch, species >= 2)" in repr(loss.signature) and "> 0, <= 1" in repr(loss.signature), loss.signature
+    loss.value(seen=two, expected=two, own_sharpness=1.0)
+    short = 'expected seen of length at least 2 along "species", got shape [3, 1]; give more of them'
+    refused(lambda: loss.value(seen=one, expected=one), short)
+    high = "expected the parameter own_sharpness at most 1, got 1.5; give a smaller value"
+    refused(lambda: loss.value(seen=two, expected=two, own_sharpness=1.5), high)
+for name in ("loss.onnx", "loss.grad.onnx"):
+    model = onnx.load(path + "/" + name)
+    scale = {"grad_scale": numpy.float32(1)} if name == "loss.grad.onnx" else {}
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(path + "/" + name, options)
+    evaluator = ReferenceEvaluator(model)
+    for run in (lambda given: session.run(None, given), lambda given: evaluator.run(None, {**scale, "own_sharpness": numpy.float32(1), "own_weight": numpy.float32(1), **given})):
+        run({"seen": two, "expected": two})
+        refused(lambda: run({"seen": one, "expected": one}))
+"""
+    ran = run(["-c", code, str(newcomers / "loss")], newcomers)
+    assert ran.returncode == 0, ran.stderr
+
+
 @pytest.fixture
 def layered_maps(monkeypatch):
     """The class, for the length of a test: other tests go through what is registered."""

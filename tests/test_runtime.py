@@ -356,7 +356,7 @@ def test_what_a_loss_says_of_itself(loss: runtime.Loss) -> None:
     assert [info.name for info in loss.signature.inputs] == ["student", "teacher", "labels"]
     assert loss.signature.inputs[1].axes == ("batch", "classes")
     assert [info.gradient for info in loss.signature.inputs] == [True, False, False]
-    assert loss.signature.parameters[0] == runtime.ParameterInfo("weight", 1.5, 0.0, False)
+    assert loss.signature.parameters[0] == runtime.ParameterInfo("weight", 1.5, 0.0, False, None)
     lines = repr(loss.signature).splitlines()
     assert lines[0].startswith("input      student       (batch, classes)  ")
     assert any(line.split() == ["parameter", "weight", "1.5", ">=", "0"] for line in lines)

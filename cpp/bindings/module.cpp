@@ -133,7 +133,8 @@ class CoreLoss {
     for (std::size_t i = 0; i < pykd_num_parameters(loss_); ++i) {
       pykd_parameter_info info = PYKD_PARAMETER_INFO_INIT;
       check(pykd_get_parameter_info(loss_, i, &info));
-      all.append(py::make_tuple(info.name, info.default_value, info.minimum, info.minimum_exclusive != 0));
+      all.append(
+          py::make_tuple(info.name, info.default_value, info.minimum, info.minimum_exclusive != 0, info.maximum));
     }
     return all;
   }
@@ -197,15 +198,17 @@ class CoreLoss {
     for (std::size_t i = 0; i < count; ++i) {
       pykd_tensor_info info = PYKD_TENSOR_INFO_INIT;
       check(info_of(loss_, i, &info));
-      py::tuple axes(static_cast<std::size_t>(info.rank));
-      for (std::int32_t axis = 0; axis < info.rank; ++axis) {
-        axes[static_cast<std::size_t>(axis)] = py::str(info.axes[axis]);
+      const auto rank = static_cast<std::size_t>(info.rank);
+      py::tuple axes(rank), least(rank);
+      for (std::size_t axis = 0; axis < rank; ++axis) {
+        axes[axis] = py::str(info.axes[axis]);
+        least[axis] = py::int_(info.least_lengths[axis]);
       }
       py::list names;
       for (const pykd_dtype dtype : pykd::internal::kDtypes) {
         if ((info.dtypes & pykd::internal::dtype_bit(dtype)) != 0) names.append(pykd::internal::dtype_name(dtype));
       }
-      all.append(py::make_tuple(info.name, axes, py::tuple(names), info.has_gradient != 0));
+      all.append(py::make_tuple(info.name, axes, py::tuple(names), info.has_gradient != 0, least));
     }
     return all;
   }

@@ -13,26 +13,15 @@ std::vector<std::string> pykd::fuzz::seeds() {
                          {"gradient", false}, {"index_of", "classes"}, {"ignore_index", -100}};
   tests::json script = tests::tiny_metadata(true);
   script["kind"] = "torchscript";
+  labels["least_lengths"] = {{"classes", 2}};
+  labels["parameters"][0]["maximum"] = 2.0;
   return {tests::tiny_metadata(true).dump(), tests::tiny_metadata(false).dump(2), labels.dump(), script.dump()};
 }
 
 std::vector<std::string> pykd::fuzz::words() {
-  return {"\"name\"",
-          "\"axes\"",
-          "\"gradient_of\"",
-          "\"minimum\"",
-          "null",
-          "true",
-          "1e999",
-          "-1",
-          "9223372036854775808",
-          "[[[[",
-          "{\"a\":",
-          "\\u0000",
-          "\\ud800",
-          "\"float\"",
-          "\"batch\"",
-          ","};
+  return {"\"name\"", "\"axes\"", "\"gradient_of\"", "\"minimum\"", "\"maximum\"",         "\"least_lengths\"",
+          "null",     "true",     "1e999",           "-1",          "9223372036854775808", "[[[[",
+          "{\"a\":",  "\\u0000",  "\\ud800",         "\"float\"",   "\"batch\"",           ","};
 }
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {

@@ -1,5 +1,6 @@
 // The C interface: every function checks its pointers, calls the library and turns what it throws
 // into a status. What the functions do is said in pykd.h.
+#include <cstddef>
 #include <memory>
 #include <string>
 
@@ -51,9 +52,14 @@ const typename Specs::value_type& item_at(const Specs& specs, std::size_t index,
 
 void write_tensor_info(const TensorSpec& spec, std::size_t partner, pykd_tensor_info* info) {
   check_pointer(info, "a pykd_tensor_info to write to");
-  const pykd_tensor_info value = {sizeof value,           spec.name.c_str(), static_cast<std::int32_t>(spec.rank()),
-                                  spec.axis_names.data(), spec.dtypes,       partner == pykd::internal::kNone ? 0 : 1};
-  write_sized(value, *info, sizeof value, "a pykd_tensor_info", "PYKD_TENSOR_INFO_INIT");
+  const pykd_tensor_info value = {sizeof value,
+                                  spec.name.c_str(),
+                                  static_cast<std::int32_t>(spec.rank()),
+                                  spec.axis_names.data(),
+                                  spec.dtypes,
+                                  partner == pykd::internal::kNone ? 0 : 1,
+                                  spec.least_lengths.data()};
+  write_sized(value, *info, offsetof(pykd_tensor_info, least_lengths), "a pykd_tensor_info", "PYKD_TENSOR_INFO_INIT");
 }
 
 std::unique_ptr<Loss> load_path(const char* path, const pykd::internal::LoadOptions& options) {
@@ -184,9 +190,14 @@ pykd_status pykd_get_parameter_info(const pykd_loss* loss, size_t index, pykd_pa
   return guarded([&] {
     const ParameterSpec& parameter = item_at(signature_of(loss).parameters, index, "parameters");
     check_pointer(info, "a pykd_parameter_info to write to");
-    const pykd_parameter_info value = {sizeof value, parameter.name.c_str(), parameter.default_value, parameter.minimum,
-                                       parameter.minimum_exclusive ? 1 : 0};
-    write_sized(value, *info, sizeof value, "a pykd_parameter_info", "PYKD_PARAMETER_INFO_INIT");
+    const pykd_parameter_info value = {sizeof value,
+                                       parameter.name.c_str(),
+                                       parameter.default_value,
+                                       parameter.minimum,
+                                       parameter.minimum_exclusive ? 1 : 0,
+                                       parameter.maximum};
+    write_sized(value, *info, offsetof(pykd_parameter_info, maximum), "a pykd_parameter_info",
+                "PYKD_PARAMETER_INFO_INIT");
   });
 }
 

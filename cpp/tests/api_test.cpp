@@ -92,6 +92,8 @@ TEST_F(Api, DescribesItself) {
   EXPECT_EQ(loss.parameters()[0].default_value, 1.5);
   EXPECT_EQ(loss.parameters()[0].minimum, 0.0);
   EXPECT_EQ(loss.parameters()[1].minimum, -std::numeric_limits<double>::infinity());
+  EXPECT_EQ(loss.parameters()[0].maximum, std::numeric_limits<double>::infinity());
+  EXPECT_EQ(loss.inputs()[0].least_lengths[1], 1);
   pykd_tensor_info info = PYKD_TENSOR_INFO_INIT;
   EXPECT_EQ(pykd_input_info(loss.c(), 2, &info), PYKD_INVALID_VALUE);
   EXPECT_EQ(pykd_output_info(nullptr, 0, &info), PYKD_INVALID_VALUE);
@@ -542,6 +544,23 @@ TEST_F(Api, LeavesWhatLiesBehindAnInfoAlone) {
     EXPECT_EQ(pykd_get_parameter_info(loss.c(), 0, &parameter), PYKD_INVALID_VALUE);
     expect_words(pykd_last_error(), {"PYKD_PARAMETER_INFO_INIT"});
   }
+}
+
+TEST_F(Api, FillsInTheInfosOfAnOlderHeader) {
+  const Loss loss = Loss::load(folder.path());
+  const std::int64_t untouched = 7;
+  pykd_tensor_info info = PYKD_TENSOR_INFO_INIT;
+  info.struct_size = offsetof(pykd_tensor_info, least_lengths);
+  info.least_lengths = &untouched;
+  ASSERT_EQ(pykd_input_info(loss.c(), 0, &info), PYKD_OK) << pykd_last_error();
+  EXPECT_STREQ(info.axes[1], "classes");
+  EXPECT_EQ(info.least_lengths, &untouched);
+  pykd_parameter_info parameter = PYKD_PARAMETER_INFO_INIT;
+  parameter.struct_size = offsetof(pykd_parameter_info, maximum);
+  parameter.maximum = 7;
+  ASSERT_EQ(pykd_get_parameter_info(loss.c(), 0, &parameter), PYKD_OK) << pykd_last_error();
+  EXPECT_EQ(parameter.default_value, 1.5);
+  EXPECT_EQ(parameter.maximum, 7);
 }
 
 TEST_F(Api, RefusesAnExtensionThatItDoesNotKnow) {

@@ -93,6 +93,31 @@ TEST(Metadata, ReadsTheFormOfTheParameters) {
   EXPECT_BAD(parse(metadata), "parameters_as", "a string");
 }
 
+TEST(Metadata, ReadsMaximaAndLeastLengths) {
+  json metadata = tiny_metadata(true);
+  EXPECT_EQ(parse(metadata).parameters[0].maximum, std::numeric_limits<double>::infinity());
+  EXPECT_EQ(parse(metadata).inputs[1].least_lengths, (std::vector<std::int64_t>{1, 1}));
+  metadata["parameters"][0]["maximum"] = 1.5;
+  metadata["least_lengths"] = {{"classes", 2}};
+  const Signature signature = parse(metadata);
+  EXPECT_EQ(signature.parameters[0].maximum, 1.5);
+  EXPECT_EQ(signature.inputs[1].least_lengths, (std::vector<std::int64_t>{1, 2}));
+  EXPECT_EQ(signature.outputs[3].least_lengths, (std::vector<std::int64_t>{1, 2}));
+  metadata["parameters"][0]["maximum"] = 1.25;
+  EXPECT_BAD(parse(metadata), "a default within its range", "parameters[0].default", "1.5");
+  metadata["parameters"][0]["maximum"] = "2";
+  EXPECT_BAD(parse(metadata), "parameters[0].maximum", "a number");
+  metadata["parameters"][0].erase("maximum");
+  metadata["least_lengths"] = {{"chanels", 2}};
+  EXPECT_BAD(parse(metadata), "axes that the inputs have", "least_lengths", "chanels");
+  metadata["least_lengths"] = {{"classes", 0}};
+  EXPECT_BAD(parse(metadata), "at least 1", "least_lengths.classes");
+  metadata["least_lengths"] = {{"classes", 1.5}};
+  EXPECT_BAD(parse(metadata), "least_lengths.classes", "an integer");
+  metadata["least_lengths"] = {"classes", 2};
+  EXPECT_BAD(parse(metadata), "least_lengths", "an object");
+}
+
 TEST(Metadata, RefusesContradictions) {
   json metadata = tiny_metadata(true);
   metadata["outputs"][3]["axes"] = {"batch"};
@@ -296,6 +321,16 @@ TEST_F(Call, RefusesEmptyTensors) {
   EXPECT_VALUE_ERROR(check(), "student_logits", "[-2, 3]");
 }
 
+TEST_F(Call, RefusesWhatIsShorterThanItsLeastLength) {
+  json metadata = labelled_metadata();
+  metadata["least_lengths"] = {{"classes", kClasses}};
+  use(metadata);
+  check();
+  shape[1] = kClasses - 1;
+  EXPECT_VALUE_ERROR(check(), "student_logits of length at least 3 along \"classes\", got shape [2, 2]",
+                     "give more of them");
+}
+
 TEST_F(Call, RefusesSizesThatOverflow) {
   shape[0] = std::int64_t{1} << 40;
   shape[1] = std::int64_t{1} << 40;
@@ -386,12 +421,17 @@ TEST_F(Call, TellsThePositionOfALabelInTwoAxes) {
 }
 
 TEST_F(Call, ChecksParameters) {
+  json metadata = labelled_metadata();
+  metadata["parameters"][0]["maximum"] = 2.5;
+  use(metadata);
   EXPECT_EQ(check(std::vector<pykd_parameter>{{"weight", 0.0}}), (std::vector<double>{0.0}));
   EXPECT_EQ(check(std::vector<pykd_parameter>{}), (std::vector<double>{1.5}));
   const double infinity = std::numeric_limits<double>::infinity();
   auto one = [&](const char* name, double value) { return check(std::vector<pykd_parameter>{{name, value}}); };
   EXPECT_VALUE_ERROR(one("wieght", 1), "wieght", "did you mean \"weight\"?");
   EXPECT_VALUE_ERROR(one("weight", -0.5), "weight at least 0", "-0.5");
+  EXPECT_EQ(one("weight", 2.5), (std::vector<double>{2.5}));
+  EXPECT_VALUE_ERROR(one("weight", 2.75), "expected the parameter weight at most 2.5, got 2.75; give a smaller value");
   EXPECT_VALUE_ERROR(one("weight", std::nan("")), "finite", "weight", "nan");
   EXPECT_VALUE_ERROR(one("weight", infinity), "finite", "inf");
   EXPECT_VALUE_ERROR(one("weight", 1e300), "finite", "1e+300");  // float32 cannot hold it

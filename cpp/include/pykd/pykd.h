@@ -147,14 +147,15 @@ typedef struct pykd_tensor_info {
   size_t struct_size; /* sizeof(pykd_tensor_info) */
   const char* name;
   int32_t rank;
-  const char* const* axes; /* `rank` names; equal names mean equal lengths, across all tensors */
-  uint32_t dtypes;         /* the dtypes it may have: bit (1u << pykd_dtype). All floating tensors of
-                              one call have the same dtype */
-  int32_t has_gradient;    /* input: "grad_<name>" is among the outputs. output: it is such a gradient */
+  const char* const* axes;      /* `rank` names; equal names mean equal lengths, across all tensors */
+  uint32_t dtypes;              /* the dtypes it may have: bit (1u << pykd_dtype). All floating tensors of
+                                   one call have the same dtype */
+  int32_t has_gradient;         /* input: "grad_<name>" is among the outputs. output: it is such a gradient */
+  const int64_t* least_lengths; /* `rank` lengths, at least 1: what is shorter along that axis is refused */
 } pykd_tensor_info;
 
 #define PYKD_TENSOR_INFO_INIT \
-  { sizeof(pykd_tensor_info), NULL, 0, NULL, 0, 0 }
+  { sizeof(pykd_tensor_info), NULL, 0, NULL, 0, 0, NULL }
 
 /* One parameter of a loss. Start from PYKD_PARAMETER_INFO_INIT. */
 typedef struct pykd_parameter_info {
@@ -163,10 +164,11 @@ typedef struct pykd_parameter_info {
   double default_value;
   double minimum;            /* -INFINITY where there is none */
   int32_t minimum_exclusive; /* not 0: the value must be greater than `minimum` */
+  double maximum;            /* INFINITY where there is none */
 } pykd_parameter_info;
 
 #define PYKD_PARAMETER_INFO_INIT \
-  { sizeof(pykd_parameter_info), NULL, 0.0, 0.0, 0 }
+  { sizeof(pykd_parameter_info), NULL, 0.0, 0.0, 0, 0.0 }
 
 /* PYKD_ABI_VERSION of the library that is running, and its release, such as "0.1.0". */
 PYKD_API uint32_t pykd_abi_version(void);

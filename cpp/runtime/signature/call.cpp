@@ -91,10 +91,14 @@ void bind_axes(const Signature& signature, const InputSpec& input, const pykd_te
                std::vector<std::int64_t>& lengths) {
   for (std::size_t axis = 0; axis < input.axis_ids.size(); ++axis) {
     const std::int64_t length = tensor.shape[axis];
-    if (length < 1) {
-      fail(PYKD_INVALID_VALUE, input.name + " of length at least 1 along " + in_quotes(input.axes[axis]),
+    const std::int64_t least = input.least_lengths[axis];
+    if (length < least) {
+      fail(PYKD_INVALID_VALUE,
+           input.name + " of length at least " + std::to_string(least) + " along " + in_quotes(input.axes[axis]),
            "shape " + shape_text(tensor.shape, tensor.rank),
-           length == 0 ? "an empty batch has no loss: leave the call out" : "check the shape");
+           length > 0    ? "give more of them: this loss is not defined for fewer"
+           : length == 0 ? "an empty batch has no loss: leave the call out"
+                         : "check the shape");
     }
     std::int64_t& bound = lengths[input.axis_ids[axis]];
     if (bound == 0) bound = length;
@@ -260,11 +264,15 @@ void check_parameters(const Signature& signature, const Binding& binding, const 
     const ParameterSpec& spec = signature.parameters[id];
     const double value = given.value;
     check_number("the parameter " + spec.name, value, binding.float_dtype);
-    if (value < spec.minimum || (spec.minimum_exclusive && value == spec.minimum)) {
+    if (spec.is_low(value)) {
       fail(PYKD_INVALID_VALUE,
            "the parameter " + spec.name + (spec.minimum_exclusive ? " greater than " : " at least ") +
                number_text(spec.minimum),
            number_text(given.value), "give a larger value");
+    }
+    if (spec.is_high(value)) {
+      fail(PYKD_INVALID_VALUE, "the parameter " + spec.name + " at most " + number_text(spec.maximum),
+           number_text(given.value), "give a smaller value");
     }
     ordered[id] = given.value;
   }

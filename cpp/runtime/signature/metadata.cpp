@@ -190,8 +190,8 @@ void parse_parameters(const Object& root, Signature& signature) {
     if (object.has("minimum_exclusive")) {
       parameter.minimum_exclusive = object.boolean("minimum_exclusive");
     }
-    if (parameter.default_value < parameter.minimum ||
-        (parameter.minimum_exclusive && parameter.default_value == parameter.minimum)) {
+    if (object.has("maximum")) parameter.maximum = object.number("maximum");
+    if (parameter.is_low(parameter.default_value) || parameter.is_high(parameter.default_value)) {
       bad_metadata("a default within its range as \"" + object.field("default") + "\"",
                    number_text(parameter.default_value));
     }
@@ -323,12 +323,28 @@ ParameterForm parse_parameter_form(const Object& root) {
   bad_metadata("\"fixed\" or \"inputs\" as \"parameters_as\"", in_quotes(form));
 }
 
-// Pointers for the C interface. They point into heap buffers that a move of the signature keeps.
+// The least length of every axis of the signature; 1 where the file says nothing.
+std::vector<std::int64_t> parse_least_lengths(const Object& root, const json& document, const Signature& signature) {
+  std::vector<std::int64_t> least(signature.axes.size(), 1);
+  if (!root.has("least_lengths")) return least;
+  const Object lengths = root.object("least_lengths");
+  for (const auto& [axis, length] : document["least_lengths"].items()) {
+    const std::size_t id = find_axis(signature, axis);
+    if (id == kNone) bad_metadata("axes that the inputs have in \"least_lengths\"", in_quotes(axis));
+    least[id] = lengths.integer(axis.c_str());
+    if (least[id] < 1) {
+      bad_metadata("at least 1 as \"" + lengths.field(axis.c_str()) + "\"", std::to_string(least[id]));
+    }
+  }
+  return least;
+}
+
+// What the C interface shows of the axes. Its pointers point into heap buffers that a move of the signature keeps.
 template <class Specs>
-void fill_axis_names(Specs& specs) {
+void fill_axes(Specs& specs, const std::vector<std::int64_t>& least) {
   for (auto& spec : specs) {
-    spec.axis_names.clear();
     for (const std::string& axis : spec.axes) spec.axis_names.push_back(axis.c_str());
+    for (const std::size_t id : spec.axis_ids) spec.least_lengths.push_back(least[id]);
   }
 }
 
@@ -349,8 +365,9 @@ Signature parse_signature(std::string text) {
   parse_parameters(root, signature);
   parse_outputs(root, signature);
   check_unique_names(signature);
-  fill_axis_names(signature.inputs);
-  fill_axis_names(signature.outputs);
+  const std::vector<std::int64_t> least = parse_least_lengths(root, document, signature);
+  fill_axes(signature.inputs, least);
+  fill_axes(signature.outputs, least);
   signature.metadata = std::move(text);
   return signature;
 }

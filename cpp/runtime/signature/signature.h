@@ -30,7 +30,8 @@ struct TensorSpec {
   bool is_float() const { return (dtypes & kAnyFloat) != 0; }
   bool is_any_float() const { return dtypes == kAnyFloat; }
 
-  std::vector<const char*> axis_names;  // `axes` as the C interface shows them
+  std::vector<const char*> axis_names;      // `axes` as the C interface shows them
+  std::vector<std::int64_t> least_lengths;  // along each of them, at least 1
 };
 
 struct InputSpec : TensorSpec {
@@ -49,6 +50,10 @@ struct ParameterSpec {
   double default_value = 0.0;
   double minimum = -std::numeric_limits<double>::infinity();
   bool minimum_exclusive = false;
+  double maximum = std::numeric_limits<double>::infinity();
+
+  bool is_low(double value) const { return value < minimum || (minimum_exclusive && value == minimum); }
+  bool is_high(double value) const { return value > maximum; }
 };
 
 enum class ArtefactKind { kValue, kGradient, kTorchScript };
