@@ -112,22 +112,24 @@ def subjects() -> list[Subject]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--loss", metavar="NAME", help="run the tests that are made for the loss of exactly this name")
+    parser.addoption(
+        "--loss", metavar="NAME", action="append", default=[],
+        help="run the tests that are made for the loss of exactly this name; given again, for another as well",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    name = config.getoption("--loss")
-    if name is not None:
+    if wanted := config.getoption("--loss"):
         registry.load_all()
-        if not registry.is_registered(name):
-            known = ", ".join(registry.registered())
-            raise pytest.UsageError(f"expected --loss to name a registered loss ({known}), got {name!r}")
+        for name in wanted:
+            if not registry.is_registered(name):
+                known = ", ".join(registry.registered())
+                raise pytest.UsageError(f"expected --loss to name a registered loss ({known}), got {name!r}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    name = config.getoption("--loss")
-    if name is not None:
-        kept = [item for item in items if name in losses_of(item)]
+    if wanted := config.getoption("--loss"):
+        kept = [item for item in items if not losses_of(item).isdisjoint(wanted)]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
 

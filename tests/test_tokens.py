@@ -22,7 +22,7 @@ def cases():
             layouts = {
                 name: " ".join(axes.replace("batch tokens", "batch").split()) for name, axes in case.layouts.items()
             }
-            if any("tokens" in cls.declared(name)[0].names for name in cls.inputs):
+            if any("tokens" in spec.names for name in cls.inputs for spec in cls.declared(name)):
                 continue  # features have tokens anyway; below
             yield cls(**{**case.settings, "reduction": reduction}), layouts, case.optional
 
@@ -33,8 +33,10 @@ def flat(tensors, specs):
 
 def draw(loss, layouts, optional, dtype=torch.float64):
     composition = as_composition(loss.with_settings(reduction="mean"))
+    student = next(name for name in loss.inputs if loss.declared(name)[0].grad)
+    layouts = {student: loss.declared(student)[0].axes, **layouts}
     layouts = {name: axes.replace("batch", "batch tokens") for name, axes in layouts.items()}
-    specs = composition.choose({"student_logits": "batch tokens classes", **layouts}, optional)
+    specs = composition.choose(layouts, optional)
     return composition.draw(specs, {"batch": 4, "tokens": 5}, seed=1, dtype=dtype), specs
 
 

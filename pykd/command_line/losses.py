@@ -31,7 +31,7 @@ def _list(options: argparse.Namespace) -> None:
             "`pykd list` shows every loss"
         )
     for number, (family, losses) in enumerate(families.items()):
-        print(("\n" if number else "") + (family or "elsewhere"))
+        print(("\n" if number else "") + family)
         for cls in losses:
             aliases = f" ({', '.join(cls.aliases)})" if cls.aliases else ""
             print(f"  {cls.name:26} {cls.__name__:26} {(inspect.getdoc(cls) or '').splitlines()[0]}{aliases}")

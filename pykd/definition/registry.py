@@ -87,13 +87,14 @@ def get(name: str) -> type[Loss]:
 
 
 def search(words: Iterable[str]) -> dict[str, list[type[Loss]]]:
-    """The losses in whose names, aliases, family or first line every one of ``words`` stands, by family."""
+    """The losses in whose names, aliases, family or first line every one of ``words`` stands, by family (or ``"elsewhere"``)."""
     load_all()
     found: dict[str, list[type[Loss]]] = {}
-    for cls in sorted(_LOSSES.values(), key=lambda cls: (cls.family, cls.name)):
-        text = " ".join([cls.family, cls.name, cls.__name__, *cls.aliases, (inspect.getdoc(cls) or "").split("\n")[0]])
+    for cls in sorted(_LOSSES.values(), key=lambda cls: (cls.family or "~", cls.name)):
+        family = cls.family or "elsewhere"
+        text = " ".join([family, cls.name, cls.__name__, *cls.aliases, (inspect.getdoc(cls) or "").split("\n")[0]])
         if all(word.casefold() in text.casefold() for word in words):
-            found.setdefault(cls.family, []).append(cls)
+            found.setdefault(family, []).append(cls)
     return found
 
 
