@@ -35,6 +35,7 @@ PLAN = (
     Stage("load", 90, fallback=Stage("build", 240)),
     Stage("smoke", 40),
     Stage("parity", 100),
+    Stage("parity_features", 40),
     Stage("capture", 40),
     Stage("speed", 80),
     Stage("torch_paths", 80),

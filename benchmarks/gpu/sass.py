@@ -136,7 +136,11 @@ class Loop:
     def kind(self) -> str:
         if self.elements:
             return "rest" if self.count("LDG") else ""
-        return "copy" if self.count("LDGSTS") else "shared" if self.count("LDS") else ""
+        if self.count("LDGSTS"):
+            return "copy"
+        # What threads leave for each other is 16 bytes wide, too, but there is nothing to compute.
+        computes = any(i.memory in ("FFMA", "FMUL", "MUFU") for i in self.path)
+        return "shared" if self.count("LDS") and computes else ""
 
     @property
     def loads(self) -> int:
@@ -287,21 +291,22 @@ class Function:
             found |= {i for i in self.blocks[block] if self.instructions[i].memory == "MEMBAR"}
         return len(found)
 
-    def _after(self, block: int) -> set[int]:
-        """The blocks that may follow."""
+    def _after(self, block: int, back: bool = True) -> set[int]:
+        """The blocks that may follow; back=False: without going back to the head of a loop."""
         found: set[int] = set()
-        waiting = list(self.successors[block])
+        waiting = [block]
         while waiting:
-            following = waiting.pop()
-            if following not in found:
-                found.add(following)
-                waiting += self.successors[following]
+            here = waiting.pop()
+            for following in self.successors[here]:
+                if following not in found and (back or following not in self.dominators[here]):
+                    found.add(following)
+                    waiting.append(following)
         return found
 
     def chain(self, lanes: int, tensors: int, kinds: Iterable[str]) -> list[Loop]:
         """The most costly loops of these kinds that can follow each other."""
         loops = [loop for loop in self.loops if loop.kind and loop.kind in kinds]
-        after = {loop.head: self._after(loop.head) for loop in loops}
+        after = {loop.head: self._after(loop.head, back=False) for loop in loops}
         best: dict[int, list[Loop]] = {}
 
         def cost(chain: list[Loop]) -> float:
@@ -372,7 +377,7 @@ def demangled(names: Sequence[str]) -> list[str]:
 
 
 def row_of(function: Function, name: str) -> Row:
-    short = re.sub(r"^void |pykd::kernels::|\([a-zA-Z].*$|gpu::", "", name)
+    short = re.sub(r"^void |pykd::kernels::|gpu::|\((\w|::)*\)(?=\d)", "", re.sub(r">\([^>]*$", ">", name))
     lanes = next((LANES[dtype] for dtype in LANES if f"<{dtype}" in short), 4)
     tensors = 1 if "-1" in short else 2  # without a teacher
     staged = function.chain(lanes, tensors, ("copy", "shared"))

@@ -18,7 +18,7 @@
 //         run});
 //
 // and nothing else: the C interface, the ONNX Runtime and torch ops and the tests find it in the registry. A CUDA
-// version of the same name lies in a .cu beside it and becomes part of libpykd_cuda (kernels/cuda/interface.h).
+// version lies in a .cu beside it and registers itself under the same name in libpykd_cuda (kernels/cuda/interface.h).
 //
 // What every kernel promises (tests/kernels_conformance_test.cpp takes each of them at its word):
 //

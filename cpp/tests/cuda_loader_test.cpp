@@ -176,6 +176,21 @@ TEST(CudaLoader, OpensTheRealLibrary) {
     }
   });
 }
+
+// Each .cu beside a kernel's description has registered the kernel of its folder, and nobody keeps a list.
+TEST(CudaLoader, FindsEveryKernelInTheRealLibrary) {
+  void* library = dlopen(PYKD_CUDA_LIBRARY_PATH, RTLD_NOW | RTLD_LOCAL);
+  ASSERT_NE(library, nullptr) << dlerror();
+  const auto interface = reinterpret_cast<decltype(&pykd_cuda_interface)>(dlsym(library, "pykd_cuda_interface"));
+  ASSERT_NE(interface, nullptr);
+  std::string names;
+  for (std::size_t i = 0; i < interface()->count; ++i) {
+    const std::string name = interface()->kernels[i].name;
+    EXPECT_NE(find(name), nullptr) << name << " has no description";
+    names += (i == 0 ? "" : " ") + name;
+  }
+  EXPECT_EQ(names, PYKD_CUDA_KERNELS);
+}
 #endif
 
 }  // namespace

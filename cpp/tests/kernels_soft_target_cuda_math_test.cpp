@@ -17,17 +17,22 @@
 #include <vector>
 
 #include "kernels/soft_target/soft_target_kernels.cuh"
+#include "tests/emulated.h"
 
 namespace pykd::kernels::soft_target {
 namespace {
 
-constexpr double kInf = std::numeric_limits<double>::infinity();
-constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+using emulated::expect_near;
+using emulated::half_unit;
+using emulated::kInf;
+using emulated::kNan;
+using emulated::rounded;
+using emulated::Tensor;
+using emulated::Values;
+
 constexpr Form kForms[] = {Form::kCrossEntropy, Form::kKl, Form::kReverseKl, Form::kSymmetricKl, Form::kJsd};
 
 // ---- The formulas, in float64 --------------------------------------------------------------------------
-
-using Values = std::vector<double>;
 
 struct Case {
   std::int64_t batch = 3;
@@ -126,11 +131,6 @@ Result expected(const Case& c) {
 // ---- Drawing and running -------------------------------------------------------------------------------
 
 template <class T>
-double rounded(double x) {
-  return T::widen(T::narrow(static_cast<float>(x)));
-}
-
-template <class T>
 void draw(Case& c, unsigned seed, double scale = 3.0) {
   std::mt19937 random(seed);
   std::normal_distribution<double> normal(0.0, scale);
@@ -147,35 +147,6 @@ void draw(Case& c, unsigned seed, double scale = 3.0) {
     c.label.push_back(static_cast<std::int64_t>(uniform(random) * c.classes));
   }
 }
-
-// A tensor whose first element lies `lead` elements after a 16-byte boundary, with guards around it.
-template <class T>
-class Tensor {
- public:
-  Tensor(const Values& values, int lead) : size_(values.size()), lead_(lead), words_((lead + size_) / T::kLanes + 3) {
-    std::memset(static_cast<void*>(words_.data()), 0x7f, words_.size() * sizeof(gpu::Words));  // NaN, in bfloat16 3e38
-    for (std::size_t i = 0; i < size_; ++i) data()[i] = T::narrow(static_cast<float>(values[i]));
-  }
-  typename T::Storage* data() { return reinterpret_cast<typename T::Storage*>(words_.data() + 1) + lead_; }
-  double operator[](std::size_t i) { return T::widen(data()[i]); }
-  // Nothing was written beside it.
-  bool intact() {
-    const auto* begin = reinterpret_cast<unsigned char*>(words_.data());
-    const auto* end = begin + words_.size() * sizeof(gpu::Words);
-    const auto* first = reinterpret_cast<unsigned char*>(data());
-    const auto* last = first + size_ * sizeof(typename T::Storage);
-    for (const auto* p = begin; p < first; ++p)
-      if (*p != 0x7f) return false;
-    for (const auto* p = last; p < end; ++p)
-      if (*p != 0x7f) return false;
-    return true;
-  }
-
- private:
-  std::size_t size_;
-  int lead_;
-  std::vector<gpu::Words> words_;
-};
 
 // `threads`, `parts`, staged rounds: what make_plan() would choose on a large device, on a small scale. `team`: 0 for
 // the whole block, else the lanes of a warp that have a row.
@@ -240,28 +211,12 @@ Result run(const Case& c, const Plan& plan, Leads leads = {}, Wanted wanted = {}
 
 // ---- Comparing -----------------------------------------------------------------------------------------
 
-bool near(double got, double want, double relative, double absolute) {
-  if (std::isnan(want)) return std::isnan(got);
-  if (std::isinf(want)) return got == want;
-  return std::fabs(got - want) <= absolute + relative * std::fabs(want);
-}
-
-void expect_near(const char* what, const Values& got, const Values& want, double relative, double absolute) {
-  ASSERT_EQ(got.size(), want.size()) << what;
-  for (std::size_t i = 0; i < got.size(); ++i) {
-    EXPECT_TRUE(near(got[i], want[i], relative, absolute))
-        << what << "[" << i << "] is " << got[i] << ", expected " << want[i];
-    if (!near(got[i], want[i], relative, absolute)) return;  // one is enough
-  }
-}
-
 // The rounding of a gradient in the tensors' dtype, and that of float32 arithmetic on numbers of the size of 1.
 template <class T>
 void expect_close(const Result& got, const Result& want) {
-  const double unit = sizeof(typename T::Storage) == 4 ? 0.0 : std::is_same_v<T, gpu::Float16> ? 0x1p-11 : 0x1p-8;
   expect_near("soft", got.soft, want.soft, 2e-6, 2e-6);
   expect_near("hard", got.hard, want.hard, 2e-6, 2e-6);
-  expect_near("gradient", got.gradient, want.gradient, unit + 2e-6, 2e-6);
+  expect_near("gradient", got.gradient, want.gradient, half_unit<T>() + 2e-6, 2e-6);
 }
 
 std::string words(const Case& c, const Plan& plan) {
@@ -332,7 +287,8 @@ TYPED_TEST(SoftTargetCuda, AgreesInEveryLayout) {
     c.labels = true;
     draw<TypeParam>(c, seed++);
     check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 1, 256, 99));
-    if (form == Form::kJsd) check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 16, 64, 99));  // as many as there are
+    if (form == Form::kJsd)
+      check<TypeParam>(c, small_plan<TypeParam>(c.classes, 2, 16, 64, 99));  // as many as there are
   }
 }
 

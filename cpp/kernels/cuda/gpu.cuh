@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/cuda/qualifiers.h"
+
 #ifdef __CUDACC__
 
 #include <cuda_bf16.h>
@@ -19,7 +21,6 @@
 #include <cuda_pipeline.h>
 
 #define PYKD_GPU __device__ __forceinline__
-#define PYKD_GPU_AND_HOST __host__ __device__ __forceinline__
 // A kernel; the numbers are the most threads of a block, and how many blocks a multiprocessor should hold.
 #define PYKD_GPU_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
@@ -32,7 +33,6 @@
 #include <cmath>
 
 #define PYKD_GPU inline
-#define PYKD_GPU_AND_HOST inline
 #define PYKD_GPU_KERNEL(threads, blocks) void
 #define PYKD_GPU_UNROLL
 #define PYKD_GPU_NO_UNROLL

@@ -23,6 +23,10 @@ struct CudaKernel {
   const char* (*launch)(const Call& call, int device, void* stream);
 };
 
+// Makes a kernel known: in a .cu beside the kernel's description, const bool registered = add_cuda({"name", launch});
+// Called while libpykd_cuda is loaded.
+bool add_cuda(CudaKernel kernel);
+
 struct CudaInterface {
   const CudaKernel* kernels;
   std::size_t count;

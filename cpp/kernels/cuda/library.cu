@@ -1,18 +1,22 @@
 // What libpykd_cuda exports: the table of its kernels, and whether they can run here.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <cstring>
+#include <vector>
 
 #include "kernels/cuda/interface.h"
 
 namespace pykd::kernels {
 
-// Each family's, from its .cu.
-namespace soft_target {
-extern const CudaKernel cuda_kernel;
-}
-
 namespace {
+
+// In a function: kernels register themselves before the variables of this file are there.
+std::vector<CudaKernel>& kernels() {
+  static std::vector<CudaKernel> all;
+  return all;
+}
 
 // The driver is opened by the CUDA runtime when the first question is asked, so this library loads without one.
 const char* unusable() {
@@ -47,13 +51,23 @@ const char* unusable() {
 }
 
 }  // namespace
+
+bool add_cuda(CudaKernel kernel) {
+  kernels().push_back(kernel);
+  return true;
+}
+
 }  // namespace pykd::kernels
 
 std::uint32_t pykd_cuda_interface_version(void) { return pykd::kernels::kCudaInterfaceVersion; }
 
 const pykd::kernels::CudaInterface* pykd_cuda_interface(void) {
   using namespace pykd::kernels;
-  static const CudaKernel kernels[] = {soft_target::cuda_kernel};
-  static const CudaInterface interface = {kernels, sizeof kernels / sizeof kernels[0], &unusable};
+  static const CudaInterface interface = [] {
+    std::vector<CudaKernel>& all = kernels();
+    std::sort(all.begin(), all.end(),
+              [](const CudaKernel& a, const CudaKernel& b) { return std::strcmp(a.name, b.name) < 0; });
+    return CudaInterface{all.data(), all.size(), &unusable};
+  }();
   return &interface;
 }

@@ -4,13 +4,13 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/feature_distance/feature_distance.cpp"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+#include "kernels/feature_distance/feature_distance_directions.h"
 #include "kernels/simd/memory-inl.h"
 
 // ---- What does not depend on the instruction set -------------------------------------------------
@@ -22,12 +22,6 @@ namespace pykd::kernels::feature {
 constexpr std::size_t kTask = 32768;        // channels of all its tokens, about
 constexpr std::size_t kRun = 256;           // channels that one lane sums in float32
 constexpr std::size_t kStreamed = 8 << 20;  // bytes
-constexpr double kTiny = 0x1p-252;          // a token of a smaller squared norm has no direction: no normal number
-constexpr double kSmall = 1e-24;            // a sum of squares below it may have lost some to float32's range
-
-enum Input { kStudent, kTeacher, kWeight };
-enum Output { kValue, kGradStudent };
-enum Power { kL1, kL2 };
 
 // One call as a task needs it.
 struct Job {
@@ -59,44 +53,6 @@ using D32 = hn::ScalableTag<float>;
 using V32 = hn::Vec<D32>;
 
 HWY_INLINE double sum_of(V32 v) { return static_cast<double>(hn::GetLane(hn::SumOfLanes(D32(), v))); }
-
-// The directions x^ and y^ of a token's features: x^ is keep x scale, and x^ - y^ is (keep x - ratio y) scale. Where
-// both norms agree, keep and ratio are one power of 2, so the difference of equal features is exactly 0, whether or not
-// the compiler fuses products and sums. That power is 1, unless 1 / norm is no normal number of float32: then it leaves
-// each factor one.
-class Directions {
- public:
-  Directions(double x_squares, double y_squares) : x_(reciprocal(x_squares)), y_(reciprocal(y_squares)) {
-    const double ratio = y_ / x_;
-    const bool relative = x_ != 0 && !(ratio > 1e15 || ratio < 1e-15);  // NaN is passed on
-    // Where there is no x^, or the norms lie farther apart than float32 reaches, keep and ratio are the scales
-    // themselves.
-    double frame = 1;
-    if (relative && x_ < kNormal) frame = 0x1p-64;
-    if (!relative && std::min(x_, y_) < kNormal && std::max(x_, y_) < 1e30) frame = 0x1p24;
-    keep_ = static_cast<float>(relative ? frame : x_ * frame);
-    ratio_ = static_cast<float>(relative ? ratio * frame : y_ * frame);
-    scale_ = static_cast<float>(relative ? x_ / frame : 1 / frame);
-  }
-
-  bool has_x() const { return x_ != 0; }
-  double x_reciprocal() const { return x_; }  // 1 / norm
-  float keep() const { return keep_; }
-  float ratio() const { return ratio_; }
-  float scale() const { return scale_; }
-
- private:
-  static constexpr double kNormal = std::numeric_limits<float>::min();
-
-  // 1 / norm; 0 for a token that has no direction, NaN for one that is not finite.
-  static double reciprocal(double squares) {
-    if (squares < kTiny) return 0;
-    return std::isfinite(squares) ? 1 / std::sqrt(squares) : std::numeric_limits<double>::quiet_NaN();
-  }
-
-  double x_, y_;
-  float keep_, ratio_, scale_;
-};
 
 template <class T, Power power>
 struct Token {
@@ -131,16 +87,12 @@ struct Token {
             in_range(y_squares) ? y_squares : squares_out_of_range(y, y_squares)};
   }
 
-  static bool in_range(double squares) {
-    return squares >= kSmall && squares <= static_cast<double>(std::numeric_limits<float>::max());
-  }
-
   // The squares of a token some of which float32 does not hold, or of one with NaN or an infinity, which come out as
   // such: those of the token times a power of 2.
   HWY_NOINLINE double squares_out_of_range(const T* token, double squares) const {
     const D32 d;
     const std::size_t lanes = hn::Lanes(d), run = kRun * lanes;
-    const float multiplier = squares < kSmall ? 0x1p90f : 0x1p-90f;
+    const float multiplier = range_multiplier(squares);
     const V32 factor = hn::Set(d, multiplier);
     double result = 0.0;
     for (std::size_t start = 0; start < channels; start += run) {

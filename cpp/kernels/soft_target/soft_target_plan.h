@@ -19,23 +19,20 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/cuda/device_facts.h"
+
 namespace pykd::kernels::soft_target {
+
+using gpu::Device;
+using gpu::divide_up;
+using gpu::kMostParts;
+using gpu::kPortableParts;
+using gpu::kReservedBytes;
 
 constexpr int kWarpThreads = 32;
 constexpr int kMostThreads = 256;
-constexpr int kMostParts = 16;
-constexpr int kPortableParts = 8;     // of a cluster that every device with clusters can run
 constexpr int kRoundsOfLanes = 4;     // chunks per lane where a warp or less has a row
 constexpr int kExchangeBytes = 1568;  // of Exchange (soft_target_kernels.cuh), or more; a multiple of 16
-constexpr int kReservedBytes = 1024;  // that the system takes of a multiprocessor's shared memory, per block
-
-// What matters of a device.
-struct Device {
-  int multiprocessors = 0;
-  int shared_of_block = 0;           // bytes, the most that a block may ask for
-  int shared_of_multiprocessor = 0;  // bytes
-  int largest_cluster = 1;           // 1, 2, 4, 8 or 16 blocks
-};
 
 struct Plan {
   int parts = 1;        // of a row: blocks of a cluster
@@ -46,8 +43,6 @@ struct Plan {
   int round_bytes = 0;  // and how much of it they take
   int shared_bytes = kExchangeBytes;
 };
-
-inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // `lanes`: elements in 16 bytes. `tensors`: how many are staged, 1 or 2 (student, teacher).
 inline Plan make_plan(const Device& device, std::int64_t batch, std::int32_t classes, int lanes, int tensors) {
