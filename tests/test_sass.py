@@ -67,14 +67,16 @@ def test_loops_are_found_and_counted_along_the_ordinary_path() -> None:
 
 def test_of_loops_that_exclude_each_other_the_more_costly_counts() -> None:
     def loop(label: int, work: int) -> str:
-        return f".L_x_{label}:\n /*0010*/ LDS.128 R16, [R14] ;\n" + " /*0020*/ FADD R1, R1, R1 ;\n" * work + (
+        return f".L_x_{label}:\n /*0010*/ LDS.128 R16, [R14] ;\n" + " /*0020*/ FFMA R1, R1, R1, R1 ;\n" * work + (
             f" /*0030*/ @P0 BRA `(.L_x_{label}) ;\n"
         )  # fmt: skip
 
+    # What threads leave for each other is added up alone: no row.
+    exchange = loop(4, 1).replace("FFMA", "DADD")
     listing = '.section .text.one,"ax"\n /*0000*/ @P1 BRA `(.L_x_2) ;\n' + loop(1, 7) + " /*0040*/ BRA `(.L_x_3) ;\n"
-    listing += loop(2, 2) + loop(3, 1) + " /*0050*/ EXIT ;\n"
+    listing += loop(2, 2) + loop(3, 1) + exchange + " /*0050*/ EXIT ;\n"
     (function,) = sass.functions(listing)
-    assert len(function.loops) == 3
+    assert [loop.kind for loop in function.loops] == ["shared", "shared", "shared", ""]
     assert [len(loop.path) for loop in function.chain(4, 1, ("shared",))] == [9, 3]
 
 
