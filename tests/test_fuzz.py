@@ -1,7 +1,7 @@
 """Recipes and manifests at random: each becomes a loss or a ValueError, and nothing in one is run.
 
 The files, the metadata and the kernels have fuzz targets in C++ (cpp/fuzz). `make fuzz` runs all of them as long as one
-likes: PYKD_FUZZ_SECONDS is the time that each test here takes, 20 seconds by default.
+likes: PYKD_FUZZ_SECONDS is the time that each test here takes, 5 seconds by default.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from pykd.export import verify
 from pykd.losses.logits.soft_target import SoftTarget
 from tests.test_untrusted import works_in_torchscript
 
-SECONDS = float(os.environ.get("PYKD_FUZZ_SECONDS", "20"))
+SECONDS = float(os.environ.get("PYKD_FUZZ_SECONDS", "5"))
 MARK = Path(os.environ.get("TMPDIR", "/tmp")) / f"pykd-fuzz-{os.getpid()}"
 # Enough for the longest run; what ends one is the clock.
 forever = settings(max_examples=10**9, deadline=None, database=None, suppress_health_check=list(HealthCheck))

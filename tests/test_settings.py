@@ -17,7 +17,7 @@ from pykd.definition import Loss, Spec, choice, flag, number, registry, scalar, 
 def outside(setting) -> list[object]:
     """Values that a setting refuses."""
     if setting.kind == "choice":
-        return ["no such word", 3]
+        return ["no such word", "", 3]
     if setting.kind == "flag":
         return ["yes", 2]
     limits = setting.scalar or setting
