@@ -101,6 +101,26 @@ TEST_F(CudaSession, FeedsTheParametersThatDifferFromTheFileAlone) {
   EXPECT_EQ(last_run(), "student_logits, teacher_logits, waits");
 }
 
+TEST_F(CudaSession, SaysWhereMemoryIsLacking) {
+  const char* const words = "expected enough memory for this call, got too little";
+  const Loss loss = load();
+  {
+    const Variable variable("PYKD_TEST_NO_MEMORY_TO_LOAD", "1");
+    EXPECT_FAILS_WITH(Error, PYKD_UNAVAILABLE, load(), words);
+  }
+  {
+    const Variable variable("PYKD_TEST_NO_MEMORY_TO_RUN", "1");
+    const std::int64_t shape[2] = {2, 3};
+    const pykd_tensor in[] = {{"student_logits", student.data(), PYKD_FLOAT32, 2, shape, nullptr, PYKD_CUDA, 1},
+                              {"teacher_logits", teacher.data(), PYKD_FLOAT32, 2, shape, nullptr, PYKD_CUDA, 1}};
+    float value = -1;
+    const pykd_tensor out = {"loss", &value, PYKD_FLOAT32, 0, nullptr, nullptr, PYKD_CUDA, 1};
+    EXPECT_EQ(pykd_run(loss.c(), in, 2, nullptr, 0, &out, 1), PYKD_UNAVAILABLE);
+    expect_words(pykd_last_error(), {words});
+  }
+  EXPECT_NEAR(run(loss), 1.0, 1e-6);
+}
+
 TEST_F(CudaSession, WaitsWhereSomethingIsReadOnTheHostAlone) {
   options.cuda_stream = reinterpret_cast<void*>(std::uintptr_t{4096});
   const Loss loss = load();
