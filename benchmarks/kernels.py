@@ -111,7 +111,7 @@ def routes(case: Comparison, folder: str, tensors: dict[str, Tensor]) -> Iterato
             library.use_simd(None)
     loss = pykd.load(folder, engine="onnxruntime", kernels="on")
     yield "pykd.load", lambda: loss.value_and_gradient(**tensors)
-    yield "fused=True, backward()", by_autograd(fused(case), tensors, wanted)
+    yield "torch, backward()", by_autograd(fused(case), tensors, wanted)
     portable = pykd.load(folder, engine="onnxruntime", kernels="off")
     yield "ONNX Runtime, portable", lambda: portable.value_and_gradient(**tensors)
     yield "eager definition", by_autograd(lambda t: graph(**t)["loss"], tensors, wanted)
@@ -148,11 +148,11 @@ def settings_of(loss: pykd.Loss) -> dict[str, Any]:
 
 
 def fused(case: Comparison) -> Formula:
-    """The loss in Python with ``fused=True``."""
+    """The loss in Python with ``kernels="on"``."""
     if isinstance(case.loss, Composition):
-        return lambda t: case.loss(**t, fused=True)["loss"]
+        return lambda t: case.loss(**t, kernels="on")["loss"]
     formula = getattr(pykd.functional, case.loss.name)
-    return lambda t: formula(**t, **settings_of(case.loss), fused=True)
+    return lambda t: formula(**t, **settings_of(case.loss), kernels="on")
 
 
 def bare(case: Comparison, tensors: Mapping[str, Tensor]) -> Call:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from pykd.definition import Spec as Spec
     from pykd.definition import get as get
     from pykd.definition import register as register
+    from pykd.definition import set_kernels as set_kernels
+    from pykd.definition import using_kernels as using_kernels
     from pykd.export import export as export
     from pykd.export import verify as verify
     from pykd.losses import *  # noqa: F403  all of them, by scripts/stubs
@@ -51,7 +53,9 @@ _HOME = {
     "load": "pykd.runtime",
     "onnxruntime_ops_path": "pykd.config",
     "register": "pykd.definition",
+    "set_kernels": "pykd.definition",
     "torch_ops_path": "pykd.config",
+    "using_kernels": "pykd.definition",
     "verify": "pykd.export",
 }
 

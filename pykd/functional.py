@@ -4,8 +4,9 @@ Each function is the one that the loss of the same name computes with; it takes 
 call, can be scripted (``torch.jit.script(pykd.functional.soft_target)``), and does not check its inputs. See the
 class for the specification.
 
-``fused=True`` computes the same through the loss's fused kernel, where it has one: worth it for large inputs. Then
-inputs are checked, only first derivatives exist, and a call that no kernel covers is an error (:mod:`pykd.fused`).
+Where the loss has a fused kernel that covers a call, the kernel computes it; ``kernels="off"`` (or ``"on"``) in a call, or
+:func:`pykd.set_kernels`, says otherwise. A kernel's inputs are checked; a call that does not fit is the formula's, or an error
+with ``kernels="on"``. What TorchScript and ``torch.compile`` read is the formula itself, without the argument ``kernels``.
 """
 
 import functools
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pykd.definition import Loss, registry
+from pykd.definition import Loss, registry, routing
 
 if TYPE_CHECKING:
     from pykd.losses._formulas import *  # noqa: F403  all of them, by scripts/stubs
@@ -25,7 +26,7 @@ else:
             registry.load_all()
         if not registry.is_registered(name):
             raise AttributeError(f"module 'pykd.functional' has no attribute {name!r}; it has {', '.join(__dir__())}")
-        return _with_fused(name)
+        return _routed(name)
 
 
 def __dir__() -> list[str]:
@@ -34,34 +35,51 @@ def __dir__() -> list[str]:
 
 
 @functools.cache
-def _with_fused(name: str) -> Callable[..., Any]:
-    """The formula of a loss, with the argument ``fused``."""
+def _routed(name: str) -> Callable[..., Any]:
+    """The formula of a loss, or its kernel, with the argument ``kernels``."""
     cls = registry.get(name)
     formula: Callable[..., Any] = getattr(sys.modules[cls.__module__], name)
-    signature = inspect.signature(formula)
+    if not cls.has_kernel():
+
+        @functools.wraps(formula)
+        def by_formula(*args: Any, kernels: str | None = None, **kwargs: Any) -> Any:
+            routing.note_formula(name, routing.obstacle() or "it has no kernel", routing.wanted(kernels))
+            return formula(*args, **kwargs)
+
+        return _named(by_formula, name, formula)
+    parameters = tuple(inspect.signature(formula).parameters)
 
     @functools.wraps(formula)
-    def call(*args: Any, fused: bool = False, **kwargs: Any) -> Any:
-        if not fused:
-            return formula(*args, **kwargs)
-        from pykd.fused import autograd
+    def call(*args: Any, kernels: str | None = None, **kwargs: Any) -> Any:
+        mode = routing.wanted(kernels)
+        why = routing.obstacle() or ('kernels="off"' if mode == "off" else "")
+        if not why and len(args) <= len(parameters):
+            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            try:
+                loss = _with_settings(name, tuple([item for item in given.items() if item[0] not in cls._arguments]))
+                tensors_and_numbers = {key: value for key, value in given.items() if key in cls._arguments}
+                planned = loss.planned(loss.flat_arguments((), tensors_and_numbers))
+            except (TypeError, ValueError) as error:  # not what the loss takes; the formula may take it all the same
+                if mode == "on":
+                    raise
+                planned, why = None, str(error)
+            if planned is not None:
+                why = loss.why_formula(planned, mode)
+                if not why:
+                    return loss.compute_by_kernel(planned)
+        routing.note_formula(name, why or "a tensor stands for others", mode)
+        return formula(*args, **kwargs)
 
-        given = signature.bind(*args, **kwargs).arguments
-        tensors = {name: value for name, value in given.items() if name in cls.inputs and value is not None}
-        numbers = {name: value for name, value in given.items() if name in cls.scalars}
-        settings = {name: value for name, value in given.items() if name not in cls.inputs and name not in numbers}
-        try:
-            loss = _with_settings(name, tuple(settings.items()))
-        except TypeError:  # a setting that cannot be hashed
-            loss = cls(**settings)
-        loss.check_call({**tensors, **numbers})
-        return autograd.evaluate(loss, tensors, numbers)
+    return _named(call, name, formula)
 
+
+def _named(call: Any, name: str, formula: Any) -> Callable[..., Any]:
+    """The function with its public name, as torch.jit.script and torch.compile are to see it."""
     call.__module__, call.__qualname__ = __name__, name  # where it is found again, by pickle as well
-    # torch.jit.script takes the formula itself.
-    call.__script_if_tracing_wrapper = True  # type: ignore[attr-defined]
-    call.__original_fn = formula  # type: ignore[attr-defined]
-    return call
+    call.__script_if_tracing_wrapper = True
+    call.__original_fn = formula
+    public: Callable[..., Any] = call
+    return public
 
 
 @functools.lru_cache(maxsize=256)

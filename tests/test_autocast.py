@@ -28,7 +28,7 @@ def test_autocast_changes_nothing(loss_subject, half, route):
     tensors = subject.draw(seed=3, dtype=torch.float32)
     graph = subject.graph()
     if route == "fused":
-        run = lambda **given: subject.composition(**given, fused=True)  # noqa: E731
+        run = lambda **given: subject.composition(**given, kernels="on")  # noqa: E731
     elif route == "compiled":
         torch._dynamo.reset()
         run = torch.compile(graph, backend="aot_eager", fullgraph=True)
@@ -99,7 +99,7 @@ def test_a_divergence_is_never_negative_and_keeps_its_gradient(loss_subject, dty
             if tensor.requires_grad:
                 assert torch.isfinite(tensor.grad).all()
         if dtype == torch.float32 and loss.has_kernel():
-            smallest = min(smallest, subject.composition(**tensors, fused=True)["loss"].item())
+            smallest = min(smallest, subject.composition(**tensors, kernels="on")["loss"].item())
     assert smallest >= 0.0
 
 

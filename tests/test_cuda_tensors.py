@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pykd import kernels
-from pykd.fused import library
+from pykd import kernels as library
 from tests import dlpack
 
 

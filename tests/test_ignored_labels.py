@@ -70,11 +70,11 @@ def test_several_students(carrying):
     given = labels.unsqueeze(1).expand(5, 2).contiguous() if carrying else labels
     want = loss.terms(student_logits=student[KEPT], teacher_logits=teacher[KEPT], labels=given[KEPT])
     for padding in (0.0, float("nan"), float("inf"), float("-inf")):
-        for fused in (False, True):
+        for kernels in ("off", "on"):
             leaf, constant = student.clone(), teacher.clone()
             leaf[[1, 4]] = constant[[1, 4]] = padding
             leaf.requires_grad_()
-            got = loss.terms(student_logits=leaf, teacher_logits=constant, labels=given, fused=fused)
+            got = loss.terms(student_logits=leaf, teacher_logits=constant, labels=given, kernels=kernels)
             for name in want:
                 torch.testing.assert_close(got[name], want[name])
             got["loss"].backward()
@@ -117,7 +117,7 @@ def test_graphs_kernels_and_torchscript_agree(tensors):
     single = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     want = loss(**single)
     graph = loss.graph({"labels": "batch"}, per_sample=True)
-    for got in (graph(**single), torch.jit.script(graph)(**single), loss(**single, fused=True)):
+    for got in (graph(**single), torch.jit.script(graph)(**single), loss(**single, kernels="on")):
         for name in want:
             torch.testing.assert_close(got[name], want[name])
     assert (graph(**single)["loss_per_sample"][[1, 4]] == 0).all()

@@ -189,12 +189,12 @@ def test_declarations_are_those_of_the_library():
         ]
 
 
-# ---- fused=True ---------------------------------------------------------------------------------
+# ---- In torch -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_functional_with_fused(loss_subject, reduction, dtype):
+def test_functional_by_kernel_and_formula(loss_subject, reduction, dtype):
     loss = loss_subject.composition.named_terms[0].parts[0].loss
     if not loss.has_kernel() or (loss.couples_batch and reduction != "mean"):
         pytest.skip("no such form")
@@ -204,13 +204,13 @@ def test_functional_with_fused(loss_subject, reduction, dtype):
     tensors = loss_subject.draw(seed=8, dtype=DTYPES[dtype])
     specs = loss_subject.graph().signature.inputs
     if not loss.covered_by_kernel(specs):
-        with pytest.raises(ValueError, match="settings and inputs that the kernel .* leave fused out"):
-            function(**tensors, **settings, fused=True)
+        with pytest.raises(RuntimeError, match="no kernel computes these settings and inputs; pass"):
+            function(**tensors, **settings, kernels="on")
         return
     results = []
-    for fused in (False, True):
+    for mode in ("off", "on"):
         given = {name: t.clone().requires_grad_(specs[name].grad) for name, t in tensors.items()}
-        value = function(**given, **settings, fused=fused)
+        value = function(**given, **settings, kernels=mode)
         upstream = torch.linspace(-1, 2, value.numel()).reshape(value.shape)
         value.backward(upstream, retain_graph=True)
         once = {name: t.grad.clone() for name, t in given.items() if t.requires_grad}
@@ -228,16 +228,16 @@ def test_functional_with_fused(loss_subject, reduction, dtype):
         assert (fast_gradients[name] - gradient).abs().max() <= limit
 
 
-def test_composition_with_fused(fusable):
+def test_composition_by_kernel_and_formula(fusable):
     tensors = fusable.draw(seed=9, dtype=torch.float32)
     specs = fusable.graph().signature.inputs
     results = []
-    for fused in (False, True):
+    for mode in ("off", "on"):
         given = {name: t.clone().requires_grad_(specs[name].grad) for name, t in tensors.items()}
         if isinstance(fusable.composition, pykd.DistillationLoss):
-            values = pykd.Composition.forward(fusable.composition, **given, fused=fused)
+            values = pykd.Composition.forward(fusable.composition, **given, kernels=mode)
         else:
-            values = fusable.composition(**given, fused=fused)
+            values = fusable.composition(**given, kernels=mode)
         (values["loss"] * 3).backward()
         results.append(values | {f"grad_{name}": t.grad for name, t in given.items() if t.requires_grad})
     for name, value in results[0].items():
@@ -261,26 +261,23 @@ def test_a_student_of_several_calls_gets_the_sum_of_their_gradients():
     )
     teacher, gradients = torch.randn(5, 7), []
     student = torch.randn(5, 7)
-    for fused in (False, True):
+    for mode in ("off", "on"):
         leaf = student.clone().requires_grad_()
-        composition(student_logits=leaf, teacher_logits=teacher, fused=fused)["loss"].backward()
+        composition(student_logits=leaf, teacher_logits=teacher, kernels=mode)["loss"].backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
 
 
-def test_what_fused_refuses():
+def test_what_on_refuses():
     student, teacher = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
     with pytest.raises((TypeError, ValueError, RuntimeError), match="float64"):
-        pykd.functional.soft_target(student.double(), teacher.double(), fused=True)
-    with pytest.raises(RuntimeError, match="outside of tracing"):
-        torch.jit.trace(lambda s, t: pykd.functional.soft_target(s, t, fused=True), (student, teacher))
+        pykd.functional.soft_target(student.double(), teacher.double(), kernels="on")
+    with pytest.raises(RuntimeError, match="trace takes the formula"):
+        torch.jit.trace(lambda s, t: pykd.functional.soft_target(s, t, kernels="on"), (student, teacher))
     with pytest.raises(ValueError, match='student_logits.*"classes"|teacher_logits.*"classes"'):
-        pykd.functional.soft_target(student, teacher[:, :2], fused=True)
-    value = pykd.functional.soft_target(student, teacher, fused=True)
-    with pytest.raises(RuntimeError, match="first derivatives"):
-        torch.autograd.grad(value, student, create_graph=True)
+        pykd.functional.soft_target(student, teacher[:, :2], kernels="on")
     with torch.no_grad():
-        assert not pykd.functional.soft_target(student, teacher, fused=True).requires_grad
+        assert not pykd.functional.soft_target(student, teacher, kernels="on").requires_grad
 
 
 def test_a_learned_temperature_is_refused_and_not_left_without_a_gradient():
@@ -303,10 +300,10 @@ def test_a_learned_temperature_is_refused_and_not_left_without_a_gradient():
     for name, forms in calls.items():
         for call in forms:
             assert torch.autograd.grad(call(), learned)[0] != 0
-            with pytest.raises(ValueError, match=f"need no gradient for fused=True, got {name}, which does; "):
-                call(fused=True)
+            with pytest.raises(RuntimeError, match=f"{name} requires a gradient, .*; pass kernels"):
+                call(kernels="on")
             with torch.no_grad():
-                call(fused=True)
+                call(kernels="on")
 
 
 # ---- Files --------------------------------------------------------------------------------------
@@ -341,7 +338,7 @@ def test_threads_share_one_composition():
         student, teacher = torch.randn(2, rows, classes, generator=generator)
         student.requires_grad_()
         labels = torch.randint(classes, (rows,), generator=generator)
-        values = loss(student_logits=student, teacher_logits=teacher, labels=labels, fused=True)
+        values = loss(student_logits=student, teacher_logits=teacher, labels=labels, kernels="on")
         values["loss"].backward()
         return values["loss"].item(), values["soft"].item(), student.grad.tolist()
 

@@ -83,7 +83,7 @@ def test_rows_without_a_direction(loss_subject, dtype, what):
         tensors[name][0] = fill if not (what == "subnormal" and dtype == torch.float16) else 0.0
     routes = {"formula": lambda given: subject.graph()(**given)["loss"]}
     if dtype != torch.float64 and any(p.loss.has_kernel() for t in subject.composition.named_terms for p in t.parts):
-        routes["kernel"] = lambda given: subject.composition(**given, fused=True)["loss"]
+        routes["kernel"] = lambda given: subject.composition(**given, kernels="on")["loss"]
     for route, run in routes.items():
         given = leaves(subject, tensors)
         value = run(given)

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 # floor do not import each other.
 FLOORS = [
     ("pykd._version", "pykd._core", "pykd.config", "pykd.files"),
-    ("pykd.runtime", "pykd.definition"),
+    ("pykd.runtime", "pykd.kernels", "pykd.definition"),
     ("pykd.fused",),
-    ("pykd.kernels", "pykd.torch_kernels", "pykd.losses"),
+    ("pykd.torch_kernels", "pykd.losses"),
     ("pykd.composition", "pykd.functional"),
     ("pykd.recipe", "pykd.export"),
     ("pykd.demo",),

@@ -32,7 +32,7 @@ PROGRAM = {
     "pykd.SoftTarget(temperature='hot')": 'error: .*"str"; expected "float"',
     "pykd.MKMMD(reduction=1)": 'error: .*"int"; expected "str"',
     "pykd.SoftTargets()": 'error: .*no attribute "SoftTargets"',
-    "pykd.functional.soft_target(ones(2, 3), ones(2, 3), temperature=3.0, fused=True)": "",
+    "pykd.functional.soft_target(ones(2, 3), ones(2, 3), temperature=3.0, kernels='on')": "",
     "pykd.functional.soft_target(ones(2, 3), ones(2, 3), heat=1)": 'error: .*"heat"',
     "pykd.functional.soft_targets": 'error: .*no attribute "soft_targets"',
     "reveal_type(pykd.get('KD'))": r'note: .*"type\[pykd.definition.loss.Loss\]"',

@@ -56,7 +56,7 @@ def test_a_token_is_a_sample(loss, layouts, optional, form):
         "class": loss,
         "function": lambda **given: function(**given, **loss.settings()),
         "script": torch.jit.script(loss),
-        "kernel": lambda **given: function(**given, **loss.settings(), fused=True),
+        "kernel": lambda **given: function(**given, **loss.settings(), kernels="on"),
     }
     if form == "kernel" and not loss.covered_by_kernel(specs):
         pytest.skip("the formula alone")
@@ -108,9 +108,9 @@ def test_class_weights_through_the_kernel(dtype):
     weight = torch.rand(6)
     for reduction in REDUCTIONS:
         results = []
-        for fused in (False, True):
+        for kernels in ("off", "on"):
             leaf = student.clone().requires_grad_()
-            value = pykd.functional.hard_target(leaf, labels, class_weight=weight, reduction=reduction, fused=fused)
+            value = pykd.functional.hard_target(leaf, labels, class_weight=weight, reduction=reduction, kernels=kernels)
             value.sum().backward()
             results.append((value.detach(), leaf.grad))
         torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
@@ -150,9 +150,9 @@ def three_terms(**settings):
     return compose({"hard": HardTarget(), "soft": (SoftTarget(), 0.5), "hidden": (FeatureL2(), 2.0)}, **settings)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kernels", ["off", "on"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_padding_of_a_language_model(dtype, fused):
+def test_padding_of_a_language_model(dtype, kernels):
     """The obvious call: logits per token, labels with −100, hidden states, and what padding holds is NaN."""
     loss, tensors = three_terms(), language_model(dtype)
     kept = tensors["labels"] != -100
@@ -164,7 +164,7 @@ def test_padding_of_a_language_model(dtype, fused):
         if name != "labels":
             tensor[~kept] = float("nan")
     given = {name: t.clone().requires_grad_(name.startswith("student_")) for name, t in tensors.items()}
-    got = loss(**given, fused=fused)
+    got = loss(**given, kernels=kernels)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6)
     got["loss"].backward()

@@ -121,7 +121,7 @@ def test_names_are_ascii_identifiers_of_at_most_200_characters(place, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["torch", "self", "fork", "nan", "getattr", "Ellipsis", "fused", "constants_at", "grad_scale"]
+    "name", ["torch", "self", "fork", "nan", "getattr", "Ellipsis", "kernels", "constants_at", "grad_scale"]
 )
 @pytest.mark.parametrize("place", ["input", "weight"])
 def test_variables_leave_the_words_of_the_generated_code_alone(place, name):

@@ -53,14 +53,14 @@ def test_a_scaled_loss_has_the_formulas_gradient(fusable, dtype):
     subject = fusable
     tensors, factor = underflowing(subject, dtype)
     results = []
-    for fused in (False, True):
+    for kernels in ("off", "on"):
         given = leaves(subject, tensors)
         run = (
             pykd.Composition.forward
             if isinstance(subject.composition, pykd.DistillationLoss)
             else type(subject.composition).__call__
         )
-        loss = run(subject.composition, **given, fused=fused)["loss"]
+        loss = run(subject.composition, **given, kernels=kernels)["loss"]
         (loss * factor * SCALE).backward()
         results.append(given)
     compare(results[1], results[0], dtype)
@@ -77,16 +77,16 @@ def test_a_scaled_function_has_the_formulas_gradient(loss_subject):
         name: value for name, value in loss.settings().items() if not (loss.couples_batch and name == "reduction")
     }
     results = []
-    for fused in (False, True):
+    for kernels in ("off", "on"):
         given = leaves(subject, tensors)
-        (function(**given, **settings, fused=fused) * factor * SCALE).backward()
+        (function(**given, **settings, kernels=kernels) * factor * SCALE).backward()
         results.append(given)
     compare(results[1], results[0], torch.float16)
     students = [name for name, t in given.items() if t.requires_grad]
     given = leaves(subject, tensors)
     many = torch.tensor([1.0, -2.0]) * factor * SCALE
     gradients = torch.autograd.grad(
-        function(**given, **settings, fused=True), [given[name] for name in students], many, is_grads_batched=True
+        function(**given, **settings, kernels="on"), [given[name] for name in students], many, is_grads_batched=True
     )
     for name, (once, twice) in zip(students, gradients, strict=True):
         want = results[0][name].grad
@@ -140,9 +140,9 @@ def test_a_scaled_loss_at_the_reported_size():
     teacher = torch.randn(256, 8192, generator=generator).half()
     student = (teacher + 0.1 * torch.randn(256, 8192, generator=generator)).half()
     results = []
-    for fused in (False, True):
+    for kernels in ("off", "on"):
         leaf = student.clone().requires_grad_()
-        (pykd.functional.soft_target(leaf, teacher, form="kl", fused=fused) * SCALE).backward()
+        (pykd.functional.soft_target(leaf, teacher, form="kl", kernels=kernels) * SCALE).backward()
         results.append({"student": leaf})
     compare(results[1], results[0], torch.float16)
 
@@ -151,15 +151,23 @@ def test_a_change_in_place_before_backward_is_noticed():
     """The kernel reads its inputs again there."""
     for changed in (0, 1):
         tensors = [torch.randn(3, 4).half().requires_grad_(), torch.randn(3, 4).half()]
-        value = pykd.functional.soft_target(*tensors, fused=True)
+        value = pykd.functional.soft_target(*tensors, kernels="on")
         with torch.no_grad():
             tensors[changed].add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             value.backward()
 
 
-def test_batches_of_upstream_gradients_per_sample_are_refused():
-    student = torch.randn(3, 4, requires_grad=True)
-    value = pykd.functional.soft_target(student, torch.randn(3, 4), reduction="none", fused=True)
-    with pytest.raises(RuntimeError, match="one upstream gradient at a time"):
-        torch.autograd.grad(value, student, torch.eye(3), is_grads_batched=True)
+def test_batches_of_upstream_gradients_per_sample():
+    """They differentiate the formula behind the kernel."""
+    student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    got, want = (
+        torch.autograd.grad(
+            pykd.functional.soft_target(student, teacher, reduction="none", kernels=mode),
+            student,
+            torch.eye(3),
+            is_grads_batched=True,
+        )[0]
+        for mode in ("on", "off")
+    )
+    torch.testing.assert_close(got, want)

@@ -20,9 +20,13 @@ from torch import Tensor, nn
 from pykd.composition.graph import LossGraph, Now, build, compute_outputs
 from pykd.composition.interface import Interface
 from pykd.composition.terms import STUDENTS, Part, Term
-from pykd.definition import Loss, Spec, checks
+from pykd.definition import Loss, Spec, checks, routing
+from pykd.definition.plan import PlannedCall, Plans, key_of
 from pykd.definition.sizes import draw as draw_tensor
 from pykd.definition.sizes import example_sizes, trial_sizes
+from pykd.fused import eager
+from pykd.fused.linear import Linear
+from pykd.fused.point import Call
 
 
 class Composition(nn.Module, Interface):
@@ -37,7 +41,12 @@ class Composition(nn.Module, Interface):
     """
 
     def __init__(
-        self, terms: Sequence[Term], students: bool = False, single: bool = False, share_ignored: bool = True
+        self,
+        terms: Sequence[Term],
+        students: bool = False,
+        single: bool = False,
+        share_ignored: bool = True,
+        kernels: str | None = None,
     ) -> None:
         """Use :func:`compose`.
 
@@ -47,39 +56,91 @@ class Composition(nn.Module, Interface):
                 of :class:`pykd.DistillationLoss`.
             single: whether this is one bare loss: no terms among the outputs, parameters without a prefix.
             share_ignored: whether a sample that is ignored by its label is left out of the terms without labels, too.
+            kernels: ``"auto"``, ``"on"``, ``"off"``, or None: the default (:func:`pykd.set_kernels`).
         """
         super().__init__()
         Interface.__init__(self, terms, students, single, share_ignored)
         # Losses have no trainable state; registering them makes repr() and .to() complete.
         self.losses = nn.ModuleList(part.loss for term in self.named_terms for part in term.parts)
+        self.kernels = routing.checked(kernels)
         self._graphs: dict[Any, LossGraph] = {}
+        self._plans = Plans()
 
-    def forward(self, *, fused: bool = False, **tensors_and_parameters: Any) -> dict[str, Tensor]:
+    def forward(self, *, kernels: str | None = None, **tensors_and_parameters: Any) -> dict[str, Tensor]:
         """The loss and its terms; see the class.
 
         Args:
-            fused: whether the losses that have a kernel are computed by it (:mod:`pykd.fused`); then ``loss`` alone
-                has autograd, and the terms are detached.
+            kernels: ``"auto"``, ``"on"`` or ``"off"`` for this call; see :func:`pykd.set_kernels`.
             tensors_and_parameters: the inputs and those numbers that differ from their default, by name.
         """
         tensors = {n: v for n, v in tensors_and_parameters.items() if n not in self.scalars and v is not None}
         numbers = {n: v for n, v in tensors_and_parameters.items() if n in self.scalars}
+        why = routing.obstacle()
+        mode = routing.wanted(kernels, self.kernels)
+        call = None if why else self._planned(tensors, numbers)
+        if call is None:
+            specs = self._check_tensors(tensors)
+            if checks.are_data_visible():
+                self._check_numbers(numbers)
+                checks.check_ranges(specs, tensors, self.ignore_indices(specs))
+            why = why or "a tensor stands for others"
+        else:
+            why = self._why_formula(call, mode)
+            if not why:
+                return eager.evaluate(call, lambda: self._walk(call))
+            specs = call.plan.specs
+        routing.note_formula("the composition", why, mode)
+        return compute_outputs(Now(), self, specs, tensors, self._defaults() | numbers)
+
+    def _check_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
         specs = self.resolve(tensors)
         checks.check_tensors(specs, tensors, self.least_lengths)
-        if checks.are_data_visible():
-            for name, value in numbers.items():
-                self.scalars[name].scalar.check(name, value)
-            checks.check_ranges(specs, tensors, self.ignore_indices(specs))
-        if fused:
-            from pykd.fused.autograd import evaluate_graph
+        return specs
 
-            return evaluate_graph(self._graph(specs, check=False, fused=True), tensors, numbers)
-        every = {name: parameter.default for name, parameter in self.scalars.items()} | numbers
-        return compute_outputs(Now(), self, specs, tensors, every)
+    def _check_numbers(self, numbers: Mapping[str, Any]) -> None:
+        for name, value in numbers.items():
+            self.scalars[name].scalar.check(name, value)
+
+    def _planned(self, tensors: Mapping[str, Tensor], numbers: dict[str, Any]) -> PlannedCall | None:
+        """The call, checked, with what is known of such calls; None where a tensor is no ordinary one."""
+        key = key_of(tensors.values())
+        if key is None:
+            return None
+        key = (tuple(tensors), key)
+        plan = self._plans.find(key)
+        if plan is None:
+            specs = self._check_tensors(tensors)
+            plan = self._plans.keep(key, specs, tensors, self.ignore_indices(specs))
+        kept = plan.check_indices(tensors)
+        self._check_numbers(numbers)
+        return PlannedCall(plan, {name: tensors[name] for name in plan.specs}, numbers, kept)
+
+    def _why_formula(self, call: PlannedCall, mode: str) -> str:
+        """Why formulas alone compute a call; empty where kernels have part in it."""
+        if mode == "off":
+            return 'kernels="off"'
+        plan = call.plan
+        if plan.refusal is None:
+            with torch.no_grad():
+                calls, outputs = self._walk(call._replace(numbers={}))
+            plan.alone = len(calls) == 1 and all(isinstance(o, Linear) and o.rest is None for o in outputs.values())
+            plan.refusal = eager.refusal(calls) if calls else "no kernel computes these losses and inputs"
+        return plan.refusal or routing.learned(call.numbers)
+
+    def _walk(self, call: PlannedCall) -> tuple[list[Call], dict[str, Any]]:
+        """The kernel calls, and the outputs in terms of what they return."""
+        point = eager.Forms(call.kept)
+        # The gradients of halves are added in float32 and rounded once, unless one kernel writes them all.
+        make = Now(point, widen=not call.plan.alone, all_kept=call.kept)
+        numbers = self._defaults() | call.numbers
+        return point.calls, compute_outputs(make, self, call.plan.specs, call.tensors, numbers)
+
+    def _defaults(self) -> dict[str, Any]:
+        return {name: parameter.default for name, parameter in self.scalars.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the graphs, which are built again when they are wanted."""
-        return {**self.__dict__, "_graphs": {}}
+        """Everything but the graphs and plans, which are made again when they are wanted."""
+        return {**self.__dict__, "_graphs": {}, "_plans": Plans()}
 
     def terms(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """``{"loss", one value per term}``; terms are given before their weights."""
@@ -258,7 +319,7 @@ def _table_of_part(part: Part) -> dict[str, Any]:
     return table
 
 
-def compose(terms: Mapping[str, Any], *, share_ignored: bool = True) -> Composition:
+def compose(terms: Mapping[str, Any], *, share_ignored: bool = True, kernels: str | None = None) -> Composition:
     """Joins losses into one: Σ weight · term.
 
     Args:
@@ -268,6 +329,7 @@ def compose(terms: Mapping[str, Any], *, share_ignored: bool = True) -> Composit
         share_ignored: whether a sample whose class index is ignored (−100) is padding, and left out of the terms without
             labels, too; False: of the terms with labels alone, for samples without a label from which the
             student still learns what the teacher says.
+        kernels: ``"auto"``, ``"on"``, ``"off"``, or None: the default (:func:`pykd.set_kernels`).
 
     Returns:
         A module: tensors by name in, ``{"loss", one value per term}`` out (terms before their weights).
@@ -292,7 +354,7 @@ def compose(terms: Mapping[str, Any], *, share_ignored: bool = True) -> Composit
                 "pass {name: (loss, weight)}"
             )
         made.append(Term(name, parts, float(weight)))
-    return Composition(made, share_ignored=share_ignored)
+    return Composition(made, share_ignored=share_ignored, kernels=kernels)
 
 
 def as_composition(loss: Any) -> Composition:

@@ -42,6 +42,7 @@ class DistillationLoss(Composition):
             it or not. The loss is that of batch · d samples.
         share_ignored: whether a sample whose class index is −100 is padding, and left out of the logit term and of l1 and l2, too;
             False: of the hard term alone (samples without a label).
+        kernels: ``"auto"``, ``"on"``, ``"off"``, or None: the default (:func:`pykd.set_kernels`).
 
     A weight of exactly 0 (``alpha``, ``beta``, ``gamma``, ``lambda1``, ``lambda2``) leaves its part out: the tensors
     that only it needs may be ``None``. To start a weight at 0 and raise it later, construct with another
@@ -58,6 +59,7 @@ class DistillationLoss(Composition):
             teacher's features; receives the gradient.
         hard_weight, logit_weight, aux_weight, logit_lambda1, logit_lambda2, logit_temperature: numbers that
             replace alpha, gamma, beta, lambda1, lambda2 and tau in this call.
+        kernels: ``"auto"``, ``"on"`` or ``"off"`` for this call.
 
     Returns:
         The loss as a scalar; :meth:`terms` returns ``{"loss", "hard", "logit", "aux"}``, each term before its
@@ -93,8 +95,9 @@ class DistillationLoss(Composition):
         spatial_avg: str | None = None,
         multiple_lrs: int | None = None,
         share_ignored: bool = True,
+        kernels: str | None = None,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "kernels")}
         arguments["features_index"] = list(features_index)
         if share_ignored:  # as ever: recipes need not say it
             del arguments["share_ignored"]
@@ -140,7 +143,7 @@ class DistillationLoss(Composition):
                 "expected at least one term with a weight other than 0, got none; "
                 "set alpha, or logit_loss and gamma, or aux_loss and beta"
             )
-        super().__init__(terms, students=multiple_lrs is not None, share_ignored=share_ignored)
+        super().__init__(terms, students=multiple_lrs is not None, share_ignored=share_ignored, kernels=kernels)
         self.arguments = arguments
         self.features_index = indices
         self.multiple_lrs = multiple_lrs
@@ -153,6 +156,8 @@ class DistillationLoss(Composition):
         student_features: Sequence[Tensor] | None = None,
         labels: Tensor | None = None,
         student_logits_teacher_features: Tensor | None = None,
+        *,
+        kernels: str | None = None,
         **parameters: float,
     ) -> Tensor:
         return self.terms(
@@ -162,12 +167,13 @@ class DistillationLoss(Composition):
             student_features=student_features,
             labels=labels,
             student_logits_teacher_features=student_logits_teacher_features,
+            kernels=kernels,
             **parameters,
         )["loss"]
 
-    def terms(self, **inputs: Any) -> dict[str, Tensor]:
+    def terms(self, *, kernels: str | None = None, **inputs: Any) -> dict[str, Tensor]:
         """``{"loss", "hard", "logit", "aux"}`` for the arguments of a call; unused terms are absent."""
-        return Composition.forward(self, **self.flatten(**inputs))
+        return Composition.forward(self, kernels=kernels, **self.flatten(**inputs))
 
     def flatten(self, **inputs: Any) -> dict[str, Any]:
         """The arguments of a call as the flat, named tensors of the exported files.

@@ -93,12 +93,25 @@ def _variable(graph: fx.Graph, name: str, kind: Any, *default: float) -> fx.Node
 
 
 class Now:
-    """Computes an outcome of :func:`compute_outputs` at once."""
+    """Computes an outcome of :func:`compute_outputs` at once.
+
+    Args:
+        point: the kernel point for losses that a kernel computes; None: all are computed by their formulas.
+        widen: whether halves are widened before the losses see them.
+        all_kept: whether it is known that no index is ignored.
+    """
+
+    def __init__(self, point: Any = None, widen: bool = True, all_kept: bool = False) -> None:
+        self.point = point
+        self.widen = widen
+        self.all_kept = all_kept
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
     def loss(self, path: str, loss: Loss, arguments: Mapping[str, Any], covered: bool) -> Any:
+        if covered and self.point is not None:
+            return loss.by_kernel(self.point, arguments)
         formula, every = loss.formula_call(arguments)
         return formula(**every)
 
@@ -109,6 +122,8 @@ class _Later:
     def __init__(self, graph: fx.Graph, point: Point | None) -> None:
         self.graph = graph
         self.point = point  # where losses go that a kernel computes
+        self.widen = True
+        self.all_kept = False
         self.modules: dict[str, nn.Module] = {}
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -142,7 +157,7 @@ def compute_outputs(
     """
     # Halves are widened once, here, so that the gradients of all terms are added in float32 and rounded once.
     rows = {
-        name: make.call(ops.upcast, given[name]) if spec.dtype == "float" else given[name]
+        name: make.call(ops.upcast, given[name]) if make.widen and spec.dtype == "float" else given[name]
         for name, spec in specs.items()
     }
     like = None
@@ -154,7 +169,7 @@ def compute_outputs(
             elif spec.names[0] == "batch":
                 rows[name] = make.call(spread, rows[name], like)
     kept = None  # the samples that not every input of labels ignores
-    if composition.share_ignored:
+    if composition.share_ignored and not make.all_kept:
         for name, index in composition.ignore_indices(specs).items():
             own = make.call(operator.ne, rows[name], index)
             kept = own if kept is None else make.call(operator.or_, kept, own)

@@ -8,6 +8,8 @@ from pykd.definition.loss import REDUCTIONS as REDUCTIONS
 from pykd.definition.loss import Loss as Loss
 from pykd.definition.registry import get as get
 from pykd.definition.registry import register as register
+from pykd.definition.routing import set_kernels as set_kernels
+from pykd.definition.routing import using_kernels as using_kernels
 from pykd.definition.settings import choice as choice
 from pykd.definition.settings import flag as flag
 from pykd.definition.settings import number as number

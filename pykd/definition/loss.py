@@ -7,14 +7,15 @@ from typing import Any, ClassVar, Optional, cast
 from torch import Tensor, fx, nn
 from typing_extensions import dataclass_transform
 
-from pykd.definition import checks, names, ops
-from pykd.definition.settings import Setting, choice, flag, number, scalar, whole
+from pykd.definition import checks, names, ops, routing
+from pykd.definition.plan import PlannedCall, Plans, key_of
+from pykd.definition.settings import Setting, choice, flag, number, option, scalar, whole
 from pykd.definition.spec import Case, Form, Layouts, Properties, Scalar, Spec, forms
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
-@dataclass_transform(field_specifiers=(scalar, number, whole, choice, flag))
+@dataclass_transform(field_specifiers=(scalar, number, whole, choice, flag, option))
 class _WithFields(nn.Module):
     """Says to type checkers that fields make the constructor; of what stands below it alone, so of ``reduction`` as well."""
 
@@ -56,6 +57,7 @@ class Loss(_WithFields):
     paper: ClassVar[str] = ""
 
     reduction: str = choice(REDUCTIONS, default="mean", kw_only=True)
+    kernels: str | None = option(default=None)
 
     _lists: ClassVar[Mapping[str, Sequence[str]]] = {}  # inputs that are lists, with the flat names of their tensors
     _formula: ClassVar[Callable[..., Tensor]]
@@ -64,6 +66,8 @@ class Loss(_WithFields):
     _settings: ClassVar[Mapping[str, Setting]] = {"reduction": cast("Setting", reduction)}
     _layouts: ClassVar[Mapping[str, Layouts]] = {}
     _forms: ClassVar[Sequence[Form]] = ()
+    _arguments: ClassVar[Sequence[str]] = ()  # of a call
+    __jit_ignored_attributes__: ClassVar[Sequence[str]] = ("_plans", "kernels")
     _weight_input: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -88,6 +92,7 @@ class Loss(_WithFields):
             ),
             None,
         )
+        cls._arguments = (*cls.inputs, *cls.scalars)
         if not cls._lists:  # whose layers take one form
             optional = {name for name in cls.inputs if cls.declared(name)[0].optional}
             cls._forms = [form for samples, specs in over.items() for form in forms(samples, specs, optional)]
@@ -150,8 +155,9 @@ class Loss(_WithFields):
             cls.forward = _forward(formula, cls.inputs, optional, cls.scalars, cls._formula_settings)
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        """Takes the settings that the class declares, by position or by name."""
+        """Takes the settings that the class declares, by position or by name, and ``kernels`` (:mod:`pykd.definition.routing`)."""
         super().__init__()
+        self.kernels = routing.checked(settings.pop("kernels", None))
         kind = type(self)
         given = kind._by_name("the settings", tuple(kind._settings), args, settings)
         for name, setting in kind._settings.items():
@@ -218,7 +224,10 @@ class Loss(_WithFields):
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not self._lists:
             return super().__reduce_ex__(protocol)
-        return _remake, (self._as_declared(), self.settings())  # pickle would not find the class
+        return _remake, (
+            self._as_declared(),
+            {**self.settings(), "kernels": self.kernels},
+        )  # pickle would not find the class
 
     @classmethod
     def grouped(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,22 +251,91 @@ class Loss(_WithFields):
                 raise ValueError(f"expected {name} to be a list of {len(names)} tensors, got {got}; pass one per layer")
         return found
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Checks the tensors by their declared axes, then computes."""
-        if self._lists:
-            return self._call_with_lists(args, kwargs)
-        given = self._by_name("the inputs", (*self.inputs, *self.scalars), args, kwargs)
-        self.check_call(given)
-        return super().__call__(*args, **kwargs)
+    def __call__(self, *args: Any, kernels: str | None = None, **kwargs: Any) -> Any:
+        """Checks the tensors by their declared axes, then computes.
 
-    def _call_with_lists(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Lists by the names that the class declares, or their tensors by flat names."""
-        declared = (*self._as_declared().inputs, *self.scalars)
+        Args:
+            args: the inputs and scalars, in the order of their declaration.
+            kernels: ``"auto"``, ``"on"`` or ``"off"`` for this call; see :func:`pykd.set_kernels`.
+            kwargs: inputs and scalars by name.
+        """
+        given = self.flat_arguments(args, kwargs)
+        why = routing.obstacle()
+        mode = routing.wanted(kernels, self.kernels)
+        call = None if why else self.planned(given)
+        if call is None:
+            self.check_call(given)
+            why = why or "a tensor stands for others"
+        else:
+            why = self.why_formula(call, mode) or self._hooks()
+            if not why:
+                return self.compute_by_kernel(call)
+        routing.note_formula(self.name, why, mode)
+        return super().__call__(**given) if self._lists else super().__call__(*args, **kwargs)
+
+    def flat_arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by flat names. Lists come by the names that the class declares, or their tensors by flat names."""
+        if not self._lists:
+            return self._by_name("the inputs", self._arguments, args, kwargs)
         flat = {one: kwargs[one] for names in self._lists.values() for one in names if one in kwargs}
         others = {name: value for name, value in kwargs.items() if name not in flat}
-        given = self.flat(self._by_name("the inputs", declared, args, others)) | flat
-        self.check_call(given)
-        return super().__call__(**given)
+        return self.flat(self._by_name("the inputs", self._as_declared()._arguments, args, others)) | flat
+
+    def planned(self, given: Mapping[str, Any]) -> PlannedCall | None:
+        """The arguments of a call, checked, with what is known of such calls; None where a tensor is no ordinary one.
+
+        Args:
+            given: tensors and numbers by their flat names.
+        """
+        key = key_of([given.get(name) for name in self.inputs])
+        if key is None:
+            return None
+        plans: Plans = self.__dict__.setdefault("_plans", Plans())
+        plan = plans.find(key)
+        if plan is None:
+            specs, tensors = self._check_tensors(given)
+            ignore_index = getattr(self, "ignore_index", None)
+            plan = plans.keep(key, specs, tensors, {} if ignore_index is None else dict.fromkeys(specs, ignore_index))
+        kept = plan.check_indices(given)
+        numbers = {name: value for name in self.scalars if (value := given.get(name)) is not None}
+        for name, value in numbers.items():
+            self.scalars[name].check(name, value)
+        return PlannedCall(plan, {name: given[name] for name in plan.specs}, numbers, kept)
+
+    def why_formula(self, call: PlannedCall, mode: str) -> str:
+        """Why the formula computes a call; empty where a kernel does."""
+        if mode == "off":
+            return 'kernels="off"'
+        if call.plan.refusal is None:
+            call.plan.refusal = self._refusal(call.tensors, call.plan.specs)
+        return call.plan.refusal or routing.learned(call.numbers)
+
+    def compute_by_kernel(self, call: PlannedCall) -> Tensor:
+        """The loss by its kernel, with autograd, where :meth:`why_formula` says nothing."""
+        assert routing.evaluator is not None
+        return routing.evaluator.loss(self, call)
+
+    def _refusal(self, tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> str:
+        if not self.has_kernel() or routing.evaluator is None:
+            return "it has no kernel"
+        if not self.covered_by_kernel(specs):
+            return "no kernel computes these settings and inputs"
+        return routing.evaluator.refusal(self, tensors)
+
+    def _hooks(self) -> str:
+        """Why the formula computes a call that hooks are to see, which is one of ``forward``; empty where there are none."""
+        own = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        hooked = own or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        return "hooks of a module take the formula" if hooked else ""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._settings:  # a plan is one of the settings
+            self.__dict__.pop("_plans", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the plans, which are made again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_plans"}
 
     @classmethod
     def _by_name(cls, what: str, known: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -282,6 +360,18 @@ class Loss(_WithFields):
 
     def check_call(self, arguments: Mapping[str, object]) -> None:
         """Raises where tensors or numbers do not fit the declaration."""
+        specs, tensors = self._check_tensors(arguments)
+        if not checks.are_data_visible():
+            return
+        ignore_index = getattr(self, "ignore_index", None)
+        checks.check_ranges(specs, tensors, {} if ignore_index is None else dict.fromkeys(specs, ignore_index))
+        for name, declared in self.scalars.items():
+            value = arguments.get(name)
+            if value is not None:
+                declared.check(name, value)
+
+    def _check_tensors(self, arguments: Mapping[str, object]) -> tuple[dict[str, Spec], dict[str, Tensor]]:
+        """The layout of every tensor that is there, and the tensors, after a check of all but their numbers."""
         specs: dict[str, Spec] = {}
         tensors: dict[str, Tensor] = {}
         for name in self.inputs:
@@ -292,14 +382,7 @@ class Loss(_WithFields):
         if len(self.forms()) > 1:
             checks.samples_of(self.forms(), {name: spec.axes for name, spec in specs.items()})
         checks.check_tensors(specs, tensors, self.least_lengths)
-        if not checks.are_data_visible():
-            return
-        ignore_index = getattr(self, "ignore_index", None)
-        checks.check_ranges(specs, tensors, {} if ignore_index is None else dict.fromkeys(specs, ignore_index))
-        for name, declared in self.scalars.items():
-            value = arguments.get(name)
-            if value is not None:
-                declared.check(name, value)
+        return specs, tensors
 
     def fused(self, kernel: Any, *inputs_and_scalars: Any) -> Tensor:
         """The same as the formula, with a fused kernel in the middle; see :mod:`pykd.fused.point`. Losses without one have none.
@@ -367,7 +450,7 @@ class Loss(_WithFields):
 
     def with_settings(self, **changes: Any) -> "Loss":
         """A copy with other settings."""
-        return self._as_declared()(**{**self.settings(), **changes})
+        return self._as_declared()(**{**self.settings(), "kernels": self.kernels, **changes})
 
     def tolerance(self, dtype: str) -> float:
         """The factor for errors in a type that a case with these settings declares, however it reduces; 1: none does."""

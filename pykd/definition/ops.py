@@ -4,8 +4,13 @@ Everything here works in TorchScript, in eager mode and under the symbolic traci
 no data-dependent shapes, no boolean indexing, no ``float(x.shape[0])`` (it would freeze the batch size).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+_by_its_type: Any = handle_torch_function  # TorchScript reads every type comment as its own, mypy's too
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -63,6 +68,9 @@ def _matmul_despite_autocast(x: Tensor, y: Tensor) -> Tensor:
 
 def at_least_0(x: Tensor) -> Tensor:
     """``x``, and 0 where it is negative by its rounding; for numbers that cannot be. The gradient is that of ``x``."""
+    if has_torch_function_unary(x):  # a value that a kernel is still to compute
+        by_its_type: Tensor = _by_its_type(at_least_0, (x,), x)
+        return by_its_type
     return x - x.detach().clamp(max=0.0)
 
 
@@ -86,21 +94,28 @@ def reduce(values: Tensor, weight: Tensor | None, reduction: str, count: Tensor 
             the sum of the weights (by the number of samples where there are none); 0 where nothing is kept.
         count: what a sample counts in that divisor, where it is not its weight.
     """
+    if has_torch_function_unary(values):  # that a kernel is still to compute
+        by_its_type: Tensor = _by_its_type(reduce, (values,), values, weight, reduction, count)
+        return by_its_type
     if weight is None:
         if reduction == "mean":
             return values.mean()
         if reduction == "sum":
             return values.sum()
         return values
-    weight = weight.to(values.dtype)
-    if reduction == "mean":  # each one's share, so that few operators are left; where nothing is kept all of them are 0
-        total = (weight if count is None else count.to(values.dtype)).sum()
-        nothing = total == 0
-        if count is not None:
-            weight = torch.where(nothing, 0.0, weight)
-        weight = weight / torch.where(nothing, 1.0, total)
-    weighted = product_or_zero(weight, values)
+    weighted = product_or_zero(shares(weight.to(values.dtype), reduction, count), values)
     return weighted if reduction == "none" else weighted.sum()
+
+
+def shares(weight: Tensor, reduction: str, count: Tensor | None = None) -> Tensor:
+    """What each sample's value is multiplied by before :func:`reduce` adds them up; its arguments."""
+    if reduction != "mean":
+        return weight
+    total = (weight if count is None else count.to(weight.dtype)).sum()
+    nothing = total == 0
+    if count is not None:
+        weight = torch.where(nothing, 0.0, weight)
+    return weight / torch.where(nothing, 1.0, total)  # where nothing is kept all of them are 0
 
 
 def without_left_out(x: Tensor, weight: Tensor | None) -> Tensor:

@@ -121,3 +121,8 @@ def choice(choices: Sequence[Any], *, default: Any, kw_only: bool = False) -> An
 def flag(*, default: bool, kw_only: bool = False) -> Any:
     """True or False."""
     return Setting(default, "flag")
+
+
+def option(*, default: Any, kw_only: bool = True) -> Any:
+    """What an instance may be told beside its settings: nothing that changes a number, and no part of a recipe or a file."""
+    return default

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -53,4 +53,31 @@ class Kernel:
         return [lengths[axis] for axis in self.outputs[output].axes.split()]
 
 
-KernelPoint = Callable[..., Tensor]  # what a loss's method `fused` is given; see pykd.fused.point
+class KernelPoint(Protocol):
+    """What a loss's method ``fused`` is given; see :mod:`pykd.fused.point`.
+
+    Attributes:
+        all_kept: whether it is known that no index among the inputs of the call is ignored.
+    """
+
+    all_kept: bool
+
+    def __call__(
+        self,
+        kernel: Kernel,
+        output: str,
+        formula: Callable[..., Tensor],
+        tensors: Mapping[str, Any],
+        attributes: Mapping[str, Any],
+        weight: str,
+    ) -> Tensor:
+        """What comes out of the kernel as ``output``: what the formula computes from these tensors and attributes.
+
+        Args:
+            kernel: the kernel.
+            output: one of its outputs.
+            formula: a plain function of ``tensors`` and ``attributes``, by name.
+            tensors: inputs of the kernel by name; a number may be one.
+            attributes: settings of the kernel that the value depends on.
+            weight: the kernel's input for d(loss)/d(value).
+        """

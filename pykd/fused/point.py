@@ -19,7 +19,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Value:
         formula: a function of the tensors and attributes in ``names``.
         names: which of the call's tensors and attributes the formula takes.
         weight: the kernel's input for d(loss)/d(value).
+        shape: of the value.
         placeholder: stands for the value while the loss is differentiated with respect to it.
     """
 
@@ -44,7 +45,8 @@ class Value:
     formula: Callable[..., Tensor]
     names: tuple[str, ...]
     weight: str
-    placeholder: Tensor
+    shape: list[Any]
+    placeholder: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -65,6 +67,16 @@ class Call:
             and all(self.attributes.get(name, value) == value for name, value in attributes.items())
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors lie."""
+        tensors = (t for t in self.tensors.values() if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 0)
+        return next(tensors).device
+
+    def value_of(self, output: str) -> Value:
+        """The value that comes out as ``output``."""
+        return next(value for value in self.values if value.output == output)
+
     def inputs(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Everything that the kernel reads, as it wants it: detached, contiguous, numbers on the CPU."""
         given = {}
@@ -81,6 +93,11 @@ class Call:
         values = [value.output for value in self.values]
         return values + [name for name in self.kernel.outputs if weights and name.startswith("grad_")]
 
+    def formulas(self, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The values by the plain formulas."""
+        arguments = {**tensors, **self.attributes}
+        return {v.output: v.formula(**{name: arguments[name] for name in v.names}) for v in self.values}
+
     def plain(self, tensors: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the kernel returns, by the plain formulas and autograd: the values, and gradients where weights are given."""
         tensors = dict(tensors)
@@ -88,8 +105,7 @@ class Call:
             if weights:
                 for name in self.kernel.differentiable:
                     tensors[name] = tensors[name].detach().requires_grad_()
-            arguments = tensors | self.attributes
-            results = {v.output: v.formula(**{name: arguments[name] for name in v.names}) for v in self.values}
+            results = self.formulas(tensors)
             students = [tensors[name] for name in self.kernel.differentiable]
             gradients: list[Tensor | None] = [None] * len(students)
             for value in self.values:
@@ -118,12 +134,17 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
 
 
-class Planner:
-    """The kernel point of the first walk: notes what is asked for and answers with placeholders."""
+class Collector:
+    """A kernel point that notes what is asked for, before any kernel runs; calls that one run can serve become one.
 
-    def __init__(self) -> None:
+    Attributes:
+        calls: the runs, in order.
+        all_kept: whether it is known that no index among the inputs is ignored.
+    """
+
+    def __init__(self, all_kept: bool = False) -> None:
         self.calls: list[Call] = []
-        self.asked: list[tuple[Call, str, list[Any]]] = []
+        self.all_kept = all_kept
         self.rows: dict[int, tuple[Tensor, Tensor]] = {}  # tensors per token by their id, and the same as rows
 
     def __call__(
@@ -134,25 +155,30 @@ class Planner:
         tensors: Mapping[str, Any],
         attributes: Mapping[str, Any],
         weight: str,
-    ) -> Tensor:
+    ) -> Any:
         tensors, samples = self._as_rows(kernel, tensors)
-        call = next((call for call in self.calls if call.takes(kernel, tensors, attributes)), None)
-        if call is None:
-            call = Call(kernel, {}, {}, [])
-            self.calls.append(call)
+        place = next((i for i, call in enumerate(self.calls) if call.takes(kernel, tensors, attributes)), None)
+        if place is None:
+            place = len(self.calls)
+            self.calls.append(Call(kernel, {}, {}, []))
+        call = self.calls[place]
         call.tensors |= tensors
         call.attributes |= attributes
         value = next((value for value in call.values if value.output == output), None)
         if value is None:
-            like = next(
-                tensor for tensor in tensors.values() if isinstance(tensor, Tensor) and tensor.is_floating_point()
-            )
-            shape = kernel.shape(output, tensors)
-            placeholder = torch.zeros(shape, dtype=torch.float32, device=like.device).requires_grad_()
-            value = Value(output, formula, (*tensors, *attributes), weight, placeholder)
+            value = Value(output, formula, (*tensors, *attributes), weight, kernel.shape(output, tensors))
             call.values.append(value)
-        self.asked.append((call, output, samples))
-        return _over(value.placeholder, samples)
+        return self.answer(place, value, samples)
+
+    def answer(self, place: int, value: Value, samples: list[Any]) -> Any:
+        """What stands for the value.
+
+        Args:
+            place: of the call among the calls.
+            value: one of its values.
+            samples: the lengths of the axes that count samples, where these are more than one; else empty.
+        """
+        raise NotImplementedError
 
     def _as_rows(self, kernel: Kernel, tensors: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """The tensors with one row per sample where further axes after the batch count samples, and the lengths of all these.
@@ -169,8 +195,25 @@ class Planner:
         return rows, samples
 
 
+class Planner(Collector):
+    """The kernel point of the first walk: answers with placeholders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[Call, str, list[Any]]] = []
+
+    def answer(self, place: int, value: Value, samples: list[Any]) -> Tensor:
+        call = self.calls[place]
+        if value.placeholder is None:
+            value.placeholder = torch.zeros(value.shape, device=call.device).requires_grad_()
+        self.asked.append((call, value.output, samples))
+        return _over(value.placeholder, samples)
+
+
 class Answer:
     """The kernel point of the second walk: answers with what the kernels returned, in the order of the first."""
+
+    all_kept = False
 
     def __init__(
         self, asked: Sequence[tuple[Call, str, list[Any]]], results: Mapping[int, Mapping[str, Tensor]]
@@ -186,6 +229,8 @@ class Answer:
 
 class Point:
     """The kernel point inside a graph: answers as the one that counts now, in each thread for itself."""
+
+    all_kept = False
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Tensor:
         now = _places().get(id(self))
@@ -252,7 +297,7 @@ def value_and_gradient(
             every = [(call, value) for call in planner.calls for value in call.values]
             found = torch.autograd.grad(
                 loss * scale,
-                [*(value.placeholder for _, value in every), *students],
+                [*(cast(Tensor, value.placeholder) for _, value in every), *students],
                 retain_graph=True,
                 allow_unused=True,
             )

@@ -13,7 +13,7 @@ def distribution_distillation(
     width: float = 0.1,
     negatives: str = "hardest",
     *,
-    fused: bool = False,
+    kernels: str | None = None,
 ) -> Tensor: ...
 def feature_l1(
     student_features: Tensor,
@@ -22,7 +22,7 @@ def feature_l1(
     spatial_avg: str | None = None,
     reduction: str = "mean",
     *,
-    fused: bool = False,
+    kernels: str | None = None,
 ) -> Tensor: ...
 def feature_l2(
     student_features: Tensor,
@@ -31,7 +31,7 @@ def feature_l2(
     spatial_avg: str | None = None,
     reduction: str = "mean",
     *,
-    fused: bool = False,
+    kernels: str | None = None,
 ) -> Tensor: ...
 def hard_target(
     student_logits: Tensor,
@@ -42,7 +42,7 @@ def hard_target(
     ignore_index: int = -100,
     reduction: str = "mean",
     *,
-    fused: bool = False,
+    kernels: str | None = None,
 ) -> Tensor: ...
 def mk_mmd(
     student_features: Tensor,
@@ -50,7 +50,7 @@ def mk_mmd(
     spatial_avg: str | None = None,
     bandwidth: str = "joint",
     *,
-    fused: bool = False,
+    kernels: str | None = None,
 ) -> Tensor: ...
 def soft_target(
     student_logits: Tensor,
@@ -63,5 +63,5 @@ def soft_target(
     tau_squared: bool = False,
     reduction: str = "mean",
     *,
-    fused: bool = False,
+    kernels: str | None = None,
 ) -> Tensor: ...

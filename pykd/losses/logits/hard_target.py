@@ -184,6 +184,8 @@ class HardTarget(Loss):
             return ops.reduce(values, ops.optional_weight(sample_weight), self.reduction)
         tensors = {"student": student_logits, "labels": labels}
         values = kernel(KERNEL, "hard", hard_target_rows, tensors, {}, weight="hard_weight")
+        if kernel.all_kept and class_weight is None:
+            return ops.reduce(values, ops.optional_weight(sample_weight), self.reduction)
         weight = _kept_weight(labels, sample_weight, self.ignore_index)
         if class_weight is not None:
             classes = ops.optional_weight(class_weight)
