@@ -7,6 +7,7 @@ import ctypes
 import gc
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -403,6 +404,90 @@ BAD_NUMBERS: list[tuple[Any, type[Exception]]] = [
 def test_numbers_that_are_none(loss: runtime.Loss, number: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"expected a .*number.* the parameter weight, got .*; "):
         loss.value(**GOOD, weight=number)
+
+
+def odd_tensors() -> dict[str, Callable[[Any], Any]]:
+    """Tensors of torch that are no plain memory of numbers, from one that is."""
+    import torch
+
+    return {
+        "sparse": lambda x: x.to_sparse(),
+        "compressed": lambda x: x.reshape(x.shape[0], -1).to_sparse_csr(),
+        "nested": lambda x: torch.nested.nested_tensor(list(x)),
+        "jagged": lambda x: torch.nested.nested_tensor([x[:1], x[1:]], layout=torch.jagged),
+        "mkldnn": lambda x: x.float().to_mkldnn(),
+        "quantized": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.quint8),
+        "complex": lambda x: x.to(torch.complex64),
+        "meta": lambda x: x.to("meta"),
+        "a list": lambda x: x.tolist(),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", odd_tensors())
+def test_tensors_that_are_no_plain_memory(kind: str, tmp_path_factory: Any) -> None:
+    """Whoever is called, it is our message, and it names the argument."""
+    import torch
+
+    import pykd
+
+    folder = tmp_path_factory.getbasetemp() / "soft"
+    if not folder.exists():
+        pykd.export(pykd.SoftTarget(), folder, progress=lambda line: None)
+    loaded = runtime.load(folder, "onnxruntime", threads=1)
+    soft, composition = pykd.SoftTarget(), pykd.compose({"soft": (pykd.SoftTarget(), 1.0)})
+    mask = {"sample_weight": torch.ones(4)}
+
+    def by_kernel(student_logits: Any, teacher_logits: Any) -> None:
+        inputs = {"student_logits": student_logits, "teacher_logits": teacher_logits, "temperature": 2.0}
+        named = {name.removesuffix("_logits"): value for name, value in inputs.items()}
+        kernels.run("soft_target", named, {}, {"soft": torch.empty(4)})
+
+    calls: dict[str, Callable[..., Any]] = {
+        "loss": soft,
+        "weighted": lambda **given: soft(**{**mask, **given}),
+        "composition": composition,
+        "formula": lambda **given: soft(**given, kernels="off"),
+        "function": lambda **given: pykd.functional.soft_target(**given, kernels="on"),
+        "file": loaded.value,
+        "kernel": by_kernel,
+    }
+    good = {"student_logits": torch.randn(4, 5), "teacher_logits": torch.randn(4, 5)}
+    make = odd_tensors()[kind]
+    for called, call in calls.items():
+        call(**good)  # what is known of such calls is kept
+        for name in (*good, *(mask if called == "weighted" else ())):
+            with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+                call(**{**good, name: make({**good, **mask}[name])})
+            message = str(caught.value)
+            asked = name.removesuffix("_logits") if called == "kernel" else name
+            other = {"meta": "teacher_logits"}.get(kind, asked)  # the devices of two are compared
+            assert message.startswith("expected ") and ", got " in message and "; " in message, (called, message)
+            if called == "function" and 'for kernels="on"' in message:
+                continue  # functions check what goes to a kernel, and this does not
+            assert asked in message or other in message, (called, message)
+
+
+def test_a_tensor_as_a_setting() -> None:
+    import torch
+
+    import pykd
+
+    assert pykd.SoftTarget(temperature=torch.tensor(3.0)).temperature == 3.0
+    learned = torch.tensor(3.0, requires_grad=True)
+    with pytest.raises(
+        ValueError, match=r"expected temperature .* requires a gradient.*; pass it in each call, as temp"
+    ):
+        pykd.SoftTarget(temperature=learned)
+    with pytest.raises(ValueError, match="expected beta to be a number, got a tensor that requires a gradient"):
+        pykd.SoftTarget(form="jsd", beta=torch.tensor(0.5, requires_grad=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pykd.SoftTarget()(*torch.randn(2, 3, 4), temperature=learned).backward()
+    assert learned.grad is not None and learned.grad != 0
+    for wrong in (torch.ones(2), None, [2.0], torch.ones((), device="meta")):
+        with pytest.raises(TypeError, match="expected temperature to be a number, got .*; pass a number"):
+            pykd.SoftTarget(temperature=wrong)
 
 
 @pytest.mark.parametrize("number", [1e-40, 1e-300, 1e300, float("nan")])

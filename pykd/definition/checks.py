@@ -57,6 +57,11 @@ def resolve(name: str, tensor: Tensor, layouts: Layouts) -> Spec:
     """The one of ``layouts`` that ``tensor`` has, by its rank and type."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"expected {name} to be a torch.Tensor, got {type(tensor).__name__}; convert it first")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        got = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
+        raise TypeError(
+            f"expected {name} to be a dense tensor, got {got}; convert it first, as by to_dense() or to_padded_tensor()"
+        )
     for spec in layouts:
         if tensor.dim() == len(spec.names) and tensor.dtype in _dtypes(spec):
             return spec

@@ -39,6 +39,11 @@ class Setting:
 
     def check(self, name: str, value: Any) -> Any:
         """``value`` as the loss keeps it; an error that names ``name`` where it is not allowed."""
+        if getattr(value, "requires_grad", False):
+            instead = f"pass it in each call, as {name}=…" if self.scalar is not None else "pass a number"
+            raise ValueError(
+                f"expected {name} to be a number, got a tensor that requires a gradient, which a setting has none of; {instead}"
+            )
         if self.scalar is not None:
             return self.scalar.check(name, value)
         if self.kind == "choice":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import reprlib
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -172,9 +173,16 @@ class Scalar:
         if isinstance(value, str | bytes):
             raise TypeError(f"expected {name} to be a number, got {value[:40]!r}; pass a number")
         try:
-            number = float(value)
+            number = float(value.detach() if hasattr(value, "detach") else value)
         except OverflowError:  # of a whole number
             number = float("inf")
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # the last two: a tensor of several numbers, or without data
+            got = reprlib.repr(value)
+            raise TypeError(f"expected {name} to be a number, got {got}; pass a number, or a tensor of one") from error
         if not np.isfinite(number) or not self.holds(number):
             raise ValueError(f"expected {name} to be a number {self._bounds()}, got {number:g}; pass another {name}")
         if number != 0 and not _LEAST <= abs(number) <= _MOST:
