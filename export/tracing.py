@@ -112,18 +112,16 @@ def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
 
 
 def _log1p(x: Tensor) -> Tensor:
-    """ONNX has none. log(1 + x) with the x that the sum has kept, times what of x that is: so it keeps its digits."""
-    sum_ = 1 + x
-    lost = (sum_ == 1) | (sum_ == torch.inf)
-    kept = torch.where(lost, 1.0, sum_ - 1)
-    return torch.where(lost, torch.where(sum_ == 1, x, sum_), sum_.log() * (x / kept))
+    """ONNX has none. The logarithm of the sum, and what the sum has lost of x, which is nothing beside a large one."""
+    small = x.clamp(max=1e6)
+    total = 1 + small
+    lost = small - (total - 1)
+    return (1 + x).log() + lost / total.clamp(min=1.0)
 
 
 def _expm1(x: Tensor) -> Tensor:
-    """ONNX has none. 2 t / (1 − t) with t = tanh(x / 2), which keeps the digits of every x ≤ 0; −eˣ times that of −x."""
-    tanh = torch.tanh(x.abs() * -0.5)
-    below = 2 * tanh / (1 - tanh)
-    return torch.where(x > 0, -below * x.exp(), below)
+    """ONNX has none. eˣ − 1 = tanh(x / 2) · (eˣ + 1) keeps the digits that tanh keeps."""
+    return torch.tanh(x / 2) * (x.exp() + 1)
 
 
 # ---- The traced graph ---------------------------------------------------------------------------
