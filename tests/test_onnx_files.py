@@ -69,7 +69,7 @@ def test_no_product_of_float64_reads_a_transpose(exported):
 
 @pytest.mark.slow
 def test_a_composition_of_the_largest_losses_is_within_the_limit_of_nodes(models):
-    limit = int(re.search(r"kMaxNodes = (\d+)", (ROOT / "cpp/runtime/artefact/onnx_scan.cpp").read_text()).group(1))
+    limit = int(re.search(r"kMaxNodes = (\d+)", (ROOT / "cpp/runtime/artefact/onnx_contents.h").read_text()).group(1))
     largest = max(expanded(model) for model in models if len(model.functions) <= 1)
     assert largest * MAX_PARTS < limit < 2 * largest * MAX_PARTS
 
