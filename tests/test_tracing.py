@@ -3,6 +3,8 @@
 What depends on numbers (a label out of range) is checked in eager calls, and under torch.func as well.
 """
 
+import inspect
+
 import pytest
 import torch
 
@@ -67,15 +69,24 @@ def test_inductor(name):
         torch.testing.assert_close(a, b)
 
 
-def test_functions_compile(loss_subject):
-    loss = loss_subject.composition.named_terms[0].parts[0].loss
+def test_functions_and_compositions_compile(loss_subject):
+    loss = loss_subject.loss
     function = getattr(pykd.functional, loss.name)
+    known = inspect.signature(function).parameters
+    settings = {name: value for name, value in loss.settings().items() if name in known}
+    composition = pykd.compose({"term": (loss, 0.5)})
 
     def step(**tensors):
-        return loss.forward(**tensors) if loss.couples_batch else function(**loss.grouped(tensors), **loss.settings())
+        by_function = function(**loss.grouped(tensors), **settings)
+        return by_function + 3 * Composition.forward(composition, **tensors)["loss"]
 
     tensors = loss_subject.draw(seed=2)
-    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="eager")(**tensors), step(**tensors))
+    got, want = (
+        value_and_gradients(each, loss_subject, tensors)
+        for each in (torch.compile(step, fullgraph=True, backend="aot_eager"), step)
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "strict"])
