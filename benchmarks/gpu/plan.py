@@ -36,6 +36,7 @@ PLAN = (
     Stage("smoke", 40),
     Stage("parity", 100),
     Stage("parity_features", 40),
+    Stage("parity_mmd", 40),
     Stage("capture", 40),
     Stage("speed", 80),
     Stage("torch_paths", 80),

@@ -192,6 +192,7 @@ PYKD_GPU float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 PYKD_GPU float infinity() { return __int_as_float(0x7f800000); }
 PYKD_GPU float nan() { return __int_as_float(0x7fffffff); }
 
+PYKD_GPU int nearest_int(float x) { return __float2int_rn(x); }
 PYKD_GPU float bits_to_float(std::uint32_t bits) { return __uint_as_float(bits); }
 PYKD_GPU std::uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 PYKD_GPU float half_to_float(std::uint16_t bits) { return __half2float(__ushort_as_half(bits)); }

@@ -229,6 +229,7 @@ inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 inline float nan() { return std::numeric_limits<float>::quiet_NaN(); }
 
+inline int nearest_int(float x) { return static_cast<int>(std::lrint(x)); }
 inline float bits_to_float(std::uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);

@@ -15,8 +15,9 @@ namespace pykd::kernels {
 
 // The CUDA version of the kernel of the same name. Tensors, values, weights and labels lie on the device; numbers in
 // the CPU's memory. The work is queued on `stream` (a cudaStream_t) of the device `device`, and nothing waits for it.
-// That device is the thread's current one afterwards: callers that mind keep theirs (context.h). A stream that is being
-// captured will do, from the first call on.
+// That device is the thread's current one afterwards: callers that mind keep theirs (context.h). Scratch memory, where
+// a kernel needs some, comes from a memory pool of the library's own, which keeps up to 64 MiB for the next call. A
+// stream that is being captured will do, from the first call on.
 struct CudaKernel {
   const char* name;
   // nullptr, or what went wrong, in words that outlive the call.

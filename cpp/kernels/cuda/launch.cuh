@@ -119,6 +119,55 @@ const char* launch(void (*kernel)(Problem, Plan), const Problem& problem, int mo
   return nullptr;
 }
 
+// The memory pool of this library on a device: the default one gives its memory back at every synchronisation, and
+// shares its settings with everyone in the process.
+inline const char* pool_of(int device, cudaMemPool_t* pool) {
+  constexpr std::uint64_t kKeptBytes = 1 << 26;  // from call to call
+  static std::mutex mutex;
+  static std::map<int, cudaMemPool_t> pools;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = pools.find(device);
+  if (found != pools.end()) {
+    *pool = found->second;
+    return nullptr;
+  }
+  const OutsideCaptures outside;
+  cudaMemPoolProps properties = {};
+  properties.allocType = cudaMemAllocationTypePinned;
+  properties.location.type = cudaMemLocationTypeDevice;
+  properties.location.id = device;
+  PYKD_CUDA_CHECK(cudaMemPoolCreate(pool, &properties));
+  std::uint64_t kept = kKeptBytes;
+  PYKD_CUDA_CHECK(cudaMemPoolSetAttribute(*pool, cudaMemPoolAttrReleaseThreshold, &kept));
+  pools[device] = *pool;
+  return nullptr;
+}
+
+// Memory for the work that is queued on a stream while this lives.
+class Scratch {
+ public:
+  explicit Scratch(cudaStream_t stream) : stream_(stream) {}
+  ~Scratch() {
+    if (memory_ != nullptr && cudaFreeAsync(memory_, stream_) != cudaSuccess) cudaGetLastError();
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  const char* take(int device, std::size_t bytes) {
+    cudaMemPool_t pool = nullptr;
+    if (const char* error = pool_of(device, &pool)) return error;
+    void* memory = nullptr;
+    PYKD_CUDA_CHECK(cudaMallocFromPoolAsync(&memory, bytes, pool, stream_));
+    memory_ = static_cast<unsigned char*>(memory);
+    return nullptr;
+  }
+  unsigned char* memory() const { return memory_; }
+
+ private:
+  cudaStream_t stream_;
+  unsigned char* memory_ = nullptr;
+};
+
 }  // namespace pykd::kernels::gpu
 
 #endif  // PYKD_KERNELS_CUDA_LAUNCH_CUH_

@@ -16,6 +16,7 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "kernels/host/memory.h"
+#include "kernels/mk_mmd/mk_mmd_widths.h"
 #include "kernels/simd/product-inl.h"
 
 // ---- What does not depend on the instruction set -------------------------------------------------
@@ -30,12 +31,7 @@ constexpr std::size_t kDepth = 256;     // features per pass over a tile of dist
 constexpr std::size_t kTiles = 8;       // that a small batch is cut into, so that threads find work
 constexpr std::size_t kColumns = 64;    // per task that takes means
 constexpr std::size_t kLine = 64;       // floats between what different tasks write, at least
-constexpr double kTiny = 1e-20;         // of a squared bandwidth: all samples coincide
 constexpr double kSerial = 4e6;         // N^2 D below which threads cost more than they bring
-
-enum Input { kStudent, kTeacher, kWeight };
-enum Output { kValue, kGradStudent };
-enum Bandwidth { kJoint, kPerBlock };
 
 inline std::size_t round_up(std::size_t n, std::size_t step) { return (n + step - 1) / step * step; }
 
@@ -294,17 +290,14 @@ class Problem {
       largest = std::max({largest, x_.norm[i], y_.norm[i]});
     }
     for (const double entry : offset_) apart += entry * entry;
-    // Squared distances over all pairs of a set sum to 2 N times the squared distances from its mean.
-    double xx = 2.0 * x_spread / std::max(n - 1.0, 1.0), yy = 2.0 * y_spread / std::max(n - 1.0, 1.0);
-    double xy = (x_spread + y_spread) / n + apart;
-    if (bandwidth == kJoint) xx = yy = xy = (2.0 * (x_spread + y_spread) + n * apart) / (2.0 * n - 1.0);
-    constexpr double kLargest = 1e37;  // the largest distance is below 4 times this, and fits float32
-    if (!(xx + yy + xy < kLargest) || !(largest + apart < kLargest)) return false;
+    const Widths widths = widths_of(bandwidth, n, x_spread, y_spread, apart, largest);
+    if (!widths.finite) return false;
 
-    set_width(xx_, xx, 1.0);
-    set_width(yy_, yy, 1.0);
-    set_width(xy_, xy, -1.0);
-    const double xx_scale = exponent_scale(xx), yy_scale = exponent_scale(yy), xy_scale = exponent_scale(xy);
+    set_width(xx_, widths.xx, 1.0);
+    set_width(yy_, widths.yy, 1.0);
+    set_width(xy_, widths.xy, -1.0);
+    const double xx_scale = exponent_scale(widths.xx), yy_scale = exponent_scale(widths.yy),
+                 xy_scale = exponent_scale(widths.xy);
     for (std::size_t i = 0; i < n_; ++i) {
       xx_.lanes[i] = xx_.rows[i] = static_cast<float>(xx_scale * x_.norm[i]);
       yy_.lanes[i] = yy_.rows[i] = static_cast<float>(yy_scale * y_.norm[i]);
@@ -318,9 +311,6 @@ class Problem {
     return true;
   }
 
-  static double exponent_scale(double width) {
-    return 1.4426950408889634074 / (32.0 * std::max(width, kTiny));  // the widest kernel has 16 times the width
-  }
   static void set_width(Exponents& exponents, double width, double sign) {
     exponents.coincide = width <= kTiny;
     exponents.scale = static_cast<float>(2.0 * exponent_scale(width));

@@ -29,6 +29,9 @@
 // pairs of student tiles is a round of a tournament, in which no tile has two opponents; so each gradient is summed in
 // the order of the rounds. Small problems stay on the thread that calls.
 //
+// On CUDA (mk_mmd_kernels.cuh) a tile of students meets all tiles itself, 12 N^2 D multiplications and additions, and
+// the scratch memory is 2 N D floats, and N D more for each of at most 8 shares of the gradient.
+//
 // Squared norms must fit float32; NaN and infinities make the value and the gradient NaN.
 #ifndef PYKD_KERNELS_MK_MMD_MK_MMD_H_
 #define PYKD_KERNELS_MK_MMD_MK_MMD_H_
