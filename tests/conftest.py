@@ -111,6 +111,14 @@ def subjects() -> list[Subject]:
     return [*loss_subjects(), *composed_subjects()]
 
 
+def forms_of_inputs() -> list[Subject]:
+    """One case for every loss and form of its inputs, and every composition: for what settings do not change."""
+    found: dict[tuple[Any, ...], Subject] = {}
+    for subject in loss_subjects():
+        found.setdefault((subject.loss.name, *sorted(subject.layouts.items()), *subject.optional), subject)
+    return [*found.values(), *composed_subjects()]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--loss", metavar="NAME", action="append", default=[],

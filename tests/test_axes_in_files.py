@@ -9,16 +9,7 @@ import torch
 import pykd
 from pykd.export import onnx_files
 from pykd.export.verification import _onnx_reference
-from tests.conftest import composed_subjects, loss_subjects
-
-
-def forms():
-    """One case for every loss and form of its inputs, and every composition."""
-    found = {}
-    for subject in loss_subjects():
-        key = (subject.composition.named_terms[0].name, *sorted(subject.layouts.items()), *subject.optional)
-        found.setdefault(key, subject)
-    return [*found.values(), *composed_subjects()]
+from tests.conftest import forms_of_inputs
 
 
 def models(subject, kernels):
@@ -90,7 +81,7 @@ def mismatches(subject):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["off", "auto"])
-@pytest.mark.parametrize("form", forms(), ids=str)
+@pytest.mark.parametrize("form", forms_of_inputs(), ids=str)
 def test_lengths_that_differ_and_empty_axes_are_refused(form, kernels):
     for kind, data in models(form, kernels).items():
         for open_file in (session, reference if kernels == "off" else session_with_kernels):
@@ -101,7 +92,7 @@ def test_lengths_that_differ_and_empty_axes_are_refused(form, kernels):
 
 
 def test_the_checks_come_first_and_are_used():
-    form = forms()[-1]
+    form = forms_of_inputs()[-1]
     for data in models(form, "off").values():
         graph = onnx.load_from_string(data).graph
         produced = {output for node in graph.node for output in node.output if "_checked_" in output}

@@ -10,7 +10,7 @@ import torch
 
 import pykd
 from pykd.composition import Composition
-from tests.conftest import subjects
+from tests.conftest import forms_of_inputs, subjects
 
 
 class Named(torch.nn.Module):
@@ -89,8 +89,7 @@ def test_functions_and_compositions_compile(loss_subject):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "strict"])
-def test_exports_with_a_free_batch(subject, strict):
+def exports_with_a_free_batch(subject, strict):
     module = InADictionary(subject)
     tensors = subject.draw(seed=3)
     free = {name: dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO) for name, tensor in tensors.items()}
@@ -98,6 +97,16 @@ def test_exports_with_a_free_batch(subject, strict):
     for sizes in ({"batch": 4}, {"batch": 9}):
         others = subject.draw(sizes, seed=4)
         torch.testing.assert_close(program.module()(others), module(others))
+
+
+def test_exports_with_a_free_batch(subject):
+    exports_with_a_free_batch(subject, strict=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", forms_of_inputs(), ids=str)
+def test_exports_with_a_free_batch_by_its_source(form):
+    exports_with_a_free_batch(form, strict=True)
 
 
 def test_vmap_and_grad_see_several_batches_at_once(subject):
