@@ -6,6 +6,7 @@ Generated from the registry: nothing here names a loss.
 
 import functools
 import inspect
+import itertools
 
 import numpy as np
 import pytest
@@ -90,9 +91,10 @@ def test_function_class_and_graph_are_the_reference(loss_subject, weighted, dtyp
         want = np.asarray(form.reference(tensors, reduction))
         # Of the class in float64, which test_every_loss.py compares with differences of the reference.
         _, gradients = evaluate(form.specs, form.cls(reduction), exact)
-        for name in FORMS:
-            value, found = evaluate(form.specs, getattr(form, name)(reduction), tensors)
-            where = f"{name}, {reduction}"
+        for name, kernels in itertools.product(FORMS, ("off", "auto")):  # the formula, and what is there without a word
+            with pykd.using_kernels(kernels):
+                value, found = evaluate(form.specs, getattr(form, name)(reduction), tensors)
+            where = f"{name}, {reduction}, kernels {kernels}"
             assert value.dtype == (torch.float64 if dtype == "float64" else torch.float32), where
             assert value.shape == want.shape, where
             error = np.abs(value.double().numpy() - want) / np.maximum(np.abs(want), 1.0)
