@@ -366,6 +366,16 @@ def test_a_known_call_takes_the_numbers_and_the_data_of_this_one():
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_one_tensor_under_two_names_is_no_way_for_others():
+    loss = pykd.SoftTarget(form="kl", tau_squared=True)
+    want = loss(STUDENT, TEACHER, kernels="off")
+    for _ in range(4):
+        assert loss(TEACHER, TEACHER) == 0
+    for _ in range(4):
+        torch.testing.assert_close(loss(STUDENT, TEACHER), want)
+        assert loss(STUDENT, STUDENT) == 0
+
+
 def test_a_setting_that_is_changed_counts():
     loss = pykd.SoftTarget(form="kl")
     for _ in range(3):

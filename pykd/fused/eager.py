@@ -14,7 +14,6 @@ Second derivatives, and several upstream gradients at once, differentiate the fo
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,9 +25,9 @@ from pykd import _core, kernels
 from pykd.definition import Loss, ops, routing
 from pykd.definition.plan import PlannedCall
 from pykd.fused import torch_operators
-from pykd.fused.linear import Linear, Reduced
+from pykd.fused.linear import Linear, Reduced, add_up
 from pykd.fused.point import Call, Collector, Value
-from pykd.fused.program import record
+from pykd.fused.program import Program, record
 
 Outputs = Mapping[str, Tensor | Linear]
 
@@ -104,24 +103,35 @@ def evaluate(call: PlannedCall, walk: Walk) -> dict[str, Tensor]:
     key = (kept, *numbers.items())
     if any(isinstance(number, Tensor) for number in numbers.values()) or torch.is_autocast_enabled("cpu"):
         return finish(*walk())
-    program = plan.programs.get(key, _NEVER_SEEN)
-    if type(program) is tuple:
-        again, frame = program
-        calls, outputs = again(list(tensors.values()))
-        return finish(calls, outputs, frame)
-    if program is _SEEN_ONCE:
-        program = record(list(tensors.values()), walk)
+    given = list(tensors.values())
+    if len(set(map(id, given))) < len(given):  # one tensor under two names is no way for others
+        return finish(*walk())
+    again = plan.programs.get(key, _NEVER_SEEN)
+    if again is _NEVER_SEEN:
+        plan.programs[key] = _SEEN_ONCE
+        return finish(*walk())
+    if again is _SEEN_ONCE:
+        again = _noted(given, walk)
         if len(plan.programs) >= _MOST_PROGRAMS:
             plan.programs.clear()
-        if program is None:
-            plan.programs[key] = None
-            return finish(*walk())
-        calls, outputs = program(list(tensors.values()))
-        plan.programs[key] = program, Frame(calls, outputs)
-        return finish(calls, outputs)
-    if program is _NEVER_SEEN:
-        plan.programs[key] = _SEEN_ONCE
-    return finish(*walk())
+        plan.programs[key] = again
+    way: Way = again
+    return way(given)
+
+
+Way = Callable[[Sequence[Tensor]], dict[str, Tensor]]
+
+
+def _noted(tensors: Sequence[Tensor], walk: Walk) -> Way:
+    """The way through a loss as a function of the tensors, in the shortest form that it has."""
+    program = record(tensors, walk)
+    if program is None:  # it cannot be noted
+        return lambda _: finish(*walk())
+    calls, outputs = program(tensors)
+    if Straight.covers(program, calls, outputs):
+        return Straight(calls, outputs, tensors)
+    frame = Frame(calls, outputs)
+    return lambda given: finish(*program(given), frame)
 
 
 _NEVER_SEEN, _SEEN_ONCE = object(), object()
@@ -196,10 +206,90 @@ def finish(calls: Sequence[Call], outputs: Outputs, frame: Frame | None = None) 
         job = _Job(frame, forms, students, len(gradients))
         if len(values) > 1:  # each of them another tensor
             values = [value.clone() if any(value is own for own in seen.values()) else value for value in values]
-        made = _Node.apply(job, values, kept, *(calls[place].tensors[name] for place, name in students))  # type: ignore[no-untyped-call]
-        values = [made] if isinstance(made, Tensor) else list(made)
+        values = _with_autograd(job, values, kept, [calls[place].tensors[name] for place, name in students])
     computed = dict(zip(frame.forms, values, strict=True))
     return {name: _with_rest(output, computed.get(name)) for name, output in outputs.items()}
+
+
+class Straight:
+    """A call without anything but the kernels, on the CPU, where all samples of a batch count the same: what most calls are.
+
+    Each output is Σ weight · value over the rows, with weights that never change.
+    """
+
+    def __init__(self, calls: Sequence[Call], outputs: Outputs, tensors: Sequence[Tensor]) -> None:
+        numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
+        self.frame = Frame(calls, outputs)
+        self.forms = [output for output in outputs.values() if isinstance(output, Linear)]
+        self.steps = [_Run(call, values, numbers) for call, values in zip(calls, self.frame.values, strict=True)]
+        self.names = [numbers[id(calls[place].tensors[name])] for place, name in self.frame.names]
+        self.students = [(*which, numbers[id(calls[which[0]].tensors[which[1]])]) for which in self.frame.students]
+        self.sums = [
+            [(piece.place, piece.source.output, weight) for piece, weight in form.even_sums() or ()]
+            for form in self.forms
+        ]
+        weights: list[dict[str, Tensor]] = [{} for _ in calls]
+        self.forms[0].add_weights(weights, 1.0)
+        for step, own in zip(self.steps, weights, strict=True):
+            step.weights = own
+        self.bounded = {
+            (piece.place, piece.source.output) for form in self.forms for piece, _ in form.pieces if piece.at_least_0
+        }
+        self.kernels = [call.kernel.name for call in calls]
+
+    @staticmethod
+    def covers(program: Program, calls: Sequence[Call], outputs: Outputs) -> bool:
+        """Whether it will do."""
+        even = all(isinstance(output, Linear) and output.even_sums() is not None for output in outputs.values())
+        students = [call.tensors[name] for call in calls for name in call.kernel.differentiable]
+        on_cpu = all(call.device.type == "cpu" for call in calls)
+        return even and on_cpu and not program.has_steps and all(t.dtype != torch.float16 for t in students)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        for name in self.kernels:
+            routing.note_kernel(name)
+        students: list[tuple[int, str, int]] = []
+        if torch.is_grad_enabled():
+            students = [student for student in self.students if tensors[student[2]].requires_grad]
+        results = [step(tensors, bool(students)) for step in self.steps]
+        for place, output in self.bounded:
+            results[place][output].clamp_(min=0.0)
+        values = [
+            add_up([torch.dot(weight, results[place][output]) for place, output, weight in sums]) for sums in self.sums
+        ]
+        if students:
+            which = [(place, name) for place, name, _ in students]
+            kept = [results[place][f"grad_{name}"] for place, name in which]
+            kept += [tensors[number] for number in self.names]
+            job = _Job(self.frame, self.forms, which, len(which))
+            values = _with_autograd(job, values, kept, [tensors[number] for _, _, number in students])
+        return dict(zip(self.frame.forms, values, strict=True))
+
+
+class _Run:
+    """One kernel of a straight call, with everything but the tensors at hand."""
+
+    def __init__(self, call: Call, values: Sequence[str], numbers: Mapping[int, int]) -> None:
+        self.kernel = call.kernel.name
+        self.attributes = call.attributes
+        roles = {name: call.kernel.inputs[name].role for name in call.tensors}
+        self.constant = {n: np.array(float(v), np.float32) for n, v in call.tensors.items() if roles[n] == "number"}
+        self.inputs = [(n, numbers[id(v)]) for n, v in call.tensors.items() if roles[n] != "number"]
+        self.values = [(output, call.value_of(output).shape) for output in values]
+        self.gradients = [(f"grad_{name}", name) for name in call.kernel.differentiable]
+        self.weights: dict[str, Tensor] = {}
+
+    def __call__(self, tensors: Sequence[Tensor], gradients: bool) -> dict[str, Tensor]:
+        inputs: dict[str, Any] = dict(self.constant)
+        for name, number in self.inputs:
+            inputs[name] = _memory(tensors[number])
+        results = {output: torch.empty(shape, dtype=torch.float32) for output, shape in self.values}
+        if gradients:
+            inputs.update(self.weights)
+            for gradient, name in self.gradients:
+                results[gradient] = _new_like(inputs[name])
+        _core.run_kernel(self.kernel, inputs, self.attributes, results, torch.get_num_threads(), 0)
+        return results
 
 
 def _gradients(call: Call) -> list[str]:
@@ -228,8 +318,7 @@ def run(call: Call, weights: Mapping[str, Tensor], outputs: Sequence[str]) -> di
     results = {}
     for name in outputs:
         if name.startswith("grad_"):
-            like = inputs[name.removeprefix("grad_")]
-            results[name] = _new(like.shape, like.dtype)
+            results[name] = _new_like(inputs[name.removeprefix("grad_")])
         else:
             results[name] = torch.empty(call.value_of(name).shape, dtype=torch.float32)
     _core.run_kernel(call.kernel.name, inputs, call.attributes, results, torch.get_num_threads(), 0)
@@ -238,18 +327,20 @@ def run(call: Call, weights: Mapping[str, Tensor], outputs: Sequence[str]) -> di
 
 def _memory(tensor: Tensor) -> Tensor:
     """The tensor as kernels read it: without autograd, contiguous, aligned, and not negated lazily."""
-    tensor = tensor.detach().contiguous()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    tensor = tensor.contiguous()
     if tensor.is_neg() or tensor.data_ptr() % tensor.element_size():
         return tensor.clone()
     return tensor
 
 
-def _new(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _new_like(tensor: Tensor) -> Tensor:
     """A new tensor on the CPU; a large one in memory that is kept from step to step."""
-    size = math.prod(shape) * dtype.itemsize
+    size = tensor.numel() * tensor.element_size()
     if size < _core.kept_from:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(_core.allocate(size), dtype=dtype).view(shape)
+        return torch.empty_like(tensor)
+    return torch.frombuffer(_core.allocate(size), dtype=tensor.dtype).view(tensor.shape)
 
 
 # ---- Autograd ------------------------------------------------------------------------------------
@@ -272,6 +363,13 @@ class _Job:
     known: int
 
 
+def _with_autograd(
+    job: _Job, values: Sequence[Tensor], kept: Sequence[Tensor], students: Sequence[Tensor]
+) -> list[Tensor]:
+    made = _apply(job, values, kept, *students)
+    return [made] if isinstance(made, Tensor) else list(made)
+
+
 class _Node(torch.autograd.Function):
     """Values that kernels gave. The first is the loss, whose gradient may be known; others are its terms."""
 
@@ -286,13 +384,20 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         job: _Job = ctx.job
         kept = ctx.saved_tensors
-        asked = [(form, own) for form, own in zip(job.forms, upstream, strict=True) if own is not None]
-        if torch.is_grad_enabled() or not all(torch_operators.is_plain(own) for _, own in asked):
-            return None, None, None, *_by_formula(job, asked, job.frame.with_tensors(kept[job.known :]))
-        if job.known and len(asked) == 1 and asked[0][0] is job.forms[0]:
-            own = asked[0][1]
-            return None, None, None, *(torch_operators.scaled(gradient, own) for gradient in kept[: job.known])
-        return None, None, None, *_by_kernels(job, asked, job.frame.with_tensors(kept[job.known :]))
+        own = upstream[0]
+        again = torch.is_grad_enabled()
+        alone = own is not None and all(other is None for other in upstream[1:])
+        if job.known and alone and not again and torch_operators.is_plain(own):  # type: ignore[arg-type]
+            return None, None, None, *[torch_operators.scaled(gradient, own) for gradient in kept[: job.known]]  # type: ignore[arg-type]
+        asked = [(form, each) for form, each in zip(job.forms, upstream, strict=True) if each is not None]
+        calls = job.frame.with_tensors(kept[job.known :])
+        if again or not all(torch_operators.is_plain(each) for _, each in asked):
+            return None, None, None, *_by_formula(job, asked, calls)
+        return None, None, None, *_by_kernels(job, asked, calls)
+
+
+# What Function.apply does besides is for transforms of torch.func, which take the formula.
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
 
 
 Asked = Sequence[tuple[Linear, Tensor]]  # the forms that were used, with the upstream gradient of each

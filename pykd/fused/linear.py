@@ -15,6 +15,7 @@ from pykd.definition import ops
 from pykd.fused.point import Value
 
 Factor = float | Tensor
+_MOST_ROWS = 1 << 14
 Results = Sequence[Mapping[str, Tensor]]  # of every kernel call, its outputs by name
 
 
@@ -45,11 +46,20 @@ class Reduced:
         """Whether it is one number, and not one per sample."""
         return self.reduction != "none" or not self.source.shape
 
+    @property
+    def is_even(self) -> bool:
+        """Whether it is a sum over rows of which all count the same, and which are not too many to keep a weight for each."""
+        shape = self.source.shape
+        return self.weight is None and self.reduction != "none" and len(shape) == 1 and shape[0] <= _MOST_ROWS
+
+    def bounded(self, results: Results) -> Tensor:
+        """The values of the rows, from what the kernels returned."""
+        values = results[self.place][self.source.output]
+        return ops.at_least_0(values) if self.at_least_0 else values
+
     def value(self, results: Results) -> Tensor:
         """Its value, from what the kernels returned."""
-        values = results[self.place][self.source.output]
-        if self.at_least_0:
-            values = ops.at_least_0(values)
+        values = self.bounded(results)
         if self.samples:
             values = values.reshape(self.samples)
         return ops.reduce(values, None, self.reduction) if self.weight is None else self._weighted(values, self.weight)
@@ -125,8 +135,19 @@ class Linear:
 
     __rmul__ = __mul__
 
+    def even_sums(self) -> list[tuple[Reduced, Tensor]] | None:
+        """The pieces with the weights of their rows, where these are few and depend on nothing but shapes and settings."""
+        if self.rest is not None or not all(
+            piece.is_even and isinstance(factor, float) for piece, factor in self.pieces
+        ):
+            return None
+        return [(piece, piece.weights(factor)) for piece, factor in self.pieces]
+
     def value(self, known: dict[int, Tensor], results: Results) -> Tensor:
         """The part of it that kernels give; ``known`` are the values of pieces by id, and grow."""
+        sums = self.even_sums()
+        if sums is not None:  # bit for bit what Straight of pykd.fused.eager gives
+            return add_up([torch.dot(weight, piece.bounded(results)) for piece, weight in sums])
         total: Tensor | None = None
         for piece, factor in self.pieces:
             value = known.get(id(piece))
@@ -144,6 +165,14 @@ class Linear:
             own = piece.weights(factor * upstream)
             of_call, name = weights[piece.place], piece.source.weight
             of_call[name] = of_call[name] + own if name in of_call else own
+
+
+def add_up(values: Sequence[Tensor]) -> Tensor:
+    """Their sum, from the first on."""
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
 
 
 def _refuse_gradient(weight: Tensor) -> None:

@@ -101,6 +101,11 @@ class Program:
         self._outputs = {name: self._of(output) for name, output in outputs.items()}
         del self._noted
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether torch has something to do on the way."""
+        return bool(self._steps)
+
     def _of(self, output: Tensor | Linear) -> Any:
         """An output with slots in the place of tensors; a form without any as it is."""
         if isinstance(output, Tensor):
