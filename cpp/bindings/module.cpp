@@ -11,8 +11,9 @@
 #include <vector>
 
 #include "base/dtypes.h"
-#include "bindings/borrowed_tensor.h"
+#include "bindings/arguments.h"
 #include "bindings/interpreter.h"
+#include "bindings/kernel_call.h"
 #include "pykd/kernels.h"
 #include "pykd/pykd.hpp"
 
@@ -20,82 +21,6 @@ namespace pykd::bindings {
 namespace {
 
 namespace py = pybind11;
-
-// The exceptions that pykd.h names.
-PyObject* exception_of(pykd_status status) {
-  switch (status) {
-    case PYKD_INVALID_VALUE:
-    case PYKD_BAD_ARTEFACT:
-      return PyExc_ValueError;
-    case PYKD_INVALID_TYPE:
-      return PyExc_TypeError;
-    case PYKD_NOT_FOUND:
-      return PyExc_FileNotFoundError;
-    default:
-      return PyExc_RuntimeError;
-  }
-}
-
-// Throws what libpykd reported on this thread.
-void check(pykd_status status) {
-  if (status != PYKD_OK) raise(exception_of(status), pykd_last_error());
-}
-
-constexpr char kNameOfTensor[] = "the name of a tensor";
-
-// Tensors by name, borrowed for one call.
-class Borrowed {
- public:
-  Borrowed(const py::dict& tensors, bool writable) : items_(items_of(tensors, kNameOfTensor)) {
-    reserve(items_.size());
-    for (const Item& item : items_) add(item.name, item.value, writable);
-  }
-  Borrowed() = default;
-  void reserve(std::size_t count) {
-    tensors_.reserve(count);
-    views_.reserve(count);
-  }
-  // `name` outlives this object.
-  void add(const char* name, py::handle tensor, bool writable) {
-    tensors_.emplace_back(name, tensor, writable);
-    views_.push_back(tensors_.back().view());
-  }
-  const pykd_tensor* data() const { return views_.data(); }
-  std::size_t size() const { return views_.size(); }
-
- private:
-  std::vector<Item> items_;
-  std::vector<BorrowedTensor> tensors_;
-  std::vector<pykd_tensor> views_;
-};
-
-// Numbers and settings by name, for one call.
-class Settings {
- public:
-  Settings(const py::dict& settings, const char* what) : items_(items_of(settings, what)) {}
-
-  std::vector<pykd_parameter> parameters() const {
-    std::vector<pykd_parameter> all;
-    all.reserve(items_.size());
-    for (const Item& item : items_) {
-      all.push_back({item.name, number_of(item.value, std::string("the parameter ") + item.name)});
-    }
-    return all;
-  }
-  std::vector<pykd_kernel_attribute> attributes() const {
-    std::vector<pykd_kernel_attribute> all;
-    all.reserve(items_.size());
-    for (const Item& item : items_) {
-      const bool is_choice = PyUnicode_Check(item.value.ptr());
-      all.push_back({item.name, is_choice ? 0.0 : number_of(item.value, std::string("the attribute ") + item.name),
-                     is_choice ? text_of(item.value, item.name) : nullptr});
-    }
-    return all;
-  }
-
- private:
-  std::vector<Item> items_;
-};
 
 // Memory for a result: a buffer of bytes. What is made of it (an array, a tensor) keeps it alive.
 class Memory {
@@ -329,6 +254,13 @@ PYBIND11_MODULE(_core, module) {
              py::arg("onnxruntime_library"), py::arg("torch_library"), py::arg("threads"), py::arg("check_integrity"),
              py::arg("cuda_stream"), py::arg("kernels"));
 
+  py::class_<KernelCall> call(module, "KernelCall");
+  call.def(py::init<const py::str&, const py::dict&, const py::tuple&, const py::dict&, const py::dict&,
+                    const py::tuple&, const py::tuple&, const py::tuple&>(),
+           py::arg("kernel"), py::arg("numbers"), py::arg("inputs"), py::arg("attributes"), py::arg("weights"),
+           py::arg("values"), py::arg("gradients"), py::arg("sums"))
+      .def("run", &KernelCall::run, py::arg("inputs"), py::arg("gradients"), py::arg("threads"));
+  module.def("weighted_sum", &weighted_sum, py::arg("weights"), py::arg("values"), py::arg("at_least_0"));
   module.def("kernel_descriptions", &kernel_descriptions);
   module.def("run_kernel", &run_kernel, py::arg("name"), py::arg("inputs"), py::arg("attributes"), py::arg("outputs"),
              py::arg("threads") = 0, py::arg("cuda_stream") = 0);

@@ -25,7 +25,7 @@ from pykd import _core, kernels
 from pykd.definition import Loss, ops, routing
 from pykd.definition.plan import PlannedCall
 from pykd.fused import torch_operators
-from pykd.fused.linear import Linear, Reduced, add_up
+from pykd.fused.linear import Linear, Reduced
 from pykd.fused.point import Call, Collector, Value
 from pykd.fused.program import Program, record
 
@@ -199,7 +199,8 @@ def finish(calls: Sequence[Call], outputs: Outputs, frame: Frame | None = None) 
         for call, own, values in zip(calls, weights, frame.values, strict=True)
     ]
     seen: dict[int, Tensor] = {}
-    values = [form.value(seen, results) for form in forms]
+    with torch.no_grad():
+        values = [form.value(seen, results) for form in forms]
     if students:
         gradients = [results[place][f"grad_{name}"] for place, name in students] if known else []
         kept = [*gradients, *(calls[place].tensors[name] for place, name in frame.names)]
@@ -221,21 +222,23 @@ class Straight:
         numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
         self.frame = Frame(calls, outputs)
         self.forms = [output for output in outputs.values() if isinstance(output, Linear)]
-        self.steps = [_Run(call, values, numbers) for call, values in zip(calls, self.frame.values, strict=True)]
+        self.kernels = [call.kernel.name for call in calls]
         self.names = [numbers[id(calls[place].tensors[name])] for place, name in self.frame.names]
-        self.students = [(*which, numbers[id(calls[which[0]].tensors[which[1]])]) for which in self.frame.students]
-        self.sums = [
-            [(piece.place, piece.source.output, weight) for piece, weight in form.even_sums() or ()]
-            for form in self.forms
-        ]
+        self.students = [(place, name, numbers[id(calls[place].tensors[name])]) for place, name in self.frame.students]
         weights: list[dict[str, Tensor]] = [{} for _ in calls]
         self.forms[0].add_weights(weights, 1.0)
-        for step, own in zip(self.steps, weights, strict=True):
-            step.weights = own
-        self.bounded = {
-            (piece.place, piece.source.output) for form in self.forms for piece, _ in form.pieces if piece.at_least_0
-        }
-        self.kernels = [call.kernel.name for call in calls]
+        sums: list[list[tuple[int, Tensor, bool]]] = [[] for _ in calls]  # of every call
+        self.terms: list[list[tuple[int, int]]] = []  # of every output: call and number of each sum that it is made of
+        for form in self.forms:
+            self.terms.append([])
+            for piece, weight in form.even_sums() or ():
+                of_call = sums[piece.place]
+                self.terms[-1].append((piece.place, len(of_call)))
+                number = self.frame.values[piece.place].index(piece.source.output)
+                of_call.append((number, weight.contiguous(), piece.at_least_0))
+        self.runs = [
+            _Run(call, numbers, own, tuple(of_call)) for call, own, of_call in zip(calls, weights, sums, strict=True)
+        ]
 
     @staticmethod
     def covers(program: Program, calls: Sequence[Call], outputs: Outputs) -> bool:
@@ -251,16 +254,14 @@ class Straight:
         students: list[tuple[int, str, int]] = []
         if torch.is_grad_enabled():
             students = [student for student in self.students if tensors[student[2]].requires_grad]
-        results = [step(tensors, bool(students)) for step in self.steps]
-        for place, output in self.bounded:
-            results[place][output].clamp_(min=0.0)
+        ran = [one(tensors, bool(students)) for one in self.runs]
         values = [
-            add_up([torch.dot(weight, results[place][output]) for place, output, weight in sums]) for sums in self.sums
+            torch.scalar_tensor(sum([ran[place][0][number] for place, number in term]), dtype=torch.float32)
+            for term in self.terms
         ]
         if students:
             which = [(place, name) for place, name, _ in students]
-            kept = [results[place][f"grad_{name}"] for place, name in which]
-            kept += [tensors[number] for number in self.names]
+            kept = [ran[place][1][name] for place, name in which] + [tensors[number] for number in self.names]
             job = _Job(self.frame, self.forms, which, len(which))
             values = _with_autograd(job, values, kept, [tensors[number] for _, _, number in students])
         return dict(zip(self.frame.forms, values, strict=True))
@@ -269,27 +270,33 @@ class Straight:
 class _Run:
     """One kernel of a straight call, with everything but the tensors at hand."""
 
-    def __init__(self, call: Call, values: Sequence[str], numbers: Mapping[int, int]) -> None:
-        self.kernel = call.kernel.name
-        self.attributes = call.attributes
+    def __init__(
+        self,
+        call: Call,
+        numbers: Mapping[int, int],
+        weights: Mapping[str, Tensor],
+        sums: tuple[tuple[int, Tensor, bool], ...],
+    ) -> None:
         roles = {name: call.kernel.inputs[name].role for name in call.tensors}
-        self.constant = {n: np.array(float(v), np.float32) for n, v in call.tensors.items() if roles[n] == "number"}
-        self.inputs = [(n, numbers[id(v)]) for n, v in call.tensors.items() if roles[n] != "number"]
-        self.values = [(output, call.value_of(output).shape) for output in values]
-        self.gradients = [(f"grad_{name}", name) for name in call.kernel.differentiable]
-        self.weights: dict[str, Tensor] = {}
+        inputs = [name for name, role in roles.items() if role != "number"]
+        self.inputs = [numbers[id(call.tensors[name])] for name in inputs]
+        self.students = [(name, inputs.index(name)) for name in call.kernel.differentiable]
+        self.call = _core.KernelCall(
+            call.kernel.name,
+            {name: float(call.tensors[name]) for name, role in roles.items() if role == "number"},
+            tuple(inputs),
+            call.attributes,
+            {name: weight.contiguous() for name, weight in weights.items()},
+            tuple((value.output, value.shape[0]) for value in call.values),
+            tuple(_gradients(call)),
+            sums,
+        )
 
-    def __call__(self, tensors: Sequence[Tensor], gradients: bool) -> dict[str, Tensor]:
-        inputs: dict[str, Any] = dict(self.constant)
-        for name, number in self.inputs:
-            inputs[name] = _memory(tensors[number])
-        results = {output: torch.empty(shape, dtype=torch.float32) for output, shape in self.values}
-        if gradients:
-            inputs.update(self.weights)
-            for gradient, name in self.gradients:
-                results[gradient] = _new_like(inputs[name])
-        _core.run_kernel(self.kernel, inputs, self.attributes, results, torch.get_num_threads(), 0)
-        return results
+    def __call__(self, tensors: Sequence[Tensor], wanted: bool) -> tuple[tuple[float, ...], dict[str, Tensor]]:
+        """The sums, and the gradients by the names of the students."""
+        inputs = tuple([_memory(tensors[number]) for number in self.inputs])
+        gradients = {name: _new_like(inputs[number]) for name, number in self.students} if wanted else {}
+        return self.call.run(inputs, tuple(gradients.values()), torch.get_num_threads()), gradients
 
 
 def _gradients(call: Call) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pykd import _core
 from pykd.definition import ops
 from pykd.fused.point import Value
 
@@ -52,14 +53,15 @@ class Reduced:
         shape = self.source.shape
         return self.weight is None and self.reduction != "none" and len(shape) == 1 and shape[0] <= _MOST_ROWS
 
-    def bounded(self, results: Results) -> Tensor:
-        """The values of the rows, from what the kernels returned."""
-        values = results[self.place][self.source.output]
-        return ops.at_least_0(values) if self.at_least_0 else values
+    def weighted_sum(self, weight: Tensor, results: Results) -> float:
+        """Σ weight · value over the rows, in float64."""
+        return _core.weighted_sum(weight, results[self.place][self.source.output], self.at_least_0)
 
     def value(self, results: Results) -> Tensor:
         """Its value, from what the kernels returned."""
-        values = self.bounded(results)
+        values = results[self.place][self.source.output]
+        if self.at_least_0:
+            values = ops.at_least_0(values)
         if self.samples:
             values = values.reshape(self.samples)
         return ops.reduce(values, None, self.reduction) if self.weight is None else self._weighted(values, self.weight)
@@ -146,8 +148,11 @@ class Linear:
     def value(self, known: dict[int, Tensor], results: Results) -> Tensor:
         """The part of it that kernels give; ``known`` are the values of pieces by id, and grow."""
         sums = self.even_sums()
-        if sums is not None:  # bit for bit what Straight of pykd.fused.eager gives
-            return add_up([torch.dot(weight, piece.bounded(results)) for piece, weight in sums])
+        if sums is not None and self.pieces[0][0].device.type == "cpu" and not torch.is_grad_enabled():
+            # Bit for bit what pykd.fused.eager gives where it knows the way.
+            return torch.scalar_tensor(
+                sum(piece.weighted_sum(weight, results) for piece, weight in sums), dtype=torch.float32
+            )
         total: Tensor | None = None
         for piece, factor in self.pieces:
             value = known.get(id(piece))
@@ -165,14 +170,6 @@ class Linear:
             own = piece.weights(factor * upstream)
             of_call, name = weights[piece.place], piece.source.weight
             of_call[name] = of_call[name] + own if name in of_call else own
-
-
-def add_up(values: Sequence[Tensor]) -> Tensor:
-    """Their sum, from the first on."""
-    total = values[0]
-    for value in values[1:]:
-        total = total + value
-    return total
 
 
 def _refuse_gradient(weight: Tensor) -> None:
