@@ -19,16 +19,19 @@ def folders(pack: Path) -> list[Path]:
     return found
 
 
-def calls(folder: Path) -> Iterator[tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor]]]:
-    """(inputs, parameters, what float64 says of every output) of each call."""
+Allowed = dict[str, float]  # of an error, for "value" and "gradient"
+
+
+def calls(folder: Path) -> Iterator[tuple[dict[str, Tensor], dict[str, float], dict[str, Tensor], Allowed]]:
+    """(inputs, parameters, what float64 says of every output, what an error may be) of each call."""
     for call in json.loads((folder / "vectors.json").read_text(encoding="utf-8"))["calls"]:
         inputs = {name: _tensor(value, value["dtype"]) for name, value in call["inputs"].items()}
-        yield inputs, call["parameters"], {name: _tensor(value, "float64") for name, value in call["outputs"].items()}
+        want = {name: _tensor(value, "float64") for name, value in call["outputs"].items()}
+        yield inputs, call["parameters"], want, call["tolerance"]
 
 
-def error(folder: Path, got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+def error(got: dict[str, Tensor], want: dict[str, Tensor], allowed: Allowed) -> float:
     """The largest error of a call, as a multiple of what the folder's tests in C++ allow (vectors_test.cpp says of what)."""
-    allowed = json.loads((folder / "vectors.json").read_text(encoding="utf-8"))["tolerance"]
     worst = 0.0
     for name, expected in want.items():
         values = got[name].detach().cpu().double()
