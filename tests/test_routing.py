@@ -386,6 +386,42 @@ def test_a_setting_that_is_changed_counts():
         torch.testing.assert_close(loss(STUDENT, TEACHER), want)
 
 
+def test_a_setting_that_is_changed_counts_in_compositions():
+    loss = pykd.SoftTarget(form="kl")
+    composition = pykd.compose({"soft": loss})
+    for _ in range(4):
+        composition(student_logits=STUDENT, teacher_logits=TEACHER)
+    loss.form = "reverse_kl"
+    want = pykd.SoftTarget(form="reverse_kl", kernels="off")(STUDENT, TEACHER)
+    for _ in range(4):
+        got = composition(student_logits=STUDENT, teacher_logits=TEACHER)["loss"]
+        torch.testing.assert_close(got, want)
+
+
+class WithForward(pykd.SoftTarget):
+    """A loss that computes something else than the one that it comes from."""
+
+    def forward(self, student_logits, teacher_logits):
+        return 7.0 * (student_logits - teacher_logits).sum()
+
+
+def test_a_forward_of_ones_own_is_what_is_computed():
+    for _ in range(3):
+        assert WithForward()(STUDENT, TEACHER) == 7.0 * (STUDENT - TEACHER).sum()
+    with pytest.raises(RuntimeError, match="it has a forward of its own"):
+        WithForward()(STUDENT, TEACHER, kernels="on")
+
+
+def test_a_used_loss_goes_into_programs():
+    loss = pykd.SoftTarget(form="kl")
+    for _ in range(3):
+        want = loss(STUDENT, TEACHER)
+    torch.testing.assert_close(torch.jit.script(loss)(STUDENT, TEACHER), want)
+    torch.testing.assert_close(torch.export.export(loss, (STUDENT, TEACHER)).module()(STUDENT, TEACHER), want)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(loss, backend="eager", fullgraph=True)(STUDENT, TEACHER), want)
+
+
 def test_strided_and_expanded_tensors_are_read_as_they_are():
     loss = pykd.SoftTarget(form="kl")
     strided = torch.randn(5, 4).t()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Optional, cast
 from torch import Tensor, fx, nn
 from typing_extensions import dataclass_transform
 
-from pykd.definition import checks, names, ops, routing
+from pykd.definition import checks, names, ops, plan, routing
 from pykd.definition.plan import PlannedCall, Plans, key_of
 from pykd.definition.settings import Setting, choice, flag, number, option, scalar, whole
 from pykd.definition.spec import Case, Form, Layouts, Properties, Scalar, Spec, forms
@@ -67,6 +67,7 @@ class Loss(_WithFields):
     _layouts: ClassVar[Mapping[str, Layouts]] = {}
     _forms: ClassVar[Sequence[Form]] = ()
     _arguments: ClassVar[Sequence[str]] = ()  # of a call
+    _written: ClassVar[Callable[..., Any] | None] = None  # the forward that is the formula
     __jit_ignored_attributes__: ClassVar[Sequence[str]] = ("_plans", "kernels")
     _weight_input: ClassVar[str | None] = None
 
@@ -152,7 +153,7 @@ class Loss(_WithFields):
         cls._formula = staticmethod(formula)
         cls._formula_settings = tuple(name for name in cls._settings if name in parameters)
         if "forward" not in cls.__dict__:
-            cls.forward = _forward(formula, cls.inputs, optional, cls.scalars, cls._formula_settings)
+            cls.forward = cls._written = _forward(formula, cls.inputs, optional, cls.scalars, cls._formula_settings)
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         """Takes the settings that the class declares, by position or by name, and ``kernels`` (:mod:`pykd.definition.routing`)."""
@@ -212,7 +213,9 @@ class Loss(_WithFields):
                 )
                 for form in cls._forms
             ]
-            made.forward = _forward(cls._formula, inputs, optional, cls.scalars, cls._formula_settings, lists)
+            made.forward = made._written = _forward(
+                cls._formula, inputs, optional, cls.scalars, cls._formula_settings, lists
+            )
             cls._of_layers[key] = made
         return cls._of_layers[key]
 
@@ -291,16 +294,16 @@ class Loss(_WithFields):
         if key is None:
             return None
         plans: Plans = self.__dict__.setdefault("_plans", Plans())
-        plan = plans.find(key)
-        if plan is None:
+        known = plans.find(key)
+        if known is None:
             specs, tensors = self._check_tensors(given)
             ignore_index = getattr(self, "ignore_index", None)
-            plan = plans.keep(key, specs, tensors, {} if ignore_index is None else dict.fromkeys(specs, ignore_index))
-        kept = plan.check_indices(given)
+            known = plans.keep(key, specs, tensors, {} if ignore_index is None else dict.fromkeys(specs, ignore_index))
+        kept = known.check_indices(given)
         numbers = {name: value for name in self.scalars if (value := given.get(name)) is not None}
         for name, value in numbers.items():
             self.scalars[name].check(name, value)
-        return PlannedCall(plan, {name: given[name] for name in plan.specs}, numbers, kept)
+        return PlannedCall(known, {name: given[name] for name in known.specs}, numbers, kept)
 
     def why_formula(self, call: PlannedCall, mode: str) -> str:
         """Why the formula computes a call; empty where a kernel does."""
@@ -318,6 +321,8 @@ class Loss(_WithFields):
     def _refusal(self, tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> str:
         if not self.has_kernel() or routing.evaluator is None:
             return "it has no kernel"
+        if type(self).forward is not type(self)._written:
+            return "it has a forward of its own"
         if not self.covered_by_kernel(specs):
             return "no kernel computes these settings and inputs"
         return routing.evaluator.refusal(self, tensors)
@@ -329,9 +334,9 @@ class Loss(_WithFields):
         return "hooks of a module take the formula" if hooked else ""
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._settings and self.__dict__.get(name, value) != value:
+            plan.forget_all()  # this loss may be part of any composition
         super().__setattr__(name, value)
-        if name in self._settings:  # a plan is one of the settings
-            self.__dict__.pop("_plans", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the plans, which are made again."""

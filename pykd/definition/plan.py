@@ -78,14 +78,27 @@ class PlannedCall(NamedTuple):
     kept: bool
 
 
+_changes = 0  # of settings, in this process
+
+
+def forget_all() -> None:
+    """Makes every plan that was kept count for nothing: a setting has changed, and nobody knows where it counts."""
+    global _changes
+    _changes += 1
+
+
 class Plans:
     """Plans by what decides them. Threads may share it: at worst one of them is made twice."""
 
     def __init__(self) -> None:
         self._plans: dict[Any, Plan] = {}
+        self._changes = _changes
 
     def find(self, key: Any) -> Plan | None:
         """The plan that was kept for a key."""
+        if self._changes != _changes:
+            self._changes = _changes
+            self._plans = {}
         return self._plans.get(key)
 
     def keep(self, key: Any, specs: dict[str, Spec], tensors: Mapping[str, Tensor], ignore: Mapping[str, int]) -> Plan:

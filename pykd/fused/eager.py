@@ -101,7 +101,7 @@ def evaluate(call: PlannedCall, walk: Walk) -> dict[str, Tensor]:
     """
     plan, tensors, numbers, kept = call
     key = (kept, *numbers.items())
-    if any(isinstance(number, Tensor) for number in numbers.values()) or torch.is_autocast_enabled("cpu"):
+    if any(isinstance(number, Tensor) for number in numbers.values()) or _autocasts():
         return finish(*walk())
     given = list(tensors.values())
     if len(set(map(id, given))) < len(given):  # one tensor under two names is no way for others
@@ -117,6 +117,10 @@ def evaluate(call: PlannedCall, walk: Walk) -> dict[str, Tensor]:
         plan.programs[key] = again
     way: Way = again
     return way(given)
+
+
+def _autocasts() -> bool:
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
 Way = Callable[[Sequence[Tensor]], dict[str, Tensor]]
