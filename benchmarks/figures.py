@@ -26,9 +26,9 @@ ROUTES = {
 COMPETITORS = ("ONNX Runtime, portable", "torch.compile", "torch.compile, definition", "eager", "eager definition")
 
 
-def newest() -> dict[str, Any] | None:
-    """The newest stored result; None where there is none."""
-    found = sorted(RESULTS.glob("kernels-*.json"), key=lambda path: path.stat().st_mtime)
+def newest(benchmark: str = "kernels") -> dict[str, Any] | None:
+    """The newest stored result of a benchmark; None where there is none."""
+    found = sorted(RESULTS.glob(f"{benchmark}-*.json"), key=lambda path: path.stat().st_mtime)
     result: dict[str, Any] | None = json.loads(found[-1].read_text(encoding="utf-8")) if found else None
     return result
 
@@ -81,6 +81,30 @@ def table(result: Mapping[str, Any]) -> str:
     lines.append(
         f"\n{where['cpu']}, {where['threads']} threads, torch {where['torch']}, ONNX Runtime {where['onnxruntime']}; medians of one run; "
         f"copy bandwidth {result['bandwidth'] / 1e9:.1f} GB/s, read and write."
+    )
+    return "\n".join(lines)
+
+
+def table_in_torch(result: Mapping[str, Any]) -> str:
+    """The table of a loss in a training loop, beside the lines that it replaces; a column per instruction set."""
+    targets = list(dict.fromkeys(row["simd"] for row in result["rows"]))
+    heads = [f"{title}, {_simd(target)}" for target in targets for title in ("by hand", "pykd")]
+    lines = [
+        f"| value + gradient | sizes | {' | '.join(heads)} |",
+        f"|---|---|{'---|' * len(heads)}",
+    ]
+    for title, sizes in dict.fromkeys((row["title"], row["sizes"]) for row in result["rows"]):
+        rows = {(r["simd"], r["route"]): r for r in result["rows"] if (r["title"], r["sizes"]) == (title, sizes)}
+        cells = []
+        for target in targets:
+            hand, own = (rows[target, route].get("seconds") for route in ("by hand", "pykd"))
+            cells.append(_time(hand) if hand else "wrong")
+            ratio = f" ({own / hand:.2f} ×)" if own and hand else ""
+            cells.append((_time(own) if own else "wrong") + ratio)
+        lines.append(f"| {title} | {sizes} | {' | '.join(cells)} |")
+    where = result["conditions"]
+    lines.append(
+        f"\n{where['cpu']}, {where['threads']} threads, torch {where['torch']}; medians, the two taken in turn."
     )
     return "\n".join(lines)
 
