@@ -111,3 +111,36 @@ def test_the_lower_bound_does_not_touch_the_gradient():
     )
     value.sum().backward()
     assert (x.grad == 1).all()
+
+
+def test_the_negative_of_what_cannot_be_positive_keeps_its_gradient():
+    x = torch.tensor([1e-9, 0.0, -2.0, -torch.inf, torch.nan], requires_grad=True)
+    correction = torch.tensor([0.0, 1e-9, 0.5, 0.0, 0.0])
+    for least, want in (
+        (None, [0.0, 0.0, 2.0, torch.inf, torch.nan]),
+        (correction, [0.0, 1e-9, 2.5, torch.inf, torch.nan]),
+        (-correction, [0.0, 0.0, 1.5, torch.inf, torch.nan]),
+    ):
+        value = ops.negative_of(x, least)
+        torch.testing.assert_close(value, torch.tensor(want), equal_nan=True, rtol=0, atol=0)
+        assert (torch.autograd.grad(value.sum(), x)[0] == -1).all()
+
+
+def test_an_expectation_is_the_sum_of_products_or_zero():
+    """Value, gradients and their gradients; NaN of a class that counts, or of a probability, is not lost."""
+    p = torch.tensor([[0.0, 0.0, 0.0, 0.25, 0.75], [0.0, 0.5, 0.5, 0.0, 0.0]], dtype=torch.float64)
+    x = torch.tensor([[-torch.inf, torch.inf, torch.nan, 1.0, -2.0], [1.0, -torch.inf, 3.0, 4.0, 5.0]]).double()
+    found = []
+    for function in (ops.expectation, lambda p, x: ops.product_or_zero(p, x).sum(dim=-1)):
+        leaves = p.clone().requires_grad_(), x.clone().requires_grad_()
+        value = function(*leaves)
+        first = torch.autograd.grad(value[0].square() + value[1], leaves, create_graph=True)
+        second = torch.autograd.grad(first[0][0, 3] + first[1][0, 4], leaves)
+        found.append((value, *first, *second))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert found[0][0].tolist() == [-1.25, -torch.inf]
+    for at in ((p, 3), (x, 3), (p, 0)):
+        broken = [t.clone() for t in (p, x)]
+        broken[0 if at[0] is p else 1][0, at[1]] = torch.nan
+        assert torch.isnan(ops.expectation(*broken)[0])

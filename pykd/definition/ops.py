@@ -74,6 +74,18 @@ def at_least_0(x: Tensor) -> Tensor:
     return x - x.detach().clamp(max=0.0)
 
 
+def negative_of(x: Tensor, least: Tensor | None = None) -> Tensor:
+    """``-x + least``, and 0 where that is negative by its rounding; for numbers that cannot be. The gradient is that of ``-x``.
+
+    Args:
+        x: what cannot be above 0.
+        least: a constant to be added, such as a correction of rounding; None: nothing.
+    """
+    if least is None:
+        return x.detach().clamp(min=0.0) - x
+    return torch.maximum(least, x.detach()) - x
+
+
 def product_or_zero(weight: Tensor, x: Tensor) -> Tensor:
     """``weight * x``, and 0 where the weight is 0 even if ``x`` is infinite or NaN (0 · log 0 = 0).
 
@@ -81,6 +93,16 @@ def product_or_zero(weight: Tensor, x: Tensor) -> Tensor:
     the weight is 0.
     """
     return weight * torch.where(weight == 0, 0.0, x)
+
+
+def expectation(probabilities: Tensor, x: Tensor) -> Tensor:
+    """Σ p·x over the last axis, to which a class of probability 0 adds 0 even if ``x`` is infinite or NaN (0 · log 0 = 0).
+
+    Gradients are those of :func:`product_or_zero`.
+    """
+    # One operator for "x, and 0 where p is at most 0", with one for its derivative; a comparison and a choice are twice that.
+    kept: Tensor = torch.ops.aten.threshold_backward(x, probabilities, 0.0)
+    return (probabilities * kept).sum(dim=-1)
 
 
 def reduce(values: Tensor, weight: Tensor | None, reduction: str, count: Tensor | None = None) -> Tensor:

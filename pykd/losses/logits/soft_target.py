@@ -17,36 +17,42 @@ FORMS = ("cross_entropy", "kl", "reverse_kl", "symmetric_kl", "jsd")
 def soft_target_rows(
     student: Tensor, teacher: Tensor, temperature: float, form: str, soften_student: bool, beta: float
 ) -> Tensor:
-    """One value per row; see :class:`SoftTarget`."""
-    log_q = _softened_log_probs(student, temperature) if soften_student else ops.upcast(student).log_softmax(dim=-1)
-    log_p = _softened_log_probs(teacher.detach(), temperature)
-    p = torch.exp(log_p)
+    """One value per row, at least 0; see :class:`SoftTarget`."""
+    softened = _softened(teacher.detach(), temperature)
+    log_q = torch.log_softmax(_softened(student, temperature) if soften_student else ops.upcast(student), dim=-1)
     if form == "cross_entropy":
-        return -ops.product_or_zero(p, log_q).sum(dim=-1)
+        return ops.negative_of(ops.expectation(torch.softmax(softened, dim=-1), log_q))
+    log_p = torch.log_softmax(softened, dim=-1)
+    p = torch.exp(log_p)
     if form == "kl":
-        q = torch.exp(log_q.detach())
-        return ops.product_or_zero(p, log_p - log_q).sum(dim=-1) + _rounding(p, q, log_p, log_q, temperature)
+        return ops.negative_of(ops.expectation(p, log_q - log_p), _rounding(p, log_p, log_q, temperature))
     q = torch.exp(log_q)
     if form == "reverse_kl":
-        return _mean_of_logs(q, log_q - log_p) - _rounding(p, q.detach(), log_p, log_q, temperature)
+        value = _mean_of_logs(q, log_q - log_p)
+        rounding = _rounding(p, log_p, log_q, temperature)
+        return ops.at_least_0(value if rounding is None else value - rounding)
     if form == "symmetric_kl":
-        forward = ops.product_or_zero(p, log_p - log_q).sum(dim=-1)
-        return (forward + _mean_of_logs(q, log_q - log_p)) / 2
+        forward = ops.expectation(p, log_q - log_p)
+        return ops.at_least_0((_mean_of_logs(q, log_q - log_p) - forward) / 2)
     # KL(p‖m) and KL(q‖m) by log(m / p) and log(m / q), of which little is left where p and q are almost equal.
     log_ratio = _log_ratio(log_p, log_q)
     teacher_side = p * torch.log1p((1 - beta) * torch.expm1(log_ratio))
     student_side = q * torch.log1p(beta * torch.expm1(-log_ratio))
-    return -beta * teacher_side.sum(dim=-1) - (1 - beta) * student_side.sum(dim=-1)
+    return ops.negative_of(beta * teacher_side.sum(dim=-1) + (1 - beta) * student_side.sum(dim=-1))
 
 
-def _rounding(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
+def _rounding(p: Tensor, log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor | None:
     """Σ (q − p): 0, but for the rounding of the two normalisers, which it takes out of Σ p (log p − log q).
 
     At a high temperature p and q are almost equal, and each one's own rounding is more than T² before the divergence
     allows: there the difference comes from the logarithms, too. In a file the temperature is an input and may be any.
+    Below that float64 has digits to spare, and there is nothing to correct: None.
     """
     if isinstance(temperature, float) and temperature <= 8.0:
-        return (q - p).sum(dim=-1)
+        if p.dtype == torch.float64:
+            return None
+        return (torch.exp(log_q.detach()) - p).sum(dim=-1)
+    q = torch.exp(log_q.detach())
     return ((p + q) * torch.tanh(_log_ratio(log_p, log_q.detach()) / 2)).sum(dim=-1)
 
 
@@ -55,10 +61,16 @@ def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     return log_q.clamp(min=-80.0) - log_p.clamp(min=-80.0)
 
 
-def _softened_log_probs(logits: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature), relative to the largest before the quotient rounds what decides."""
+def _softened(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature, of which a softmax is to be taken.
+
+    Below T = 1 the quotient grows, and its rounding with it: there the logits are relative to the largest before. From 1 on
+    it rounds no more than the logits themselves were. In a file the temperature is an input and may be any.
+    """
     logits = ops.upcast(logits)
-    return torch.log_softmax((logits - logits.detach().amax(dim=-1, keepdim=True)) / temperature, dim=-1)
+    if not (isinstance(temperature, float) and temperature >= 1.0):
+        logits = logits - logits.detach().amax(dim=-1, keepdim=True)
+    return logits / temperature
 
 
 def _mean_of_logs(q: Tensor, logs: Tensor) -> Tensor:
@@ -67,15 +79,14 @@ def _mean_of_logs(q: Tensor, logs: Tensor) -> Tensor:
     That gradient is a difference of the logarithms from their mean. Moved by their mean beforehand, which changes no
     value and no gradient (Σ q = 1), they keep the digits that large logarithms would lose.
     """
-    mean = ops.product_or_zero(q.detach(), logs.detach()).sum(dim=-1, keepdim=True)
+    mean = ops.expectation(q.detach(), logs.detach()).unsqueeze(-1)
     shift = torch.where(mean.abs() < 1e30, mean, torch.zeros_like(mean))
-    return ops.product_or_zero(q, logs - shift).sum(dim=-1) + shift.squeeze(-1)
+    return ops.expectation(q, logs - shift) + shift.squeeze(-1)
 
 
 def _reduce(
     values: Tensor, sample_weight: Tensor | None, temperature: float, tau_squared: bool, reduction: str
 ) -> Tensor:
-    values = ops.at_least_0(values)
     if tau_squared:
         values = values * (temperature * temperature)
     return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
@@ -205,7 +216,7 @@ class SoftTarget(Loss):
             {"form": self.form, "soften_student": self.soften_student, "beta": self.beta},
             weight="soft_weight",
         )
-        return _reduce(values, sample_weight, temperature, self.tau_squared, self.reduction)
+        return _reduce(ops.at_least_0(values), sample_weight, temperature, self.tau_squared, self.reduction)
 
     def properties(self) -> Properties:
         alike = self.soften_student or float(self.temperature) == 1  # student and teacher are softened alike
