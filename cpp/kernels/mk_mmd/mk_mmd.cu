@@ -41,7 +41,8 @@ const char* launch(const Call& call, int device, void* stream_of_call) {
   const auto stream = static_cast<cudaStream_t>(stream_of_call);
   int multiprocessors = 0;
   PYKD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  p.shares = shares_of(multiprocessors, static_cast<int>(gpu::divide_up(p.n, kTile)));
+  const auto tiles = static_cast<int>(gpu::divide_up(p.n, kTile));
+  p.shares = shares_of(multiprocessors, tiles, 2 * tiles);
   gpu::Scratch scratch(stream);
   if (const char* error = scratch.take(device, lay_out(p, nullptr))) return error;
   lay_out(p, scratch.memory());

@@ -17,23 +17,16 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/cuda/device_facts.h"
 #include "kernels/cuda/gpu.cuh"
+#include "kernels/cuda/layout.h"
+#include "kernels/cuda/tiles.cuh"
 #include "kernels/mk_mmd/mk_mmd_widths.h"
 
 namespace pykd::kernels::mmd {
 
-constexpr int kThreads = 256;
-constexpr int kTile = 64;    // samples, and features of a step of the gradient
-constexpr int kStep = 16;    // features of a step of the products
-constexpr int kDepth = 256;  // features summed in a row
-constexpr int kOwn = 4;      // a thread has kOwn x kOwn entries of a tile
-constexpr int kAcross = kTile / kOwn;
-constexpr int kTileBytes = kTile * kTile * 4;
-constexpr int kSharedBytes = 2 * kTileBytes;
-static_assert(kAcross * kAcross == kThreads && 2 * kStep <= kTile);
+using namespace gpu::tiles;
 
 // Of one set of samples, in scratch memory.
 struct Set {
@@ -69,58 +62,29 @@ struct Problem {
   float* parts = nullptr;           // [shares, padded_n, padded_d]: of the gradient
 };
 
-// How many shares keep a device busy, at most 8.
-inline int shares_of(int multiprocessors, int tiles) {
-  int shares = 1;
-  while (shares < 8 && static_cast<std::int64_t>(tiles) * shares < 2LL * multiprocessors && shares < 2 * tiles)
-    shares *= 2;
-  return shares;
-}
-
 // Lays the scratch memory of a call out from `memory` on, a multiple of 16 bytes; returns how many bytes it takes.
 // Nothing is written where memory is null.
 inline std::size_t lay_out(Problem& p, unsigned char* memory) {
-  std::size_t bytes = 0;
-  const auto take = [&](auto*& place, std::int64_t count) {
-    place = memory == nullptr ? nullptr : reinterpret_cast<std::remove_reference_t<decltype(place)>>(memory + bytes);
-    bytes += (static_cast<std::size_t>(count) * sizeof *place + 15) / 16 * 16;
-  };
+  gpu::Layout layout(memory);
   p.tiles = static_cast<int>(gpu::divide_up(p.n, kTile));
   p.padded_n = static_cast<std::int64_t>(p.tiles) * kTile;
   p.padded_d = gpu::divide_up(p.d, kTile) * kTile;
   for (Set* set : {&p.x, &p.y}) {
-    take(set->mean, p.d);
-    take(set->norm, p.n);
-    take(set->along, p.n);
-    take(set->centred, p.padded_n * p.padded_d);
+    layout.take(set->mean, p.d);
+    layout.take(set->norm, p.n);
+    layout.take(set->along, p.n);
+    layout.take(set->centred, p.padded_n * p.padded_d);
   }
-  take(p.offset, p.d);
-  take(p.widths, 1);
-  take(p.apart, 1);
-  take(p.sums, 2LL * p.tiles * p.shares);
+  layout.take(p.offset, p.d);
+  layout.take(p.widths, 1);
+  layout.take(p.apart, 1);
+  layout.take(p.sums, 2LL * p.tiles * p.shares);
   if (p.gradient != nullptr) {
-    take(p.own_weights, p.shares * p.padded_n);
-    take(p.cross_weights, p.shares * p.padded_n);
-    take(p.parts, p.shares * p.padded_n * p.padded_d);
+    layout.take(p.own_weights, p.shares * p.padded_n);
+    layout.take(p.cross_weights, p.shares * p.padded_n);
+    layout.take(p.parts, p.shares * p.padded_n * p.padded_d);
   }
-  return bytes;
-}
-
-PYKD_GPU double sum_of_warp(double mine) {
-  PYKD_GPU_NO_UNROLL
-  for (int mask = gpu::kWarp / 2; mask > 0; mask /= 2) mine += gpu::shuffle_xor(mine, mask);
-  return mine;
-}
-// Of the block; `room`: kThreads / kWarp doubles in shared memory. Every thread gets it.
-PYKD_GPU double sum_of_block(double mine, double* room) {
-  mine = sum_of_warp(mine);
-  gpu::block_barrier();
-  if (gpu::thread() % gpu::kWarp == 0) room[gpu::thread() / gpu::kWarp] = mine;
-  gpu::block_barrier();
-  double all = 0.0;
-  PYKD_GPU_NO_UNROLL
-  for (int warp = 0; warp < kThreads / gpu::kWarp; ++warp) all += room[warp];
-  return all;
+  return layout.bytes();
 }
 
 // ---- Means: grid of divide_up(d, kWarp) blocks, shared memory for a double per thread and set ---------------
@@ -200,17 +164,8 @@ widths_kernel(Problem p) {
   x_spread = sum_of_block(x_spread, room);
   y_spread = sum_of_block(y_spread, room);
   apart = sum_of_block(apart, room);
-  // Which of the largest is of no importance: one above the limit makes some sum of squares so, too.
-  PYKD_GPU_NO_UNROLL
-  for (int mask = gpu::kWarp / 2; mask > 0; mask /= 2) {
-    const double other = gpu::shuffle_xor(largest, mask);
-    largest = other > largest ? other : largest;
-  }
-  gpu::block_barrier();
-  if (gpu::thread() % gpu::kWarp == 0) room[gpu::thread() / gpu::kWarp] = largest;
-  gpu::block_barrier();
+  largest = largest_of_block(largest, room);
   if (gpu::thread() != 0) return;
-  for (int warp = 0; warp < kThreads / gpu::kWarp; ++warp) largest = room[warp] > largest ? room[warp] : largest;
   *p.widths = widths_of(p.bandwidth, static_cast<double>(p.n), x_spread, y_spread, apart, largest);
   *p.apart = apart;
 }
@@ -241,59 +196,6 @@ struct Meeting {
   bool coincide;  // all distances are 0
   bool same;      // the same set
 };
-
-PYKD_GPU void load_floats(const float* from, float (&to)[kOwn]) { gpu::Float32::unpack(gpu::load(from), to); }
-
-// Tile i of the rows' samples times tile j of the columns': this thread's entries.
-PYKD_GPU void multiply(const Problem& p, const Set& rows, int i, const Set& columns, int j, float* shared,
-                       float (&products)[kOwn][kOwn]) {
-  float* a = shared;                  // [kStep, kTile]
-  float* b = shared + kStep * kTile;  // likewise
-  const int mine = static_cast<int>(gpu::thread());
-  const int column = mine % kAcross * kOwn, row = mine / kAcross * kOwn;
-  const int loaded_row = mine / kOwn, loaded_k = mine % kOwn * kOwn;  // kTile rows of kStep features
-  const float* from_a = rows.centred + (static_cast<std::int64_t>(i) * kTile + loaded_row) * p.padded_d + loaded_k;
-  const float* from_b = columns.centred + (static_cast<std::int64_t>(j) * kTile + loaded_row) * p.padded_d + loaded_k;
-  float run[kOwn][kOwn] = {};
-  PYKD_GPU_UNROLL
-  for (int r = 0; r < kOwn; ++r) {
-    PYKD_GPU_UNROLL
-    for (int c = 0; c < kOwn; ++c) products[r][c] = 0.0f;
-  }
-  PYKD_GPU_NO_UNROLL
-  for (std::int64_t k = 0; k < p.padded_d; k += kStep) {
-    float of_a[kOwn], of_b[kOwn];
-    load_floats(from_a + k, of_a);
-    load_floats(from_b + k, of_b);
-    gpu::block_barrier();  // what was there has been read
-    PYKD_GPU_UNROLL
-    for (int q = 0; q < kOwn; ++q) {
-      a[(loaded_k + q) * kTile + loaded_row] = of_a[q];
-      b[(loaded_k + q) * kTile + loaded_row] = of_b[q];
-    }
-    gpu::block_barrier();
-    PYKD_GPU_UNROLL
-    for (int step = 0; step < kStep; ++step) {
-      load_floats(a + step * kTile + row, of_a);
-      load_floats(b + step * kTile + column, of_b);
-      PYKD_GPU_UNROLL
-      for (int r = 0; r < kOwn; ++r) {
-        PYKD_GPU_UNROLL
-        for (int c = 0; c < kOwn; ++c) run[r][c] = gpu::fma(of_a[r], of_b[c], run[r][c]);
-      }
-    }
-    if ((k / kStep + 1) % (kDepth / kStep) == 0 || k + kStep == p.padded_d) {
-      PYKD_GPU_UNROLL
-      for (int r = 0; r < kOwn; ++r) {
-        PYKD_GPU_UNROLL
-        for (int c = 0; c < kOwn; ++c) {
-          products[r][c] += run[r][c];
-          run[r][c] = 0.0f;
-        }
-      }
-    }
-  }
-}
 
 // Turns products into the gradient's weights; returns the sum of the kernels less 1.
 PYKD_GPU float kernels_of(const Problem& p, const Meeting& meeting, int i, int j, float (&products)[kOwn][kOwn]) {
@@ -338,48 +240,6 @@ PYKD_GPU float kernels_of(const Problem& p, const Meeting& meeting, int i, int j
   return sum;
 }
 
-// Adds the weights times the columns' samples to this share's part of the gradient; the first of a share writes.
-PYKD_GPU void accumulate(const Problem& p, const Set& columns, int i, int j, const float* weights, float* samples,
-                         float* part, bool first) {
-  const int mine = static_cast<int>(gpu::thread());
-  const int column = mine % kAcross * kOwn, row = mine / kAcross * kOwn;
-  PYKD_GPU_NO_UNROLL
-  for (std::int64_t k = 0; k < p.padded_d; k += kTile) {
-    gpu::block_barrier();  // what was there has been read
-    PYKD_GPU_UNROLL
-    for (int q = 0; q < kOwn; ++q) {
-      const int sample = q * kAcross + mine / kAcross;
-      gpu::store(
-          samples + sample * kTile + column,
-          gpu::load(columns.centred + (static_cast<std::int64_t>(j) * kTile + sample) * p.padded_d + k + column));
-    }
-    gpu::block_barrier();
-    float sums[kOwn][kOwn] = {};
-    PYKD_GPU_NO_UNROLL
-    for (int sample = 0; sample < kTile; ++sample) {
-      float w[kOwn], z[kOwn];
-      load_floats(weights + sample * kTile + row, w);
-      load_floats(samples + sample * kTile + column, z);
-      PYKD_GPU_UNROLL
-      for (int r = 0; r < kOwn; ++r) {
-        PYKD_GPU_UNROLL
-        for (int c = 0; c < kOwn; ++c) sums[r][c] = gpu::fma(w[r], z[c], sums[r][c]);
-      }
-    }
-    PYKD_GPU_UNROLL
-    for (int r = 0; r < kOwn; ++r) {
-      float* to = part + (static_cast<std::int64_t>(i) * kTile + row + r) * p.padded_d + k + column;
-      if (!first) {
-        float before[kOwn];
-        load_floats(to, before);
-        PYKD_GPU_UNROLL
-        for (int c = 0; c < kOwn; ++c) sums[r][c] += before[c];
-      }
-      gpu::store(to, gpu::Float32::pack(sums[r]));
-    }
-  }
-}
-
 // Grid: 2 tiles * shares blocks, or tiles * shares where no value is wanted; kSharedBytes.
 PYKD_GPU_KERNEL(kThreads, 2)
 tiles_kernel(Problem p) {
@@ -413,7 +273,7 @@ tiles_kernel(Problem p) {
                           width <= kTiny,        same};
     if (meeting.coincide) continue;
     float entries[kOwn][kOwn];
-    multiply(p, meeting.rows, i, meeting.columns, j, shared, entries);
+    multiply(p.padded_d, meeting.rows.centred, i, meeting.columns.centred, j, shared, entries);
     const double sum = static_cast<double>(kernels_of(p, meeting, i, j, entries));
     if (!student) {
       sums.yy += met == i ? sum : 2.0 * sum;
@@ -432,7 +292,7 @@ tiles_kernel(Problem p) {
     PYKD_GPU_NO_UNROLL
     for (int c = mine % kOwn; c < kTile; c += kOwn) weight += weights[c * kTile + mine / kOwn];
     (same ? own_weight : cross_weight) += static_cast<double>(weight);
-    accumulate(p, meeting.columns, i, j, weights, shared, part, first);
+    accumulate(p.padded_d, meeting.columns.centred, i, j, weights, shared, part, first);
     first = false;
   }
 
@@ -453,13 +313,7 @@ tiles_kernel(Problem p) {
     p.cross_weights[at] = cross_weight;
   }
   if (!first) return;
-  const gpu::Words nothing = {};
-  PYKD_GPU_NO_UNROLL
-  for (std::int64_t k = 0; k < p.padded_d; k += kTile) {
-    for (int r = 0; r < kOwn; ++r) {
-      gpu::store(part + (static_cast<std::int64_t>(i) * kTile + row + r) * p.padded_d + k + column, nothing);
-    }
-  }
+  clear(p.padded_d, i, part);
 }
 
 // ---- The end: grid of n blocks, or of one where no gradient is wanted; a block has a row of the gradient -----
