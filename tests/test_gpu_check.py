@@ -129,6 +129,13 @@ def test_every_stage_of_the_plans_is_there() -> None:
     assert [stage.name for stage in PLAN[:4]] == ["facts", "load", "smoke", "parity"]
 
 
+def test_every_kernel_for_cuda_is_compared() -> None:
+    stages = [importlib.import_module(f"benchmarks.gpu.stages.{stage.name}") for stage in PLAN]
+    launchers = (runner.ROOT / "cpp" / "kernels").glob("*/*.cu")
+    kernels = {launcher.parent.name for launcher in launchers} - {"cuda"}
+    assert {stage.KERNEL for stage in stages if hasattr(stage, "KERNEL")} == kernels
+
+
 # ---- A stage -----------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,7 @@ PLAN = (
     Stage("parity", 100),
     Stage("parity_features", 40),
     Stage("parity_mmd", 40),
+    Stage("parity_distributions", 40),
     Stage("capture", 40),
     Stage("speed", 80),
     Stage("torch_paths", 80),

@@ -14,6 +14,7 @@ from pykd import kernels
 
 FORMS = ("cross_entropy", "kl", "reverse_kl", "symmetric_kl", "jsd")
 HARD = ("", "labels", "label_probs")
+KERNEL = "soft_target"
 DTYPES = ("float32", "float16", "bfloat16")
 GUARD = 16  # elements on either side of an output, which stay as they are
 POISONS = (77.0, -5.0)
@@ -178,7 +179,7 @@ def attributes(case: Case) -> dict[str, Any]:
 
 def launch(case: Case, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], stream: int | None) -> None:
     """The call itself."""
-    kernels.run("soft_target", dict(inputs), attributes(case), dict(outputs), cuda_stream=stream)
+    kernels.run(KERNEL, dict(inputs), attributes(case), dict(outputs), cuda_stream=stream)
 
 
 def same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

@@ -13,6 +13,7 @@ from benchmarks.gpu.device import Device, device_of
 from benchmarks.gpu.soft_target import Case
 from benchmarks.gpu.stage import Context
 
+KERNEL = soft_target.KERNEL
 SHAPES = (
     (1, 1), (7, 2), (33, 77), (256, 10), (64, 1001), (5, 4096),
     (4000, 10), (1000, 300),  # lanes of a warp

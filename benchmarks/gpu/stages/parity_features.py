@@ -13,6 +13,7 @@ from benchmarks.gpu.soft_target import DTYPES, GUARD, POISONS, ROUNDING, placed,
 from benchmarks.gpu.stage import Context
 from pykd import functional, kernels
 
+KERNEL = "feature_distance"
 SHAPES = (
     (1, 1, 2), (3, 7, 70), (64, 196, 512),  # a cluster of 8
     (1000, 5, 33), (500, 1, 768),  # a warp has all of a row
@@ -98,9 +99,7 @@ def answer(case: Case, device: Device, inputs: dict[str, Tensor], poison: float)
         "value": torch.full((case.shape[0],), poison, device=device.name),
         "grad_student": room[GUARD : GUARD + count].view(case.shape),
     }
-    device.launch(
-        lambda stream: kernels.run("feature_distance", inputs, {"power": case.power}, outputs, cuda_stream=stream)
-    )
+    device.launch(lambda stream: kernels.run(KERNEL, inputs, {"power": case.power}, outputs, cuda_stream=stream))
     device.synchronize()
     return outputs, bool((room[:GUARD] == poison).all() and (room[-GUARD:] == poison).all())
 

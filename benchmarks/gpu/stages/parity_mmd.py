@@ -13,6 +13,7 @@ from benchmarks.gpu.soft_target import GUARD, POISONS, same_bits
 from benchmarks.gpu.stage import Context
 from pykd import kernels
 
+KERNEL = "mk_mmd"
 SHAPES = ((1, 1), (2, 3), (64, 64), (65, 70), (129, 33), (600, 700), (2500, 96))
 KINDS = ("", "far from the origin", "students coincide", "all coincide", "NaN", "weight 0")
 
@@ -88,7 +89,7 @@ def answer(case: Case, device: Device, inputs: dict[str, Tensor], poison: float)
         "grad_student": room[GUARD:-GUARD].view(case.shape),
     }
     device.launch(
-        lambda stream: kernels.run("mk_mmd", inputs, {"bandwidth": case.bandwidth}, outputs, cuda_stream=stream)
+        lambda stream: kernels.run(KERNEL, inputs, {"bandwidth": case.bandwidth}, outputs, cuda_stream=stream)
     )
     device.synchronize()
     return outputs, bool((room[:GUARD] == poison).all() and (room[-GUARD:] == poison).all())

@@ -192,6 +192,14 @@ PYKD_GPU float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 PYKD_GPU float infinity() { return __int_as_float(0x7f800000); }
 PYKD_GPU float nan() { return __int_as_float(0x7fffffff); }
 
+PYKD_GPU double exp(double x) { return ::exp(x); }
+PYKD_GPU double log(double x) { return ::log(x); }
+// For sums whose bits do not depend on the order: those of integers.
+PYKD_GPU void add(std::int64_t* to, std::int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
+}
+PYKD_GPU std::int64_t nearest_int64(double x) { return __double2ll_rn(x); }
+
 PYKD_GPU int nearest_int(float x) { return __float2int_rn(x); }
 PYKD_GPU float bits_to_float(std::uint32_t bits) { return __uint_as_float(bits); }
 PYKD_GPU std::uint32_t float_to_bits(float x) { return __float_as_uint(x); }

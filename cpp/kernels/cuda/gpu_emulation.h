@@ -229,6 +229,11 @@ inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 inline float nan() { return std::numeric_limits<float>::quiet_NaN(); }
 
+inline double exp(double x) { return std::exp(x); }
+inline double log(double x) { return std::log(x); }
+inline void add(std::int64_t* to, std::int64_t value) { __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
+inline std::int64_t nearest_int64(double x) { return std::llrint(x); }
+
 inline int nearest_int(float x) { return static_cast<int>(std::lrint(x)); }
 inline float bits_to_float(std::uint32_t bits) {
   float x;

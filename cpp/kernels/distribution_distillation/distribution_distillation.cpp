@@ -15,6 +15,7 @@
 #define HWY_TARGET_INCLUDE "kernels/distribution_distillation/distribution_distillation.cpp"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
+#include "kernels/distribution_distillation/distribution_distillation_grid.h"
 #include "kernels/host/memory.h"
 #include "kernels/simd/math-inl.h"
 #include "kernels/simd/product-inl.h"
@@ -26,19 +27,8 @@
 namespace pykd::kernels {
 namespace ddl {
 
-enum Input { kStudent, kTeacher, kLabels, kPositiveWeight, kNegativeWeight, kOrderWeight };
-enum Output { kPositive, kNegative, kOrder, kGradStudent };
-enum AttributeIndex { kBins, kWidth, kNegatives };
-enum Mining { kHardest, kAll };
-enum Sort { kPositives, kNegativePairs, kSorts };
-
-constexpr std::size_t kBlock = 48;  // rows of a task: what they need of a product stays in the level-2 cache
-constexpr std::size_t kMoments = 8;
-constexpr double kLargestExponent = 0.5;  // |y| of the series, see the header
-constexpr double kLongest = 1.001;        // squared length of a row
-constexpr double kReach = 1.002;          // no similarity is beyond
-constexpr double kNegligible = 40.0;      // nats below the nearest cell
-constexpr double kNarrowest = 0.01;       // width
+constexpr std::size_t kBlock = 48;   // rows of a task: what they need of a product stays in the level-2 cache
+constexpr double kNarrowest = 0.01;  // width
 constexpr double kMostBins = 1 << 24;
 constexpr std::size_t kMostTasks = 64;           // that sum pairs into cells of their own,
 constexpr std::size_t kCellsOfAllTasks = 32768;  // and how many cells they have together, if one has no more
@@ -60,27 +50,6 @@ struct OnLines {
   void deallocate(T* data, std::size_t /*count*/) { ::operator delete (data, std::align_val_t{64}); }
   bool operator==(const OnLines& /*other*/) const { return true; }
   bool operator!=(const OnLines& /*other*/) const { return false; }
-};
-
-// Nodes and cells. A cell's width is a power of two: where a similarity lies in its cell is then exact in float32.
-struct Grid {
-  Grid(std::size_t bins_, double width) : bins(bins_), gamma(0.5 / (width * width)) {
-    const double widest = std::min(kLargestExponent / (2 * kReach * gamma), 1.0 / 64);
-    cell = static_cast<float>(std::exp2(std::floor(std::log2(widest))));
-    half = cell / 2;
-    first = static_cast<std::int32_t>(std::ceil(kReach / cell)) + 1;
-    cells = 2 * static_cast<std::size_t>(first);
-  }
-
-  double node(std::size_t r) const { return -1.0 + 2.0 * static_cast<double>(r) / static_cast<double>(bins - 1); }
-  float centre(std::size_t index) const {
-    return (static_cast<float>(static_cast<std::int32_t>(index) - first) + 0.5f) * cell;
-  }
-
-  std::size_t bins, cells;
-  double gamma;
-  float cell, half;
-  std::int32_t first;  // cells left of 0
 };
 
 // The pairs of one sort in one batch: how many, their sum, and what they add to every cell.

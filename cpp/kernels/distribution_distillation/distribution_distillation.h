@@ -36,6 +36,11 @@
 //
 // Threads: the same bits whatever their number. Pairs are summed by blocks of rows, which depend on N and width alone,
 // in float64; blocks are added in order. Small problems stay on the thread that calls.
+//
+// On CUDA (distribution_distillation_kernels.cuh) cells hold whole numbers, multiples of 2^-27 or less, which sum up to
+// the same bits in any order; nodes and slopes are summed in float64. All w_ij are multiplied, those that are 0, too.
+// The scratch memory is N^2 floats, 2 N D more, and N D for each of at most 8 shares of the gradient; N is at most
+// 2^17.
 #ifndef PYKD_KERNELS_DISTRIBUTION_DISTILLATION_DISTRIBUTION_DISTILLATION_H_
 #define PYKD_KERNELS_DISTRIBUTION_DISTILLATION_DISTRIBUTION_DISTILLATION_H_
 
