@@ -384,7 +384,9 @@ def nothing_is_counted(_: Any, call: Callable[[], Any]) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("stage", ["smoke", "capture", "speed", "torch_paths", "competitors", "onnxruntime_cuda"])
+@pytest.mark.parametrize(
+    "stage", ["smoke", "capture", "speed", "torch_paths", "competitors", "speed_features", "onnxruntime_cuda"]
+)
 def test_the_code_for_the_gpu_runs(stage: str, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     # The graphs of the stand-in replay nothing, and it has no copies to count: what is asked here is that the code runs, with
     # the numbers right that do not hang on these.

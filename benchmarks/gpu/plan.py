@@ -46,6 +46,7 @@ PLAN = (
     Stage("sanitize", 50, {"tool": "racecheck"}),
     Stage("sanitize", 50, {"tool": "synccheck"}),
     Stage("competitors", 90),
+    Stage("speed_features", 60),
 )
 
 # The second run: ONNX Runtime with its CUDA provider, which has to be carried along.
