@@ -83,21 +83,22 @@ def run_kernel(
     """Runs a kernel and writes into the memory of `outputs`."""
 
 class KernelCall:
-    """A kernel call that is made again and again with other tensors of the same shapes."""
+    """A kernel call that is made again and again with other tensors of the same shapes. `prepare_kernel` makes it."""
 
-    def __init__(
-        self,
-        kernel: str,
-        numbers: dict[str, float],
-        inputs: tuple[str, ...],
-        attributes: dict[str, Any],
-        weights: dict[str, Any],
-        values: tuple[tuple[str, int], ...],
-        gradients: tuple[str, ...],
-        sums: tuple[tuple[int, Any, bool], ...],
-    ) -> None: ...
     def run(self, inputs: tuple[Any, ...], gradients: tuple[Any, ...], threads: int) -> tuple[float, ...]:
         """Writes the gradients, where any are given, and returns the sums."""
+
+def prepare_kernel(
+    kernel: str,
+    numbers: dict[str, float],
+    inputs: tuple[str, ...],
+    attributes: dict[str, Any],
+    weights: dict[str, Any],
+    values: tuple[tuple[str, int], ...],
+    gradients: tuple[str, ...],
+    sums: tuple[tuple[int, Any, bool], ...],
+) -> KernelCall:
+    """What `cpp/bindings/kernel_call.h` says."""
 
 def weighted_sum(weights: Any, values: Any, at_least_0: bool) -> float:
     """Σ weight · value in float64; negative values count as 0 where asked."""

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from pykd.definition import Loss, registry, routing
 
 if TYPE_CHECKING:
@@ -55,8 +57,11 @@ def _routed(name: str) -> Callable[..., Any]:
         why = routing.obstacle() or ('kernels="off"' if mode == "off" else "")
         if not why and len(args) <= len(parameters):
             given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            settings = tuple([item for item in given.items() if item[0] not in cls._arguments])
             try:
-                loss = _with_settings(name, tuple([item for item in given.items() if item[0] not in cls._arguments]))
+                if any(isinstance(value, Tensor) for _, value in settings):
+                    raise TypeError("a setting is a tensor")
+                loss = _with_settings(name, settings)
                 tensors_and_numbers = {key: value for key, value in given.items() if key in cls._arguments}
                 planned = loss.planned(loss.flat_arguments((), tensors_and_numbers))
             except (TypeError, ValueError) as error:  # not what the loss takes; the formula may take it all the same

@@ -6,6 +6,7 @@ import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -428,3 +429,218 @@ def test_strided_and_expanded_tensors_are_read_as_they_are():
     for teacher in (strided, strided.clone(), TEACHER[:1].expand(4, 5), torch.nn.Parameter(TEACHER.clone())) * 2:
         leaf = torch.randn(5, 4).t().requires_grad_()
         torch.testing.assert_close(loss(leaf, teacher), loss(leaf, teacher, kernels="off"))
+
+
+# ---- Where a shorter way goes wrong -------------------------------------------------------------
+
+
+def both_ways(make, *arguments):
+    """What a function gives with kernels and by formulas."""
+    results = []
+    for mode in ("auto", "off"):
+        with pykd.using_kernels(mode):
+            results.append(make(*arguments))
+    return results
+
+
+def test_second_derivatives_through_several_calls_on_one_student():
+    several = pykd.compose(
+        {"warm": pykd.SoftTarget(temperature=2.0), "hot": (pykd.SoftTarget(temperature=4.0, form="kl"), 0.5)}
+    )
+
+    def derivatives(of):
+        leaf = STUDENT.clone().requires_grad_()
+        value = of(student_logits=leaf, teacher_logits=TEACHER)["loss"]
+        (first,) = torch.autograd.grad(value, leaf, create_graph=True)
+        return first.detach(), torch.autograd.grad(first.square().sum(), leaf)[0]
+
+    for got, want in zip(*both_ways(derivatives, several), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_hooks_of_tensors_run_once_in_second_derivatives():
+    def gradient():
+        leaf = STUDENT.clone().requires_grad_()
+        student = leaf * 1
+        student.register_hook(lambda g: 2 * g)
+        return torch.autograd.grad(SOFT(student, TEACHER), leaf, create_graph=True)[0].detach()
+
+    torch.testing.assert_close(*both_ways(gradient))
+
+
+class Custom(pykd.SoftTarget):
+    """A formula beside a kernel that does what it likes."""
+
+    fused = Loss.fused
+
+
+def in_place(student, teacher):
+    difference = student - teacher
+    difference[:, 0] = 0.0
+    return difference.square().mean()
+
+
+def without_grad(student, teacher):
+    with torch.no_grad():
+        weight = student.softmax(-1)
+    return (weight * (student - teacher).square()).sum()
+
+
+def with_numbers(student, teacher):
+    return student.sum() * student.detach().max().item() if bool(student.sum() > 0) else teacher.sum() - student.sum()
+
+
+@pytest.mark.parametrize("formula", [in_place, without_grad, with_numbers])
+def test_formulas_beside_a_kernel_are_computed_anew_each_time(formula):
+    class Loose(Custom):
+        def formula_call(self, given):
+            return (lambda **all_: formula(all_["student_logits"], all_["teacher_logits"])), dict(given)
+
+    loss = pykd.compose({"soft": pykd.SoftTarget(), "loose": Loose()})
+    for seed in range(5):
+        student, teacher = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(seed))
+
+        def step(student=student, teacher=teacher):
+            leaf = student.clone().requires_grad_()
+            value = loss(student_logits=leaf, teacher_logits=teacher)["loss"]
+            value.backward()
+            return value.detach(), leaf.grad
+
+        for got, want in zip(*both_ways(step), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_a_setting_that_is_a_tensor_becomes_a_number_or_an_error():
+    loss = pykd.SoftTarget()
+    loss.temperature = torch.tensor(3.0)
+    assert loss.temperature == 3.0 and isinstance(loss.temperature, float)
+    for seed in range(5):
+        student, teacher = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(loss(student, teacher), loss(student, teacher, kernels="off"))
+    with pytest.raises((TypeError, ValueError), match="temperature"):
+        loss.temperature = torch.tensor(2.0, requires_grad=True)
+    beta = torch.tensor(0.5)
+    for value in (0.5, 0.1):
+        beta.fill_(value)
+        got, want = both_ways(lambda: pykd.functional.soft_target(STUDENT, TEACHER, form="jsd", beta=beta))
+        torch.testing.assert_close(got, want)
+
+
+def test_numbers_of_every_kind():
+    for number in (3, 3.0, np.float32(3.0), np.array(3.0), torch.tensor(3.0), torch.tensor([3.0])):
+        got, want = both_ways(lambda number=number: SOFT(STUDENT, TEACHER, temperature=number))
+        torch.testing.assert_close(got, SOFT(STUDENT, TEACHER, temperature=3.0))
+        torch.testing.assert_close(got, want.float().reshape(()))  # the formula takes the number's type, and its axes
+        got = COMPOSED(student_logits=STUDENT, teacher_logits=TEACHER, soft_temperature=number)["loss"]
+        torch.testing.assert_close(got, SOFT(STUDENT, TEACHER, temperature=3.0))
+
+
+def test_weights_that_change_before_backward_are_an_error_and_inputs_only_where_they_count():
+    leaf, weight = STUDENT.clone().requires_grad_(), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    value = pykd.SoftTarget(reduction="none")(leaf, TEACHER, weight)
+    weight.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.sum().backward()
+    buffer = TEACHER.clone()
+    for _ in range(4):  # accumulated over micro batches that come in one buffer
+        value = SOFT(leaf, buffer)
+        buffer.copy_(torch.randn(4, 5))
+        value.backward()
+    value = SOFT(leaf, buffer)
+    buffer.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(value, leaf, create_graph=True)
+
+
+def test_a_teacher_of_inference_mode():
+    with torch.inference_mode():
+        teacher, labels = TEACHER * 2, LABELS.clone()
+    both = pykd.compose({"hard": pykd.HardTarget(), "soft": pykd.SoftTarget()})
+
+    def step():
+        leaf = STUDENT.clone().requires_grad_()
+        both(student_logits=leaf, teacher_logits=teacher, labels=labels)["loss"].backward()
+        return leaf.grad
+
+    for _ in range(4):
+        torch.testing.assert_close(*both_ways(step))
+
+
+def test_terms_one_after_the_other():
+    both = pykd.compose({"hard": pykd.HardTarget(), "soft": pykd.SoftTarget()})
+
+    def gradients():
+        leaf = STUDENT.clone().requires_grad_()
+        values = both(student_logits=leaf, teacher_logits=TEACHER, labels=LABELS.clamp(min=0))
+        return [torch.autograd.grad(values[name], leaf)[0] for name in ("hard", "soft")]
+
+    for _ in range(4):
+        for got, want in zip(*both_ways(gradients), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_outputs_are_tensors_of_their_own():
+    loss = pykd.compose({"soft": (pykd.SoftTarget(), 1.0)})
+    weight = torch.ones(4)
+    for _ in range(4):
+        with torch.no_grad():
+            values = loss(student_logits=STUDENT, teacher_logits=TEACHER, sample_weight=weight)
+        before = values["soft"].item()
+        values["loss"] /= 4
+        assert values["soft"].item() == before
+
+
+def test_the_default_device_is_not_where_results_go():
+    for _ in range(4):
+        with torch.device("meta"):
+            value = SOFT(STUDENT, TEACHER)
+        torch.testing.assert_close(value, SOFT(STUDENT, TEACHER, kernels="off"))
+
+
+def test_every_setting_of_a_loss_is_computed_one_way_or_the_other():
+    """A kernel may refuse settings that the loss takes; then they are the formula's."""
+    embeddings = torch.randn(2, 6, 3)
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    for width in (1e-3, 9e-3, 0.01):
+        loss = pykd.DistributionDistillation(width=width)
+        torch.testing.assert_close(*both_ways(lambda loss=loss: loss(*embeddings, labels)), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_known_of_calls_does_not_grow_with_their_numbers():
+    loss = pykd.SoftTarget()
+    for step in range(100):
+        loss(STUDENT, TEACHER, temperature=2.0 + step / 100)
+        loss(STUDENT, TEACHER, temperature=2.0 + step / 100)
+    (plan,) = loss.__dict__["_plans"]._plans.values()
+    assert len(plan.ways) <= 4
+
+
+def test_an_attribute_of_a_composition_counts_when_it_is_changed():
+    loss = pykd.compose({"hard": pykd.HardTarget(), "soft": pykd.SoftTarget()})
+    given = {"student_logits": STUDENT, "teacher_logits": TEACHER, "labels": LABELS}
+    for _ in range(3):
+        loss(**given)
+    loss.share_ignored = False
+    torch.testing.assert_close(loss(**given)["loss"], loss(**given, kernels="off")["loss"])
+
+
+def test_a_formula_of_ones_own_is_no_kernels():
+    loss = pykd.SoftTarget()
+    loss.forward = lambda *tensors: torch.tensor(42.0)
+    assert loss(STUDENT, TEACHER) == 42.0
+
+    class Sevenfold(pykd.SoftTarget):
+        def formula_call(self, given):
+            formula, every = super().formula_call(given)
+            return (lambda **all_: 7.0 * formula(**all_)), every
+
+    for _ in range(3):
+        value = pykd.compose({"soft": Sevenfold()})(student_logits=STUDENT, teacher_logits=TEACHER)["loss"]
+        torch.testing.assert_close(value, 7.0 * pykd.SoftTarget()(STUDENT, TEACHER))
+
+
+def test_a_prepared_call_is_made_by_its_function_alone():
+    from pykd import _core
+
+    with pytest.raises(TypeError):
+        _core.KernelCall.__new__(_core.KernelCall).run((), (), 1)

@@ -255,11 +255,16 @@ PYBIND11_MODULE(_core, module) {
              py::arg("cuda_stream"), py::arg("kernels"));
 
   py::class_<KernelCall> call(module, "KernelCall");
-  call.def(py::init<const py::str&, const py::dict&, const py::tuple&, const py::dict&, const py::dict&,
-                    const py::tuple&, const py::tuple&, const py::tuple&>(),
-           py::arg("kernel"), py::arg("numbers"), py::arg("inputs"), py::arg("attributes"), py::arg("weights"),
-           py::arg("values"), py::arg("gradients"), py::arg("sums"))
-      .def("run", &KernelCall::run, py::arg("inputs"), py::arg("gradients"), py::arg("threads"));
+  call.def("run", &KernelCall::run, py::arg("inputs"), py::arg("gradients"), py::arg("threads"));
+  seal(call);
+  module.def(
+      "prepare_kernel",
+      [](const py::str& kernel, const py::dict& numbers, const py::tuple& inputs, const py::dict& attributes,
+         const py::dict& weights, const py::tuple& values, const py::tuple& gradients, const py::tuple& sums) {
+        return std::make_unique<KernelCall>(kernel, numbers, inputs, attributes, weights, values, gradients, sums);
+      },
+      py::arg("kernel"), py::arg("numbers"), py::arg("inputs"), py::arg("attributes"), py::arg("weights"),
+      py::arg("values"), py::arg("gradients"), py::arg("sums"));
   module.def("weighted_sum", &weighted_sum, py::arg("weights"), py::arg("values"), py::arg("at_least_0"));
   module.def("kernel_descriptions", &kernel_descriptions);
   module.def("run_kernel", &run_kernel, py::arg("name"), py::arg("inputs"), py::arg("attributes"), py::arg("outputs"),

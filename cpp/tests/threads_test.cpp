@@ -113,7 +113,7 @@ TEST(Threads, LoadAtTheSameTime) {
 // The last of all that runs at the end of a process, registered before the first library is initialised: then every
 // static object of theirs has been destroyed, and threads that are at work meet what is left.
 std::atomic<bool> lingers{false};
-void linger() {
+[[maybe_unused]] void linger() {
   if (lingers) std::this_thread::sleep_for(std::chrono::milliseconds(50));
 }
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // these come first themselves

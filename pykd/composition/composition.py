@@ -81,7 +81,7 @@ class Composition(nn.Module, Interface):
         if call is None:
             specs = self._check_tensors(tensors)
             if checks.are_data_visible():
-                self._check_numbers(numbers)
+                self._numbers(numbers)
                 checks.check_ranges(specs, tensors, self.ignore_indices(specs))
             why = why or "a tensor stands for others"
         else:
@@ -90,16 +90,18 @@ class Composition(nn.Module, Interface):
                 return eager.evaluate(call, lambda: self._walk(call))
             specs = call.plan.specs
         routing.note_formula("the composition", why, mode)
-        return compute_outputs(Now(), self, specs, tensors, self._defaults() | numbers)
+        defaults = {name: parameter.default for name, parameter in self.scalars.items()}
+        return compute_outputs(Now(), self, specs, tensors, defaults | numbers)
 
     def _check_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
         specs = self.resolve(tensors)
         checks.check_tensors(specs, tensors, self.least_lengths)
         return specs
 
-    def _check_numbers(self, numbers: Mapping[str, Any]) -> None:
-        for name, value in numbers.items():
-            self.scalars[name].scalar.check(name, value)
+    def _numbers(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """Every number of a call: floats, and tensors of those that are learned."""
+        given = {name: routing.number(name, self.scalars[name].scalar, value) for name, value in numbers.items()}
+        return {name: parameter.default for name, parameter in self.scalars.items()} | given
 
     def _planned(self, tensors: Mapping[str, Tensor], numbers: dict[str, Any]) -> PlannedCall | None:
         """The call, checked, with what is known of such calls; None where a tensor is no ordinary one."""
@@ -112,8 +114,8 @@ class Composition(nn.Module, Interface):
             specs = self._check_tensors(tensors)
             plan = self._plans.keep(key, specs, tensors, self.ignore_indices(specs))
         kept = plan.check_indices(tensors)
-        self._check_numbers(numbers)
-        return PlannedCall(plan, {name: tensors[name] for name in plan.specs}, numbers, kept)
+        every = self._numbers(numbers)
+        return PlannedCall(plan, {name: tensors[name] for name in plan.specs}, every, kept)
 
     def _why_formula(self, call: PlannedCall, mode: str) -> str:
         """Why formulas alone compute a call; empty where kernels have part in it."""
@@ -122,7 +124,7 @@ class Composition(nn.Module, Interface):
         plan = call.plan
         if plan.refusal is None:
             with torch.no_grad():
-                calls, outputs = self._walk(call._replace(numbers={}))
+                calls, outputs = self._walk(call)
             plan.alone = len(calls) == 1 and all(isinstance(o, Linear) and o.rest is None for o in outputs.values())
             plan.refusal = eager.refusal(calls) if calls else "no kernel computes these losses and inputs"
         return plan.refusal or routing.learned(call.numbers)
@@ -132,11 +134,12 @@ class Composition(nn.Module, Interface):
         point = eager.Forms(call.kept)
         # The gradients of halves are added in float32 and rounded once, unless one kernel writes them all.
         make = Now(point, widen=not call.plan.alone, all_kept=call.kept)
-        numbers = self._defaults() | call.numbers
-        return point.calls, compute_outputs(make, self, call.plan.specs, call.tensors, numbers)
+        return point.calls, compute_outputs(make, self, call.plan.specs, call.tensors, call.numbers)
 
-    def _defaults(self) -> dict[str, Any]:
-        return {name: parameter.default for name, parameter in self.scalars.items()}
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if "_plans" in self.__dict__ and name not in ("_plans", "training"):
+            self.__dict__["_plans"] = Plans()  # what is known of calls may be so no longer
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the graphs and plans, which are made again when they are wanted."""

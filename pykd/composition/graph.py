@@ -191,7 +191,7 @@ def compute_outputs(
             path = f"{term.name}_{i}" + ("_per_sample" if reduction else "")
             loss = part.loss.with_settings(reduction=reduction) if reduction else part.loss
             own = {n: specs[part.graph_input(n)] for n in loss.inputs if part.graph_input(n) in specs}
-            value = make.loss(path, loss, arguments_of(term, part), loss.covered_by_kernel(own))
+            value = make.loss(path, loss, arguments_of(term, part), loss.has_kernel() and loss.covered_by_kernel(own))
             if part.weight_name is not None:
                 value = make.call(operator.mul, value, numbers[part.weight_name])
             elif part.weight != 1.0:

@@ -300,15 +300,20 @@ class Loss(_WithFields):
             ignore_index = getattr(self, "ignore_index", None)
             known = plans.keep(key, specs, tensors, {} if ignore_index is None else dict.fromkeys(specs, ignore_index))
         kept = known.check_indices(given)
-        numbers = {name: value for name in self.scalars if (value := given.get(name)) is not None}
-        for name, value in numbers.items():
-            self.scalars[name].check(name, value)
+        numbers = {
+            name: getattr(self, name)
+            if (value := given.get(name)) is None
+            else routing.number(name, self.scalars[name], value)
+            for name in self.scalars
+        }
         return PlannedCall(known, {name: given[name] for name in known.specs}, numbers, kept)
 
     def why_formula(self, call: PlannedCall, mode: str) -> str:
         """Why the formula computes a call; empty where a kernel does."""
         if mode == "off":
             return 'kernels="off"'
+        if type(self).forward is not type(self)._written or "forward" in self.__dict__:
+            return "it has a forward of its own"
         if call.plan.refusal is None:
             call.plan.refusal = self._refusal(call.tensors, call.plan.specs)
         return call.plan.refusal or routing.learned(call.numbers)
@@ -321,8 +326,6 @@ class Loss(_WithFields):
     def _refusal(self, tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> str:
         if not self.has_kernel() or routing.evaluator is None:
             return "it has no kernel"
-        if type(self).forward is not type(self)._written:
-            return "it has a forward of its own"
         if not self.covered_by_kernel(specs):
             return "no kernel computes these settings and inputs"
         return routing.evaluator.refusal(self, tensors)
@@ -334,8 +337,11 @@ class Loss(_WithFields):
         return "hooks of a module take the formula" if hooked else ""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._settings and self.__dict__.get(name, value) != value:
-            plan.forget_all()  # this loss may be part of any composition
+        setting = self._settings.get(name)
+        if setting is not None and name in self.__dict__:
+            value = setting.check(name, value)
+            if setting.scalar is None:  # scalars are numbers of every call
+                plan.forget_all()  # this loss may be part of any composition
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -405,8 +411,11 @@ class Loss(_WithFields):
 
     @classmethod
     def has_kernel(cls) -> bool:
-        """Whether a fused kernel computes this loss."""
-        return cls.fused is not Loss.fused
+        """Whether a fused kernel computes this loss: by a ``fused`` that is of its own formula, or of a base without one."""
+        if cls.fused is Loss.fused or cls.formula_call is not Loss.formula_call:
+            return False
+        owner: Any = next(base for base in cls.__mro__ if "fused" in base.__dict__)
+        return "_formula" not in owner.__dict__ or owner._formula is cls._formula
 
     def covered_by_kernel(self, given: Mapping[str, Spec]) -> bool:
         """Whether ``fused`` computes it with these settings and inputs; where not, the formula does."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from pykd.definition import checks, routing
 from pykd.definition.spec import Spec
 
-_MOST = 1024  # plans that are kept; a loss that sees more shapes than these plans anew
+_MOST = 256  # plans that are kept; a loss that sees more shapes than these plans anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +36,16 @@ class Plan:
         counted: the inputs whose indices are checked in every call.
         refusal: why no kernel computes such a call; None while nobody has asked.
         alone: of a composition: whether one kernel call computes all of it, and so writes the only gradient.
-        programs: what the way through the kernels is, by the numbers of the call; for whoever goes it.
+        ways: through the kernels, by the numbers of the call; for whoever goes them.
+        last: the numbers of the last call that had no way of its own.
     """
 
     specs: dict[str, Spec]
     counted: Sequence[Counted]
     refusal: str | None = None
     alone: bool = False
-    programs: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    ways: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    last: Any = None
 
     def check_indices(self, tensors: Mapping[str, Any]) -> bool:
         """Raises where an index is out of range; whether it is known that none of them is ignored."""
@@ -68,7 +70,7 @@ class PlannedCall(NamedTuple):
     Attributes:
         plan: of all calls like it.
         tensors: the inputs that are there, in the order of the plan.
-        numbers: those that differ from the settings.
+        numbers: every scalar: a float, or a tensor that requires a gradient.
         kept: whether it is known that no index among the inputs is ignored.
     """
 

@@ -141,6 +141,12 @@ def is_ordinary(tensor: Any) -> bool:
     return type(tensor) in _GRAD_TYPES
 
 
+def number(name: str, scalar: Any, value: Any) -> Any:
+    """A number of a call, checked: a float, or the tensor of one that is learned."""
+    checked_number = scalar.check(name, value)
+    return value if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled() else checked_number
+
+
 def learned(numbers: Mapping[str, Any]) -> str:
     """Why these numbers take the formula; empty where they do not."""
     for name, number in numbers.items():

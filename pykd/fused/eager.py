@@ -27,7 +27,6 @@ from pykd.definition.plan import PlannedCall
 from pykd.fused import torch_operators
 from pykd.fused.linear import Linear, Reduced
 from pykd.fused.point import Call, Collector, Value
-from pykd.fused.program import Program, record
 
 Outputs = Mapping[str, Tensor | Linear]
 
@@ -96,50 +95,34 @@ def evaluate(call: PlannedCall, walk: Walk) -> dict[str, Tensor]:
 
     Args:
         call: the call.
-        walk: the way through the loss: the kernel calls, and the outputs, the loss first. The second time with the same
-            numbers it is noted, and gone without it from then on.
+        walk: the way through the loss: the kernel calls, and the outputs, the loss first. Where nothing but kernels lies on
+            it, it is gone without the walk from the second call with the same numbers on.
     """
     plan, tensors, numbers, kept = call
-    key = (kept, *numbers.items())
+    key = (kept, *numbers.values())
     if any(isinstance(number, Tensor) for number in numbers.values()) or _autocasts():
         return finish(*walk())
     given = list(tensors.values())
     if len(set(map(id, given))) < len(given):  # one tensor under two names is no way for others
         return finish(*walk())
-    again = plan.programs.get(key, _NEVER_SEEN)
-    if again is _NEVER_SEEN:
-        plan.programs[key] = _SEEN_ONCE
-        return finish(*walk())
-    if again is _SEEN_ONCE:
-        again = _noted(given, walk)
-        if len(plan.programs) >= _MOST_PROGRAMS:
-            plan.programs.clear()
-        plan.programs[key] = again
-    way: Way = again
-    return way(given)
+    straight = plan.ways.get(key)
+    if straight is not None:
+        way: Straight = straight
+        return way(given)
+    calls, outputs = walk()
+    if plan.last == key and Straight.covers(calls, outputs, given):
+        if len(plan.ways) >= _MOST_WAYS:
+            plan.ways = {}
+        plan.ways[key] = Straight(calls, outputs, given)
+    plan.last = key
+    return finish(calls, outputs)
 
 
 def _autocasts() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
-Way = Callable[[Sequence[Tensor]], dict[str, Tensor]]
-
-
-def _noted(tensors: Sequence[Tensor], walk: Walk) -> Way:
-    """The way through a loss as a function of the tensors, in the shortest form that it has."""
-    program = record(tensors, walk)
-    if program is None:  # it cannot be noted
-        return lambda _: finish(*walk())
-    calls, outputs = program(tensors)
-    if Straight.covers(program, calls, outputs):
-        return Straight(calls, outputs, tensors)
-    frame = Frame(calls, outputs)
-    return lambda given: finish(*program(given), frame)
-
-
-_NEVER_SEEN, _SEEN_ONCE = object(), object()
-_MOST_PROGRAMS = 16
+_MOST_WAYS = 4  # of one plan
 
 
 # ---- A call --------------------------------------------------------------------------------------
@@ -179,15 +162,14 @@ class Frame:
         return calls
 
 
-def finish(calls: Sequence[Call], outputs: Outputs, frame: Frame | None = None) -> dict[str, Tensor]:
+def finish(calls: Sequence[Call], outputs: Outputs) -> dict[str, Tensor]:
     """Runs the kernels and gives every output its value, with autograd.
 
     Args:
         calls: that the outputs are made of.
         outputs: the loss first; what no kernel has part in are tensors.
-        frame: of such calls and outputs, where it is at hand.
     """
-    frame = frame or Frame(calls, outputs)
+    frame = Frame(calls, outputs)
     for call in calls:
         routing.note_kernel(call.kernel.name)
     students: list[tuple[int, str]] = []
@@ -205,13 +187,13 @@ def finish(calls: Sequence[Call], outputs: Outputs, frame: Frame | None = None) 
     seen: dict[int, Tensor] = {}
     with torch.no_grad():
         values = [form.value(seen, results) for form in forms]
+    if len(values) > 1:  # each of them another tensor
+        values = [value.clone() if any(value is own for own in seen.values()) else value for value in values]
     if students:
         gradients = [results[place][f"grad_{name}"] for place, name in students] if known else []
-        kept = [*gradients, *(calls[place].tensors[name] for place, name in frame.names)]
-        job = _Job(frame, forms, students, len(gradients))
-        if len(values) > 1:  # each of them another tensor
-            values = [value.clone() if any(value is own for own in seen.values()) else value for value in values]
-        values = _with_autograd(job, values, kept, [calls[place].tensors[name] for place, name in students])
+        tensors = [calls[place].tensors[name] for place, name in frame.names]
+        job = _Job(frame, forms, students, tensors)
+        values = _with_autograd(job, values, gradients, [calls[place].tensors[name] for place, name in students])
     computed = dict(zip(frame.forms, values, strict=True))
     return {name: _with_rest(output, computed.get(name)) for name, output in outputs.items()}
 
@@ -245,12 +227,19 @@ class Straight:
         ]
 
     @staticmethod
-    def covers(program: Program, calls: Sequence[Call], outputs: Outputs) -> bool:
+    def covers(calls: Sequence[Call], outputs: Outputs, tensors: Sequence[Tensor]) -> bool:
         """Whether it will do."""
-        even = all(isinstance(output, Linear) and output.even_sums() is not None for output in outputs.values())
-        students = [call.tensors[name] for call in calls for name in call.kernel.differentiable]
-        on_cpu = all(call.device.type == "cpu" for call in calls)
-        return even and on_cpu and not program.has_steps and all(t.dtype != torch.float16 for t in students)
+        inputs = {id(tensor) for tensor in tensors}
+        if not all(isinstance(output, Linear) and output.even_sums() is not None for output in outputs.values()):
+            return False
+        for call in calls:
+            for name, value in call.tensors.items():
+                if call.kernel.inputs[name].role == "number":
+                    if isinstance(value, Tensor):
+                        return False
+                elif id(value) not in inputs or value.dtype == torch.float16 or value.device.type != "cpu":
+                    return False
+        return True
 
     def __call__(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         for name in self.kernels:
@@ -260,14 +249,16 @@ class Straight:
             students = [student for student in self.students if tensors[student[2]].requires_grad]
         ran = [one(tensors, bool(students)) for one in self.runs]
         values = [
-            torch.scalar_tensor(sum([ran[place][0][number] for place, number in term]), dtype=torch.float32)
+            torch.scalar_tensor(
+                sum([ran[place][0][number] for place, number in term]), dtype=torch.float32, device="cpu"
+            )
             for term in self.terms
         ]
         if students:
             which = [(place, name) for place, name, _ in students]
-            kept = [ran[place][1][name] for place, name in which] + [tensors[number] for number in self.names]
-            job = _Job(self.frame, self.forms, which, len(which))
-            values = _with_autograd(job, values, kept, [tensors[number] for _, _, number in students])
+            gradients = [ran[place][1][name] for place, name in which]
+            job = _Job(self.frame, self.forms, which, [tensors[number] for number in self.names])
+            values = _with_autograd(job, values, gradients, [tensors[number] for _, _, number in students])
         return dict(zip(self.frame.forms, values, strict=True))
 
 
@@ -285,7 +276,7 @@ class _Run:
         inputs = [name for name, role in roles.items() if role != "number"]
         self.inputs = [numbers[id(call.tensors[name])] for name in inputs]
         self.students = [(name, inputs.index(name)) for name in call.kernel.differentiable]
-        self.call = _core.KernelCall(
+        self.call = _core.prepare_kernel(
             call.kernel.name,
             {name: float(call.tensors[name]) for name, role in roles.items() if role == "number"},
             tuple(inputs),
@@ -331,7 +322,7 @@ def run(call: Call, weights: Mapping[str, Tensor], outputs: Sequence[str]) -> di
         if name.startswith("grad_"):
             results[name] = _new_like(inputs[name.removeprefix("grad_")])
         else:
-            results[name] = torch.empty(call.value_of(name).shape, dtype=torch.float32)
+            results[name] = torch.empty(call.value_of(name).shape, dtype=torch.float32, device="cpu")
     _core.run_kernel(call.kernel.name, inputs, call.attributes, results, torch.get_num_threads(), 0)
     return results
 
@@ -357,27 +348,56 @@ def _new_like(tensor: Tensor) -> Tensor:
 # ---- Autograd ------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
 class _Job:
-    """What a node of autograd knows of its call, but for the tensors, which autograd keeps.
+    """What a node of autograd knows of its call, so as to run the kernels again, or their formulas, in backward().
+
+    The tensors are no saved ones of autograd's, since most backward passes do not look at them: whoever wants to may write
+    to them, and they may be those of inference mode. Where they are looked at, a change since the call is an error.
 
     Attributes:
         frame: of the call.
         forms: what the values are.
         students: the tensors that get a gradient.
-        known: how many gradients are kept before the tensors of the calls: those of the first form, or none.
+        tensors: of the calls, in the order of the frame.
     """
 
-    frame: Frame
-    forms: Sequence[Linear]
-    students: Sequence[tuple[int, str]]
-    known: int
+    __slots__ = ("forms", "frame", "students", "tensors", "versions")
+
+    def __init__(
+        self, frame: Frame, forms: Sequence[Linear], students: Sequence[tuple[int, str]], tensors: Sequence[Tensor]
+    ) -> None:
+        self.frame = frame
+        self.forms = forms
+        self.students = students
+        self.tensors: Sequence[Tensor] | None = tensors
+        self.versions = [_version(tensor) for tensor in (*tensors, *self._weights())]
+
+    def calls(self) -> list[Call]:
+        """The kernel calls with their tensors, which are still as they were."""
+        if self.tensors is None:
+            raise RuntimeError(
+                "expected one backward pass through a loss, got a second time; pass retain_graph=True to the first"
+            )
+        if self.versions != [_version(tensor) for tensor in (*self.tensors, *self._weights())]:
+            raise RuntimeError(
+                "expected the inputs of a loss as they were until backward() has run, got some that were modified by an "
+                "inplace operation; change copies of them"
+            )
+        return self.frame.with_tensors(self.tensors)
+
+    def _weights(self) -> list[Tensor]:
+        return [piece.weight for form in self.forms for piece, _ in form.pieces if piece.weight is not None]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _with_autograd(
-    job: _Job, values: Sequence[Tensor], kept: Sequence[Tensor], students: Sequence[Tensor]
+    job: _Job, values: Sequence[Tensor], gradients: Sequence[Tensor], students: Sequence[Tensor]
 ) -> list[Tensor]:
-    made = _apply(job, values, kept, *students)
+    """The values with autograd for the students; the gradients of the first value, or none of them."""
+    made = _apply(job, values, gradients, *students)
     return [made] if isinstance(made, Tensor) else list(made)
 
 
@@ -385,23 +405,38 @@ class _Node(torch.autograd.Function):
     """Values that kernels gave. The first is the loss, whose gradient may be known; others are its terms."""
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, values: Sequence[Tensor], kept: Sequence[Tensor], *students: Tensor) -> Any:
+    def forward(ctx: Any, job: _Job, values: Sequence[Tensor], gradients: Sequence[Tensor], *students: Tensor) -> Any:
         ctx.job = job
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*kept)
-        return tuple(values) if len(values) > 1 else values[0]
+        ctx.save_for_backward(*gradients)
+        if len(values) == 1:
+            return values[0]
+        places = {place for place, _ in job.students}
+        constant = [
+            value
+            for value, form in zip(values, job.forms, strict=True)
+            if not any(piece.place in places for piece, _ in form.pieces)
+        ]
+        ctx.mark_non_differentiable(*constant)
+        return tuple(values)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         job: _Job = ctx.job
-        kept = ctx.saved_tensors
         own = upstream[0]
         again = torch.is_grad_enabled()
         alone = own is not None and all(other is None for other in upstream[1:])
-        if job.known and alone and not again and torch_operators.is_plain(own):  # type: ignore[arg-type]
-            return None, None, None, *[torch_operators.scaled(gradient, own) for gradient in kept[: job.known]]  # type: ignore[arg-type]
+        if alone and not again and torch_operators.is_plain(own):  # type: ignore[arg-type]
+            gradients = ctx.saved_tensors
+            if gradients:
+                if not torch_operators.graph_is_kept():
+                    job.tensors = None
+                return None, None, None, *[torch_operators.scaled(gradient, own) for gradient in gradients]  # type: ignore[arg-type]
         asked = [(form, each) for form, each in zip(job.forms, upstream, strict=True) if each is not None]
-        calls = job.frame.with_tensors(kept[job.known :])
+        calls = job.calls()
+        # Terms may be used one after the other; the loss, like everything of autograd's, once.
+        if own is not None and not torch_operators.graph_is_kept():
+            job.tensors = None
         if again or not all(torch_operators.is_plain(each) for _, each in asked):
             return None, None, None, *_by_formula(job, asked, calls)
         return None, None, None, *_by_kernels(job, asked, calls)
@@ -430,9 +465,9 @@ def _by_formula(job: _Job, asked: Asked, calls: Sequence[Call]) -> list[Tensor |
     """The gradients by autograd of the formulas behind the kernels, which can be differentiated again."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        students = [calls[place].tensors[name] for place, name in job.students]
-        if not again:
-            students = [student.detach().requires_grad_() for student in students]
+        # Each call has an alias of its own: autograd adds up what flows to the tensors that they are of.
+        given = [calls[place].tensors[name] for place, name in job.students]
+        students = [t.view_as(t) if again else t.detach().requires_grad_() for t in given]
         for (place, name), student in zip(job.students, students, strict=True):
             calls[place].tensors[name] = ops.without_left_out(student, _kept_rows(job, place))
         results = [call.formulas(call.tensors) for call in calls]

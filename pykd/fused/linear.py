@@ -16,7 +16,7 @@ from pykd.definition import ops
 from pykd.fused.point import Value
 
 Factor = float | Tensor
-_MOST_ROWS = 1 << 14
+_MOST_ROWS = 1 << 12
 Results = Sequence[Mapping[str, Tensor]]  # of every kernel call, its outputs by name
 
 
@@ -151,7 +151,7 @@ class Linear:
         if sums is not None and self.pieces[0][0].device.type == "cpu" and not torch.is_grad_enabled():
             # Bit for bit what pykd.fused.eager gives where it knows the way.
             return torch.scalar_tensor(
-                sum(piece.weighted_sum(weight, results) for piece, weight in sums), dtype=torch.float32
+                sum(piece.weighted_sum(weight, results) for piece, weight in sums), dtype=torch.float32, device="cpu"
             )
         total: Tensor | None = None
         for piece, factor in self.pieces:

@@ -190,7 +190,7 @@ def scaled(saved: Tensor, upstream: Tensor) -> Tensor:
     That is where this backward pass frees its graph. Where the graph is kept, backward may come again, and whoever got
     the saved tensor might have written to it by then: that takes a product each time.
     """
-    if not is_plain(upstream) or _graph_is_kept():
+    if not is_plain(upstream) or graph_is_kept():
         return saved * upstream
     if upstream.device.type == "cpu" and upstream.item() == 1.0:  # on a GPU, looking at it would wait for it
         return saved
@@ -222,7 +222,8 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
+    """Whether this backward pass leaves the graph for another one."""
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return asked is None or bool(asked())
 

@@ -1,5 +1,7 @@
 """Distribution distillation: how similar pairs of samples are, matched as distributions."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -215,6 +217,9 @@ class DistributionDistillation(Loss):
     bins: int = whole(default=1000, minimum=2, maximum=10_000)
     width: float = number(default=0.1, above=0.0)
     negatives: str = choice(("hardest", "all"), default="hardest")
+
+    def covered_by_kernel(self, given: Mapping[str, Spec]) -> bool:
+        return self.width >= 0.01  # narrower ones would have to meet a node
 
     def fused(self, kernel: KernelPoint, student_embeddings, teacher_embeddings, labels, *weights):
         tensors = {
