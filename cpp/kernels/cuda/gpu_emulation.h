@@ -64,7 +64,7 @@ struct EmulatedBlock {
     forget();
   }
   void forget() {
-    std::memset(static_cast<void*>(shared.data()), 0xff, shared.size() * sizeof(Words));
+    if (!shared.empty()) std::memset(static_cast<void*>(shared.data()), 0xff, shared.size() * sizeof(Words));
     const std::lock_guard<std::mutex> lock(mail_mutex);
     mail.clear();
   }
