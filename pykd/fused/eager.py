@@ -199,7 +199,7 @@ def finish(calls: Sequence[Call], outputs: Outputs) -> dict[str, Tensor]:
 
 
 class Straight:
-    """A call without anything but the kernels, on the CPU, where all samples of a batch count the same: what most calls are.
+    """A small call without anything but the kernels, on the CPU, where all samples of a batch count the same.
 
     Each output is Σ weight · value over the rows, with weights that never change.
     """
@@ -233,6 +233,8 @@ class Straight:
         if not all(isinstance(output, Linear) and output.even_sums() is not None for output in outputs.values()):
             return False
         for call in calls:
+            if _wants_threads(call):
+                return False
             for name, value in call.tensors.items():
                 if call.kernel.inputs[name].role == "number":
                     if isinstance(value, Tensor):
@@ -291,7 +293,7 @@ class _Run:
         """The sums, and the gradients by the names of the students."""
         inputs = tuple([_memory(tensors[number]) for number in self.inputs])
         gradients = {name: _new_like(inputs[number]) for name, number in self.students} if wanted else {}
-        return self.call.run(inputs, tuple(gradients.values()), torch.get_num_threads()), gradients
+        return self.call.run(inputs, tuple(gradients.values()), 1), gradients
 
 
 def _gradients(call: Call) -> list[str]:
@@ -307,9 +309,11 @@ def _with_rest(output: Tensor | Linear, value: Tensor | None) -> Tensor:
 
 def run(call: Call, weights: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
     """Runs one kernel call, with the weights that are given, for these outputs."""
-    if call.device.type != "cpu":
-        return torch_operators.fused_call(call.kernel.name, call.inputs(weights), call.attributes, outputs)
-    inputs: dict[str, Any] = {}
+    inputs: dict[str, Any]
+    if call.device.type != "cpu" or (_wants_threads(call) and _has_threads_of_torch()):
+        inputs = {name: _memory(tensor) for name, tensor in call.inputs(weights).items()}
+        return torch_operators.fused_call(call.kernel.name, inputs, call.attributes, outputs)
+    inputs = {}
     for name, value in call.tensors.items():
         if call.kernel.inputs[name].role == "number":
             inputs[name] = np.array(float(value), np.float32)
@@ -323,8 +327,28 @@ def run(call: Call, weights: Mapping[str, Tensor], outputs: Sequence[str]) -> di
             results[name] = _new_like(inputs[name.removeprefix("grad_")])
         else:
             results[name] = torch.empty(call.value_of(name).shape, dtype=torch.float32, device="cpu")
-    _core.run_kernel(call.kernel.name, inputs, call.attributes, results, torch.get_num_threads(), 0)
+    threads = torch.get_num_threads() if _wants_threads(call) else 1
+    _core.run_kernel(call.kernel.name, inputs, call.attributes, results, threads, 0)
     return results
+
+
+def _wants_threads(call: Call) -> bool:
+    """Whether it is worth waking other threads: for many numbers, and where every sample meets every other."""
+    many = any(call.tensors[name].numel() > _ALONE for name in call.kernel.differentiable)
+    return many or any(not value.shape for value in call.values)
+
+
+_ALONE = 1 << 18  # numbers that one thread has computed before others are awake
+
+
+@functools.cache
+def _has_threads_of_torch() -> bool:
+    """Whether kernels can have torch's threads. Its idle ones wait for work and hold up others on the same cores."""
+    try:
+        torch_operators.load()
+    except (FileNotFoundError, RuntimeError):
+        return False
+    return True
 
 
 def _memory(tensor: Tensor) -> Tensor:
