@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.compare import multiple
 from benchmarks.gpu.stage import NotRun
 
 
@@ -34,7 +35,7 @@ def error(got: dict[str, Tensor], want: dict[str, Tensor], allowed: Allowed) -> 
     """The largest error of a call, as a multiple of what the folder's tests in C++ allow (vectors_test.cpp says of what)."""
     worst = 0.0
     for name, expected in want.items():
-        values = got[name].detach().cpu().double()
+        values = got[name].detach().cpu()
         if values.shape != expected.shape:
             return math.inf
         if name.startswith("grad_"):
@@ -42,9 +43,7 @@ def error(got: dict[str, Tensor], want: dict[str, Tensor], allowed: Allowed) -> 
             bound = allowed["gradient"] * torch.tensor(0.1 if largest < 1e-9 else max(largest, 0.01))
         else:
             bound = allowed["value"] * (1 + expected.abs())
-        error = (values - expected).abs() / bound
-        same = (values == expected) | (values.isnan() & expected.isnan())
-        worst = max(worst, float(torch.where(same, 0.0, torch.where(error.isnan(), math.inf, error)).max()))
+        worst = max(worst, multiple(values, expected, bound))
     return worst
 
 

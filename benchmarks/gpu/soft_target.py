@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.compare import multiple
 from pykd import kernels
 
 FORMS = ("cross_entropy", "kl", "reverse_kl", "symmetric_kl", "jsd")
@@ -255,12 +256,8 @@ def worst(case: Case, got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> 
     """By output: the largest error as a multiple of what is allowed; infinite where a NaN or an infinity is missing or new."""
     found = {}
     for name, expected_values in want.items():
-        values = got[name].double()
         relative = RELATIVE + (ROUNDING[case.dtype] if name.startswith("grad_") else 0.0)
-        error = (values - expected_values).abs() / (ABSOLUTE + relative * expected_values.abs())
-        same = (values == expected_values) | (values.isnan() & expected_values.isnan())
-        error = torch.where(same, 0.0, torch.where(error.isnan(), math.inf, error))
-        found[name] = float(error.max())
+        found[name] = multiple(got[name], expected_values, ABSOLUTE + relative * expected_values.abs())
     return found
 
 

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.compare import multiple
 from benchmarks.gpu.device import Device, device_of
 from benchmarks.gpu.soft_target import GUARD, POISONS, same_bits
 from benchmarks.gpu.stage import Context
@@ -115,10 +116,7 @@ def error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     for name, expected_values in want.items():
         largest = float(expected_values.abs().nan_to_num(0.0).max())
         bound = 5e-6 * largest + 1e-7 if name == "grad_student" else 2e-6 * (1.0 + largest)
-        values = got[name].double()
-        same = (values == expected_values) | (values.isnan() & expected_values.isnan())
-        found = (values - expected_values).abs() / bound
-        worst = max(worst, float(torch.where(same, 0.0, torch.where(found.isnan(), math.inf, found)).max()))
+        worst = max(worst, multiple(got[name], expected_values, bound))
     return worst
 
 

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.compare import multiple
 from benchmarks.gpu.device import Device, device_of
 from benchmarks.gpu.soft_target import DTYPES, GUARD, POISONS, ROUNDING, placed, same_bits
 from benchmarks.gpu.stage import Context
@@ -114,13 +115,7 @@ def error(case: Case, inputs: dict[str, Tensor], got: dict[str, Tensor], want: d
         "value": 2e-6 * want["value"].abs() + 1e-6,
         "grad_student": (ROUNDING[case.dtype] + 1e-6) * want["grad_student"].abs() + 8e-6 * size + least,
     }
-    worst = 0.0
-    for name, bound in allowed.items():
-        values = got[name].double()
-        same = (values == want[name]) | (values.isnan() & want[name].isnan())
-        found = (values - want[name]).abs() / bound
-        worst = max(worst, float(torch.where(same, 0.0, torch.where(found.isnan(), math.inf, found)).max()))
-    return worst
+    return max(multiple(got[name], want[name], bound) for name, bound in allowed.items())
 
 
 def check(context: Context, device: Device, case: Case) -> None:
