@@ -90,8 +90,7 @@ class Composition(nn.Module, Interface):
                 return eager.evaluate(call, lambda: self._walk(call))
             specs = call.plan.specs
         routing.note_formula("the composition", why, mode)
-        defaults = {name: parameter.default for name, parameter in self.scalars.items()}
-        return compute_outputs(Now(), self, specs, tensors, defaults | numbers)
+        return compute_outputs(Now(), self, specs, tensors, self.all_numbers(numbers))
 
     def _check_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
         specs = self.resolve(tensors)
@@ -101,7 +100,7 @@ class Composition(nn.Module, Interface):
     def _numbers(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Every number of a call: floats, and tensors of those that are learned."""
         given = {name: routing.number(name, self.scalars[name].scalar, value) for name, value in numbers.items()}
-        return {name: parameter.default for name, parameter in self.scalars.items()} | given
+        return self.all_numbers(given)
 
     def _planned(self, tensors: Mapping[str, Tensor], numbers: dict[str, Any]) -> PlannedCall | None:
         """The call, checked, with what is known of such calls; None where a tensor is no ordinary one."""
@@ -194,7 +193,7 @@ class Composition(nn.Module, Interface):
             constants_at: inputs at which to compute what the gradient treats as constant; ``inputs`` where None.
             inputs: NumPy arrays by name.
         """
-        numbers = {name: p.default for name, p in self.scalars.items()} | dict(parameters or {})
+        numbers = self.all_numbers(parameters or {})
         arrays = self._rows(inputs)
         specs = {name: self._spec_of(name, array) for name, array in inputs.items()}
         ignored = [arrays[name] == index for name, index in self.ignore_indices(specs).items()]

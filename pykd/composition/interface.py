@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from pykd.composition.terms import MAX_PARTS, STUDENTS, Parameter, Part, Term
@@ -43,7 +42,6 @@ class Interface:
                 own = part.axes.get(axis, axis)
                 self.least_lengths[own] = max(least, self.least_lengths.get(own, 1))
         self._check_together()
-        self._checked: set[Any] = set()
 
     def resolve(self, tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
         """The Spec of every tensor, after a check that the names are right."""
@@ -66,12 +64,6 @@ class Interface:
             for name, layouts in self.input_layouts.items()
             if name in tensors
         }
-        if not torch.compiler.is_compiling():  # a layout that has been found good is good
-            key = tuple((name, spec.axes, spec.dtype) for name, spec in specs.items())
-            if key not in self._checked:
-                self._check_samples(specs)
-                self._checked.add(key)
-            return specs
         self._check_samples(specs)
         return specs
 
@@ -125,6 +117,10 @@ class Interface:
     def tolerance(self, dtype: str) -> float:
         """The largest factor for errors in a type that a case of its losses declares; see :meth:`pykd.Loss.tolerance`."""
         return max(part.loss.tolerance(dtype) for term in self.named_terms for part in term.parts)
+
+    def all_numbers(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Every number of a call: what is given, and the defaults of the rest."""
+        return {name: parameter.default for name, parameter in self.scalars.items()} | dict(given)
 
     def ignore_indices(self, specs: Mapping[str, Spec]) -> dict[str, int]:
         """The inputs of class indices that may be ignored, with the one that is."""

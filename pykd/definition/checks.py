@@ -3,6 +3,7 @@
 Every message has three parts: what was expected, what came, what to do; and it names the argument.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -164,14 +165,34 @@ def check_range(name: str, tensor: Tensor, limit: int, axis: str, ignore_index: 
         )
 
 
-def check_ranges(specs: Mapping[str, Spec], tensors: Mapping[str, Tensor], ignore_indices: Mapping[str, int]) -> None:
-    """:func:`check_range` for every input that counts along an axis."""
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """An input of indices along an axis."""
+
+    name: str
+    axis: str
+    limit: int  # the length of the axis
+    ignore_index: int | None
+
+
+def counted(
+    specs: Mapping[str, Spec], tensors: Mapping[str, Tensor], ignore_indices: Mapping[str, int]
+) -> list[Counted]:
+    """The inputs that count along an axis."""
     sizes = {
         axis: size for name, spec in specs.items() for axis, size in zip(spec.names, tensors[name].shape, strict=True)
     }
-    for name, spec in specs.items():
-        if spec.index_of is not None:
-            check_range(name, tensors[name], sizes[spec.index_of], spec.index_of, ignore_indices.get(name))
+    return [
+        Counted(name, spec.index_of, sizes[spec.index_of], ignore_indices.get(name))
+        for name, spec in specs.items()
+        if spec.index_of is not None
+    ]
+
+
+def check_ranges(specs: Mapping[str, Spec], tensors: Mapping[str, Tensor], ignore_indices: Mapping[str, int]) -> None:
+    """:func:`check_range` for every input that counts along an axis."""
+    for one in counted(specs, tensors, ignore_indices):
+        check_range(one.name, tensors[one.name], one.limit, one.axis, one.ignore_index)
 
 
 def _dtypes(spec: Spec) -> tuple[torch.dtype, ...]:

@@ -227,10 +227,8 @@ class Loss(_WithFields):
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not self._lists:
             return super().__reduce_ex__(protocol)
-        return _remake, (
-            self._as_declared(),
-            {**self.settings(), "kernels": self.kernels},
-        )  # pickle would not find the class
+        # Pickle would not find the class.
+        return _remake, (self._as_declared(), {**self.settings(), "kernels": self.kernels})
 
     @classmethod
     def grouped(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,12 +291,13 @@ class Loss(_WithFields):
         key = key_of([given.get(name) for name in self.inputs])
         if key is None:
             return None
-        plans: Plans = self.__dict__.setdefault("_plans", Plans())
+        plans: Plans | None = self.__dict__.get("_plans")
+        if plans is None:
+            plans = self.__dict__["_plans"] = Plans()
         known = plans.find(key)
         if known is None:
             specs, tensors = self._check_tensors(given)
-            ignore_index = getattr(self, "ignore_index", None)
-            known = plans.keep(key, specs, tensors, {} if ignore_index is None else dict.fromkeys(specs, ignore_index))
+            known = plans.keep(key, specs, tensors, self._ignored(specs))
         kept = known.check_indices(given)
         numbers = {
             name: getattr(self, name)
@@ -374,12 +373,16 @@ class Loss(_WithFields):
         specs, tensors = self._check_tensors(arguments)
         if not checks.are_data_visible():
             return
-        ignore_index = getattr(self, "ignore_index", None)
-        checks.check_ranges(specs, tensors, {} if ignore_index is None else dict.fromkeys(specs, ignore_index))
+        checks.check_ranges(specs, tensors, self._ignored(specs))
         for name, declared in self.scalars.items():
             value = arguments.get(name)
             if value is not None:
                 declared.check(name, value)
+
+    def _ignored(self, specs: Mapping[str, Spec]) -> dict[str, int]:
+        """The index that is ignored, for every input that could hold it."""
+        ignore_index = getattr(self, "ignore_index", None)
+        return {} if ignore_index is None else dict.fromkeys(specs, ignore_index)
 
     def _check_tensors(self, arguments: Mapping[str, object]) -> tuple[dict[str, Spec], dict[str, Tensor]]:
         """The layout of every tensor that is there, and the tensors, after a check of all but their numbers."""

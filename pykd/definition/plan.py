@@ -17,16 +17,6 @@ from pykd.definition.spec import Spec
 _MOST = 256  # plans that are kept; a loss that sees more shapes than these plans anew
 
 
-@dataclasses.dataclass(frozen=True)
-class Counted:
-    """An input of indices along an axis."""
-
-    name: str
-    axis: str
-    limit: int  # the length of the axis
-    ignore_index: int | None
-
-
 @dataclasses.dataclass
 class Plan:
     """One combination of shapes, types and devices.
@@ -41,7 +31,7 @@ class Plan:
     """
 
     specs: dict[str, Spec]
-    counted: Sequence[Counted]
+    counted: Sequence[checks.Counted]
     refusal: str | None = None
     alone: bool = False
     ways: dict[Any, Any] = dataclasses.field(default_factory=dict)
@@ -112,17 +102,7 @@ class Plans:
             tensors: the inputs.
             ignore: the ignored index of inputs that have one.
         """
-        lengths = {
-            axis: length
-            for name, spec in specs.items()
-            for axis, length in zip(spec.names, tensors[name].shape, strict=True)
-        }
-        counted = [
-            Counted(name, spec.index_of, lengths[spec.index_of], ignore.get(name))
-            for name, spec in specs.items()
-            if spec.index_of is not None
-        ]
-        plan = Plan(specs, counted)
+        plan = Plan(specs, checks.counted(specs, tensors, ignore))
         if len(self._plans) >= _MOST:
             self._plans = {}
         self._plans[key] = plan

@@ -39,7 +39,7 @@ evaluator: Evaluator | None = None
 _default = "auto"
 _block: contextvars.ContextVar[str | None] = contextvars.ContextVar("pykd_kernels", default=None)
 _ran: contextvars.ContextVar["Ran | None"] = contextvars.ContextVar("pykd_ran", default=None)
-_GRAD_TYPES = (Tensor, torch.nn.Parameter)
+_ORDINARY = (Tensor, torch.nn.Parameter)
 
 
 class Ran:
@@ -138,7 +138,7 @@ def obstacle() -> str:
 
 def is_ordinary(tensor: Any) -> bool:
     """Whether it is a tensor with memory of its own, and nothing that stands for one."""
-    return type(tensor) in _GRAD_TYPES
+    return type(tensor) in _ORDINARY
 
 
 def number(name: str, scalar: Any, value: Any) -> Any:
