@@ -106,7 +106,7 @@ dlpack::VersionedTensor* exchanged(py::handle object, const Facts& facts) {
     return nullptr;
   }
   // Others' `__dlpack__` makes CUDA's default stream wait for theirs. Torch's work is put in order before we are asked
-  // (pykd/runtime.py, pykd/fused/library.py), and an event on the default stream would end a capture under way.
+  // (pykd/runtime.py, pykd/kernels.py), and an event on the default stream would end a capture under way.
   const bool in_order = facts.is_torchs || tensor->tensor.device.type == dlpack::kCpu;
   if (tensor->major == dlpack::kMajor && in_order) return tensor;
   if (tensor->deleter != nullptr) tensor->deleter(tensor);

@@ -17,7 +17,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -313,14 +312,10 @@ def run(call: Call, weights: Mapping[str, Tensor], outputs: Sequence[str]) -> di
     if call.device.type != "cpu" or (_wants_threads(call) and _has_threads_of_torch()):
         inputs = {name: _memory(tensor) for name, tensor in call.inputs(weights).items()}
         return torch_operators.fused_call(call.kernel.name, inputs, call.attributes, outputs)
-    inputs = {}
-    for name, value in call.tensors.items():
-        if call.kernel.inputs[name].role == "number":
-            inputs[name] = np.array(float(value), np.float32)
-        else:
-            inputs[name] = _memory(value)
-    for name, value in weights.items():
-        inputs[name] = value.contiguous()
+    inputs = {
+        name: float(value) if call.kernel.inputs[name].role == "number" else _memory(value)
+        for name, value in (*call.tensors.items(), *weights.items())
+    }
     results = {}
     for name in outputs:
         if name.startswith("grad_"):
@@ -328,7 +323,7 @@ def run(call: Call, weights: Mapping[str, Tensor], outputs: Sequence[str]) -> di
         else:
             results[name] = torch.empty(call.value_of(name).shape, dtype=torch.float32, device="cpu")
     threads = torch.get_num_threads() if _wants_threads(call) else 1
-    _core.run_kernel(call.kernel.name, inputs, call.attributes, results, threads, 0)
+    kernels.run(call.kernel.name, inputs, call.attributes, results, threads, cuda_stream=0)
     return results
 
 

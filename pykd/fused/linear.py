@@ -5,6 +5,7 @@ A loss is linear in what its kernel returns: it reduces values over the samples,
 kernel wants beforehand, d(loss)/d(value), and afterwards the loss itself.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -64,18 +65,14 @@ class Reduced:
             values = ops.at_least_0(values)
         if self.samples:
             values = values.reshape(self.samples)
-        return ops.reduce(values, None, self.reduction) if self.weight is None else self._weighted(values, self.weight)
-
-    def _weighted(self, values: Tensor, weight: Tensor) -> Tensor:
-        weighted = ops.product_or_zero(weight, values)
-        return weighted if self.reduction == "none" else weighted.sum()
+        return ops.reduce(values, self.weight, self.reduction)
 
     def weights(self, upstream: Factor) -> Tensor:
         """d(loss)/d(value) of every row, as the kernel takes it, for d(loss)/d(this)."""
         shape = self.source.shape
         if self.weight is None:
             if self.reduction == "mean":
-                upstream = upstream / max(1, _product(shape))
+                upstream = upstream / max(1, math.prod(shape))
             if isinstance(upstream, Tensor):
                 return upstream.to(torch.float32).reshape(shape) if upstream.dim() else upstream.float().expand(shape)
             return torch.full(shape, upstream, dtype=torch.float32, device=self.device)
@@ -114,6 +111,7 @@ class Linear:
         if weight is not None:
             _refuse_gradient(weight)
             weight = ops.shares(weight.to(torch.float32), reduction, count)
+            reduction = "sum" if reduction == "mean" else reduction  # of each one's share
         return self.changed(weight=weight, reduction=reduction)
 
     def changed(self, **changes: Any) -> "Linear":
@@ -182,10 +180,3 @@ def _refuse_gradient(weight: Tensor) -> None:
 
 _ADD = frozenset([torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__])
 _MULTIPLY = frozenset([torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__])
-
-
-def _product(shape: Sequence[int]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
