@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pykd.composition import compose as compose
     from pykd.config import onnxruntime_ops_path as onnxruntime_ops_path
     from pykd.config import torch_ops_path as torch_ops_path
+    from pykd.definition import Alias as Alias
     from pykd.definition import Case as Case
     from pykd.definition import Loss as Loss
     from pykd.definition import Scalar as Scalar
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from pykd.runtime import load as load
 
 _HOME = {
+    "Alias": "pykd.definition",
     "Case": "pykd.definition",
     "Composition": "pykd.composition",
     "DistillationLoss": "pykd.composition",

@@ -1,6 +1,8 @@
 """A loss is found by its name, its class's and its aliases, whatever their case, and no two losses share one."""
 
 import inspect
+import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -8,22 +10,32 @@ import pytest
 import pykd
 import pykd.losses
 from pykd import command_line, recipe
-from pykd.definition import Loss, Spec, registry
+from pykd.definition import Alias, Loss, Spec, registry
 from tests.test_settings import declare
 
 CASES = (str, str.upper, str.lower, str.swapcase, lambda name: name.replace("_", "-"))
 
 
 def test_every_name_finds_the_loss(loss_class, capsys):
+    plain = type(loss_class())
     for name in (loss_class.name, loss_class.__name__, *loss_class.aliases):
+        means = name.settings if isinstance(name, Alias) else {}
         for changed in {change(name) for change in CASES}:
-            assert pykd.get(changed) is loss_class
+            found = pykd.get(changed)
+            assert found is loss_class or (means and issubclass(found, loss_class) and found is pykd.get(name))
+        made = pykd.get(name)()
+        assert type(made) is plain and made.settings() == loss_class(**means).settings()
     for alias in loss_class.aliases:
         (term,) = recipe.build({"loss": alias}).named_terms
-        assert type(term.parts[0].loss) is loss_class
+        loss = term.parts[0].loss
+        means = alias.settings if isinstance(alias, Alias) else {}
+        assert type(loss) is plain and loss.settings() == loss_class(**means).settings()
         assert command_line.main(["show", alias]) == 0
         shown = capsys.readouterr().out
-        assert shown.startswith(f"{loss_class.__name__}(") and f"Also called: {', '.join(loss_class.aliases)}" in shown
+        assert shown.startswith(f"{loss_class.__name__}(") and f"Also called: {loss_class.aliases[0]}" in shown
+        for name, value in means.items():
+            assert re.search(rf"{name}: \w+ = {re.escape(repr(value))}", shown.splitlines()[0])
+            assert re.search(rf"{alias} \(.*{name}={re.escape(repr(value))}", shown.splitlines()[-1])
 
 
 def test_the_family_is_the_folder(loss_class):
@@ -71,6 +83,30 @@ def test_a_name_that_is_taken_is_refused():
 def test_aliases_are_a_tuple():
     with pytest.raises(TypeError, match="expected the aliases of ALoss as a tuple, got 'X'; add a comma"):
         declare(good, aliases="X")
+
+
+def test_an_alias_chooses_settings():
+    chosen = pykd.get("rkl")
+    loss = chosen(temperature=3.0, kernels="off")
+    assert type(loss) is pykd.SoftTarget and loss.kernels == "off"
+    assert repr(loss) == repr(pykd.SoftTarget(3.0, form="reverse_kl"))
+    assert repr(pickle.loads(pickle.dumps(loss))) == repr(loss)
+    assert chosen(2.0, True, "kl").form == chosen(form="kl").form == "kl"  # what is said goes before it
+    with pytest.raises(TypeError, match="expected the settings of SoftTarget .*, got the unknown heat; pass"):
+        chosen(heat=1.0)
+    with pytest.raises(ValueError, match="expected form to be one of .*, got 'all'; pass"):
+        chosen(form="all")
+    (term,) = recipe.build({"loss": "R-KL", "settings": {"temperature": 4.0}}).named_terms
+    assert recipe.build({"loss": "RKL"}).recipe()["settings"]["form"] == "reverse_kl" == term.parts[0].loss.form
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [({"colour": 1}, "expected the settings of ALoss"), ({"reduction": "max"}, "expected reduction to be one of")],
+)
+def test_what_an_alias_chooses_is_a_setting(settings, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        declare(good, aliases=(Alias("one-that-is-free", **settings),))
 
 
 def test_an_unknown_name_says_which_there_are():

@@ -38,12 +38,13 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from pykd.definition import get
+    from pykd.definition import Alias, get
 
     cls = get(options.loss)
     print(f"{cls.__name__}{inspect.signature(cls)}\n\n{inspect.getdoc(cls)}")
     if cls.aliases:
-        print(f"\nAlso called: {', '.join(cls.aliases)}")
+        names = (name.described() if isinstance(name, Alias) else name for name in cls.aliases)
+        print(f"\nAlso called: {', '.join(names)}")
 
 
 def _table(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Optional, cast
 
 from torch import Tensor, fx, nn
@@ -30,8 +31,8 @@ class Loss(_WithFields):
     Attributes:
         name: how it is called in recipes, files and tables. Set by :func:`register`.
         family: the folder of ``pykd/losses`` that its file lies in; empty for a file elsewhere. Set by :func:`register`.
-        aliases: what papers and other libraries call it: ``("KD", "DistillKL")``. :func:`pykd.get`, recipes and the command
-            line find it by these, too.
+        aliases: what papers and other libraries call it: ``("KD", Alias("RKL", form="reverse_kl"))``. :func:`pykd.get`, recipes and
+            the command line find it by these, too; an :class:`Alias` brings settings with it, as defaults.
         inputs: tensors by name, in the order in which the formula takes them; a tuple of Specs where one input may take
             several forms (class indices or probabilities; vectors, tokens or maps). In a call any two inputs agree on the axes
             that both can have, and all layers of a list on one form.
@@ -124,6 +125,20 @@ class Loss(_WithFields):
             for name, setting in cls._settings.items()
         ]
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+
+    @classmethod
+    def with_defaults(cls, settings: Mapping[str, Any]) -> "type[Loss]":
+        """The class with other defaults. What it makes are instances of the class itself, which know nothing of it."""
+        changed = {name: replace(cls._settings[name], default=value) for name, value in settings.items()}
+
+        def make(kind: type[Loss], *args: Any, **given: Any) -> Loss:
+            kernels = given.pop("kernels", None)
+            named = cls._by_name("the settings", tuple(cls._settings), args, given)
+            return cls(**{**settings, **named}, kernels=kernels)
+
+        namespace = {**cls._settings, **changed, "__new__": make, "__module__": cls.__module__, "__doc__": cls.__doc__}
+        made: type[Loss] = type(cls.__name__, (cls,), namespace)
+        return made
 
     @classmethod
     def takes(cls, formula: Callable[..., Tensor]) -> None:

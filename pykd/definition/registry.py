@@ -1,5 +1,6 @@
 """The registry: exporters, tests, tables, benchmarks and the command line find every loss here, and name none."""
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from pykd.definition.loss import Loss
-from pykd.definition.spec import Case
+from pykd.definition.spec import Alias, Case
 
 _HOME = "pykd.losses"
 _LOSSES: dict[str, type[Loss]] = {}
@@ -22,7 +23,7 @@ def register(name: str) -> Callable[[L], L]:
         if isinstance(cls.aliases, str):
             raise TypeError(f"expected the aliases of {cls.__qualname__} as a tuple, got {cls.aliases!r}; add a comma")
         for called in (name, cls.__name__, *cls.aliases):
-            known = _find(called)
+            known, _ = _find(called)
             if known is not None and (known.name, known.__qualname__) != (name, cls.__qualname__):
                 raise ValueError(
                     f"expected a new name for {cls.__module__}.{cls.__qualname__}, got {called!r}, which "
@@ -42,6 +43,7 @@ def register(name: str) -> Callable[[L], L]:
                 f"expected a function {name} beside {cls.__qualname__}, got none; see pykd/losses/_template.py"
             )
         cls.takes(formula)
+        _check_settings(cls)
         cls.name = name
         home, _, file = cls.__module__.removeprefix(f"{_HOME}.").rpartition(".")
         cls.family = home if cls.__module__.startswith(f"{_HOME}.") and file else ""
@@ -74,16 +76,32 @@ def is_registered(name: str) -> bool:
 
 
 def get(name: str) -> type[Loss]:
-    """The loss class called ``name``: by its own name, its class's, or an alias; capitals, ``-`` and ``_`` do not count."""
-    found = _find(name)
+    """The loss class called ``name``: by its own name, its class's, or an alias; capitals, ``-`` and ``_`` do not count.
+
+    Where an alias means settings (``"RKL"``: ``form="reverse_kl"``), this is the class with these as its defaults; what it makes are
+    instances of the class itself.
+    """
+    found, alias = _find(name)
     if found is None:
         load_all()
-        found = _find(name)
+        found, alias = _find(name)
     if found is None:
         raise ValueError(
             f"expected the name of a loss ({', '.join(registered())}) or an alias, got {name!r}; `pykd list` shows all of them"
         )
-    return found
+    return found if alias is None else _with_defaults(found, alias)
+
+
+@functools.cache
+def _with_defaults(cls: type[Loss], alias: Alias) -> type[Loss]:
+    return cls.with_defaults(alias.settings)
+
+
+def _check_settings(cls: type[Loss]) -> None:
+    """The settings that aliases mean are settings of the class, and allowed."""
+    for alias in cls.aliases:
+        if isinstance(alias, Alias):
+            cls(**alias.settings)
 
 
 def search(words: Iterable[str]) -> dict[str, list[type[Loss]]]:
@@ -105,14 +123,16 @@ def every_case() -> Iterator[tuple[type[Loss], Case]]:
             yield cls, case
 
 
-def _find(called: str) -> type[Loss] | None:
+def _find(called: str) -> tuple[type[Loss] | None, Alias | None]:
+    """The loss, and the alias by which it was called where that means settings."""
     if called in _LOSSES:
-        return _LOSSES[called]
+        return _LOSSES[called], None
     key = _plain(called)
     for cls in _LOSSES.values():
-        if key in map(_plain, (cls.name, cls.__name__, *cls.aliases)):
-            return cls
-    return None
+        for name in (cls.name, cls.__name__, *cls.aliases):
+            if key == _plain(name):
+                return cls, name if isinstance(name, Alias) else None
+    return None, None
 
 
 def _plain(name: str) -> str:

@@ -160,6 +160,25 @@ def forms(samples: str, layouts: Mapping[str, Sequence[Spec]], optional: Set[str
     )
 
 
+class Alias(str):
+    """Another name of a loss, together with the settings that it means: ``Alias("RKL", form="reverse_kl")``.
+
+    Attributes:
+        settings: arguments of the constructor that are the defaults where the loss is called by this name.
+    """
+
+    settings: Mapping[str, Any]
+
+    def __new__(cls, name: str, **settings: Any) -> "Alias":
+        made = super().__new__(cls, name)
+        made.settings = settings
+        return made
+
+    def described(self) -> str:
+        """The name, and what it sets."""
+        return f"{self} ({', '.join(f'{name}={value!r}' for name, value in self.settings.items())})"
+
+
 @dataclasses.dataclass(frozen=True)
 class Scalar:
     """A setting that can change in every call without a new export: a temperature, a weight."""

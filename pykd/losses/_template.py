@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, ops, register, scalar
+from pykd.definition import Alias, Case, Loss, Properties, Spec, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples
 
 
@@ -74,8 +74,8 @@ class Template(Loss):
     #    class is too few; sample_axes, where a sample may also be one token of a sequence: soft_target.py), with what they hold
     #    (draw; layers, where it is a list), and which of the teacher's tensors each of the student's is compared with (like);
     #    the settings to test, every one of them off its default somewhere (tests reduce and weigh by themselves); what else
-    #    the loss is called (abbreviations of papers, classes of other libraries); and the settings themselves, of which the
-    #    constructor is made: scalar (may change in every call), number, whole, choice, flag. They have the names, the order
+    #    the loss is called (abbreviations of papers, classes of other libraries; a name that means settings off their default
+    #    brings them: Alias("RKL", form="reverse_kl")); and the settings themselves, of which the constructor is made: scalar (may change in every call), number, whole, choice, flag. They have the names, the order
     #    and the defaults that the formula has.
     inputs = {
         "student_logits": Spec("batch classes", grad=True, draw="logits", like="teacher_logits"),
@@ -86,7 +86,7 @@ class Template(Loss):
         Case(),
         Case({"temperature": 2.0, "reduction": "sum"}, optional=("sample_weight",)),
     )
-    aliases = ("TemplateLoss",)
+    aliases = ("TemplateLoss", Alias("TemplateLossT4", temperature=4.0))
     paper = "Brier 1950"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)

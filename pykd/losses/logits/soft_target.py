@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, choice, flag, number, ops, register, scalar
+from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, flag, number, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples, rows
 from pykd.fused.description import KernelPoint
 from pykd.losses.logits._shared import KERNEL
@@ -192,12 +192,25 @@ class SoftTarget(Loss):
     aliases = (
         "KD",
         "ST",
-        "KDLoss",
-        "DistillKL",
-        "KLDivergence",
-        "LogitsDistillationLoss",
         "KDSoftCELoss",
         "kd_ce_loss",
+        Alias("KDLoss", form="kl", tau_squared=True),
+        Alias("DistillKL", form="kl", tau_squared=True),
+        Alias("KLDivergence", form="kl", tau_squared=True),
+        Alias("LogitsDistillationLoss", form="kl", tau_squared=True),
+        Alias("FKL", form="kl"),
+        Alias("KLD", form="kl"),
+        Alias("forward_kl", form="kl"),
+        Alias("ForwardKLLoss", temperature=1.0),  # the cross-entropy
+        Alias("RKL", form="reverse_kl"),
+        Alias("reverse_kl", form="reverse_kl"),
+        Alias("ReverseKLLoss", form="reverse_kl", temperature=1.0),
+        Alias("symmetric_kl", form="symmetric_kl"),
+        Alias("SymmetricKLLoss", form="symmetric_kl", temperature=1.0),
+        Alias("JSD", form="jsd"),
+        Alias("GJSD", form="jsd"),
+        Alias("GKD", form="jsd", temperature=1.0),
+        Alias("generalized_jsd_loss", form="jsd", temperature=1.0),
     )
     paper = "Hinton, Vinyals, Dean 2015, arXiv:1503.02531"
 
