@@ -1,6 +1,5 @@
 """The registry: exporters, tests, tables, benchmarks and the command line find every loss here, and name none."""
 
-import functools
 import importlib
 import inspect
 import pkgutil
@@ -13,6 +12,7 @@ from pykd.definition.spec import Alias, Case
 
 _HOME = "pykd.losses"
 _LOSSES: dict[str, type[Loss]] = {}
+_WITH_SETTINGS: dict[tuple[type[Loss], Alias], type[Loss]] = {}  # by aliases that choose some
 L = TypeVar("L", bound=type[Loss])
 
 
@@ -89,12 +89,11 @@ def get(name: str) -> type[Loss]:
         raise ValueError(
             f"expected the name of a loss ({', '.join(registered())}) or an alias, got {name!r}; `pykd list` shows all of them"
         )
-    return found if alias is None else _with_defaults(found, alias)
-
-
-@functools.cache
-def _with_defaults(cls: type[Loss], alias: Alias) -> type[Loss]:
-    return cls.with_defaults(alias.settings)
+    if alias is None:
+        return found
+    if (found, alias) not in _WITH_SETTINGS:
+        _WITH_SETTINGS[found, alias] = found.with_defaults(alias.settings)
+    return _WITH_SETTINGS[found, alias]
 
 
 def _check_settings(cls: type[Loss]) -> None:
