@@ -56,8 +56,8 @@ demo: build ## train teacher and students on the digits, in Python and C++, and 
 	$(PY) -m pykd demo
 
 .PHONY: readme
-readme: tested-build $(VECTORS) ## renew what is generated: parts of README.md, the stubs of the losses
-	$(PY) scripts/stubs
+readme: tested-build $(VECTORS) ## renew what is generated: parts of README.md and docs/losses.md, the stubs of the losses
+	$(PY) scripts/generate
 	$(PY) scripts/readme
 
 .PHONY: bench

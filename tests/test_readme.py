@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pykd.command_line import table
 from pykd.definition import registry
 from pykd.export.verification import LIMITS
 
@@ -31,12 +32,33 @@ def test_generated_parts_are_up_to_date():
         )
 
 
-def test_the_table_of_errors_names_every_loss_and_no_error_beyond_the_limits():
-    table = TEXT.split("<!-- pykd:how-close -->")[1].split("<!-- /pykd:how-close -->")[0]
+def test_the_tables_of_losses_are_up_to_date():
+    for path, part in ((ROOT / "README.md", "losses"), (ROOT / "docs" / "losses.md", "catalogue")):
+        assert f"<!-- pykd:{part} -->" in path.read_text(encoding="utf-8")
+        assert not table.stale(path), f"{path.name} is out of date; run `scripts/generate`"
+
+
+def test_every_loss_is_in_the_tables():
     registry.load_all()
-    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(registry.registered()), "run `make readme`"
-    pairs = re.findall(r"(\d+e[+-]\d+), (\d+e[+-]\d+)", table)
-    assert len(pairs) == 4 * len(registry.registered())
+    families, catalogue = table.families(), table.catalogue()
+    for name, cls in registry.registered().items():
+        (line,) = [line for line in families.splitlines() if f" `{name}` " in line]
+        assert line.startswith(f"| {cls.family or 'elsewhere'} |")
+        (line,) = [line for line in catalogue.splitlines() if line.startswith(f"| `{name}` |")]
+        assert cls.paper in line and all(alias in line for alias in cls.aliases)
+
+
+@pytest.mark.parametrize(("path", "part"), [("README.md", "how-close"), ("docs/losses.md", "how-close-each")])
+def test_the_tables_of_errors_name_what_there_is_and_no_error_beyond_the_limits(path, part):
+    text = (
+        (ROOT / path).read_text(encoding="utf-8").split(f"<!-- pykd:{part} -->")[1].split(f"<!-- /pykd:{part} -->")[0]
+    )
+    registry.load_all()
+    known = registry.registered()
+    rows = re.findall(r"^\| `(\w+)`", text, re.MULTILINE)
+    assert rows and set(rows) <= (set(known) if part == "how-close-each" else {cls.family for cls in known.values()})
+    pairs = re.findall(r"(\d+e[+-]\d+), (\d+e[+-]\d+)", text)
+    assert len(pairs) == 4 * len(rows)
     most_value, most_gradient = LIMITS["float32"]
     assert all(float(value) <= most_value and float(gradient) <= most_gradient for value, gradient in pairs)
 

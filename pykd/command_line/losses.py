@@ -15,9 +15,9 @@ def add(commands: Any) -> None:
     show.add_argument("loss", help="its name or an alias, as `pykd list` prints them")
     show.set_defaults(run=_show)
 
-    table = commands.add_parser("table", help="the generated parts of the README")
-    table.add_argument("--write", type=Path, metavar="README", help="write them into this file")
-    table.add_argument("--check", type=Path, metavar="README", help="exit with 1 where this file is out of date")
+    table = commands.add_parser("table", help="the generated parts of the README and docs/losses.md")
+    table.add_argument("--write", type=Path, metavar="FILE", help="renew those that this file has")
+    table.add_argument("--check", type=Path, metavar="FILE", help="exit with 1 where this file is out of date")
     table.set_defaults(run=_table)
 
 

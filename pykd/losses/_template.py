@@ -1,7 +1,7 @@
 """Copy this file to ``pykd/losses/<family>/<name>.py`` and fill it in; nothing else needs to know of the new loss.
 
-Then: ``pytest --loss <name>`` runs every check, ``pykd table --write README.md`` renews the table of losses,
-``scripts/stubs`` what editors and type checkers read.
+Then: ``pytest --loss <name>`` runs every check, ``scripts/generate`` renews the tables of losses, and what editors and type
+checkers read of them.
 (Files that start with an underscore are not loaded; a test runs this one as it stands.)
 """
 
