@@ -105,6 +105,68 @@ def expectation(probabilities: Tensor, x: Tensor) -> Tensor:
     return (probabilities * kept).sum(dim=-1)
 
 
+def soften(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature in the compute type, of which a softmax is to be taken.
+
+    Below T = 1 the quotient grows, and its rounding with it: there the logits are relative to the largest before. From 1 on
+    it rounds no more than the logits themselves were. In a file the temperature is an input and may be any.
+    """
+    logits = upcast(logits)
+    if not (isinstance(temperature, float) and temperature >= 1.0):
+        logits = logits - logits.detach().amax(dim=-1, keepdim=True)
+    return logits / temperature
+
+
+def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """log(q / p), finite: a class with less than e⁻⁸⁰ counts for nothing beside the others."""
+    return log_q.clamp(min=-80.0) - log_p.clamp(min=-80.0)
+
+
+def mean_of_logs(q: Tensor, logs: Tensor) -> Tensor:
+    """Σ q · logs of probabilities q that have a gradient, too.
+
+    That gradient is a difference of the logarithms from their mean. Moved by their mean beforehand, which changes no
+    value and no gradient (Σ q = 1), they keep the digits that large logarithms would lose.
+    """
+    mean = expectation(q.detach(), logs.detach()).unsqueeze(-1)
+    shift = torch.where(mean.abs() < 1e30, mean, torch.zeros_like(mean))
+    return expectation(q, logs - shift) + shift.squeeze(-1)
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p‖q) over the last axis, at least 0, of a constant p.
+
+    Args:
+        log_p: the teacher's log-probabilities; constant.
+        log_q: the student's.
+        temperature: that both were softened by, on which it depends how exactly they differ.
+    """
+    p = torch.exp(log_p)
+    return negative_of(expectation(p, log_q - log_p), _rounding(p, log_p, log_q, temperature))
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(q‖p) over the last axis, at least 0, of a constant p; the arguments are those of :func:`forward_kl`."""
+    value = mean_of_logs(torch.exp(log_q), log_q - log_p)
+    rounding = _rounding(torch.exp(log_p), log_p, log_q, temperature)
+    return at_least_0(value if rounding is None else value - rounding)
+
+
+def _rounding(p: Tensor, log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor | None:
+    """Σ (q − p): 0, but for the rounding of the two normalisers, which it takes out of Σ p (log p − log q).
+
+    At a high temperature p and q are almost equal, and each one's own rounding is more than T² before the divergence
+    allows: there the difference comes from the logarithms, too. In a file the temperature is an input and may be any.
+    Below that float64 has digits to spare, and there is nothing to correct: None.
+    """
+    if isinstance(temperature, float) and temperature <= 8.0:
+        if p.dtype == torch.float64:
+            return None
+        return (torch.exp(log_q.detach()) - p).sum(dim=-1)
+    q = torch.exp(log_q.detach())
+    return ((p + q) * torch.tanh(log_ratio(log_p, log_q.detach()) / 2)).sum(dim=-1)
+
+
 def reduce(values: Tensor, weight: Tensor | None, reduction: str, count: Tensor | None = None) -> Tensor:
     """Reduces one value per sample, in the last line of a loss.
 

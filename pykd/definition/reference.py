@@ -13,6 +13,18 @@ def log_softmax(logits: Any) -> np.ndarray:
     return np.asarray(shifted - np.log(np.exp(shifted).sum()))
 
 
+def expectation(log_probabilities: Any, terms: Any) -> float:
+    """Σ p · term of two rows, where a probability of 0 takes its term out, even an infinite one."""
+    pairs = zip(np.exp(log_probabilities), terms, strict=True)
+    return float(sum(p * term for p, term in pairs if p != 0))
+
+
+def divergence(log_p: Any, log_q: Any) -> float:
+    """KL(p‖q) = Σ p (log p − log q) of two rows."""
+    pairs = zip(log_p, log_q, strict=True)
+    return float(sum(np.exp(p) * (p - q) for p, q in pairs if np.exp(p) != 0))
+
+
 def rows(array: Any, axes: int) -> np.ndarray:
     """An array with one row per sample: its last ``axes`` axes are kept, those before become one."""
     shape = np.shape(array)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, flag, number, ops, register, scalar
-from pykd.definition.reference import log_softmax, reduce_samples, rows
+from pykd.definition.reference import divergence, expectation, log_softmax, reduce_samples, rows
 from pykd.fused.description import KernelPoint
 from pykd.losses.logits._shared import KERNEL
 
@@ -18,70 +18,24 @@ def soft_target_rows(
     student: Tensor, teacher: Tensor, temperature: float, form: str, soften_student: bool, beta: float
 ) -> Tensor:
     """One value per row, at least 0; see :class:`SoftTarget`."""
-    softened = _softened(teacher.detach(), temperature)
-    log_q = torch.log_softmax(_softened(student, temperature) if soften_student else ops.upcast(student), dim=-1)
+    softened = ops.soften(teacher.detach(), temperature)
+    log_q = torch.log_softmax(ops.soften(student, temperature) if soften_student else ops.upcast(student), dim=-1)
     if form == "cross_entropy":
         return ops.negative_of(ops.expectation(torch.softmax(softened, dim=-1), log_q))
     log_p = torch.log_softmax(softened, dim=-1)
-    p = torch.exp(log_p)
     if form == "kl":
-        return ops.negative_of(ops.expectation(p, log_q - log_p), _rounding(p, log_p, log_q, temperature))
-    q = torch.exp(log_q)
+        return ops.forward_kl(log_p, log_q, temperature)
     if form == "reverse_kl":
-        value = _mean_of_logs(q, log_q - log_p)
-        rounding = _rounding(p, log_p, log_q, temperature)
-        return ops.at_least_0(value if rounding is None else value - rounding)
+        return ops.reverse_kl(log_p, log_q, temperature)
+    p, q = torch.exp(log_p), torch.exp(log_q)
     if form == "symmetric_kl":
         forward = ops.expectation(p, log_q - log_p)
-        return ops.at_least_0((_mean_of_logs(q, log_q - log_p) - forward) / 2)
+        return ops.at_least_0((ops.mean_of_logs(q, log_q - log_p) - forward) / 2)
     # KL(p‖m) and KL(q‖m) by log(m / p) and log(m / q), of which little is left where p and q are almost equal.
-    log_ratio = _log_ratio(log_p, log_q)
+    log_ratio = ops.log_ratio(log_p, log_q)
     teacher_side = p * torch.log1p((1 - beta) * torch.expm1(log_ratio))
     student_side = q * torch.log1p(beta * torch.expm1(-log_ratio))
     return ops.negative_of(beta * teacher_side.sum(dim=-1) + (1 - beta) * student_side.sum(dim=-1))
-
-
-def _rounding(p: Tensor, log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor | None:
-    """Σ (q − p): 0, but for the rounding of the two normalisers, which it takes out of Σ p (log p − log q).
-
-    At a high temperature p and q are almost equal, and each one's own rounding is more than T² before the divergence
-    allows: there the difference comes from the logarithms, too. In a file the temperature is an input and may be any.
-    Below that float64 has digits to spare, and there is nothing to correct: None.
-    """
-    if isinstance(temperature, float) and temperature <= 8.0:
-        if p.dtype == torch.float64:
-            return None
-        return (torch.exp(log_q.detach()) - p).sum(dim=-1)
-    q = torch.exp(log_q.detach())
-    return ((p + q) * torch.tanh(_log_ratio(log_p, log_q.detach()) / 2)).sum(dim=-1)
-
-
-def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log(q / p), finite: a class with less than e⁻⁸⁰ counts for nothing beside the others."""
-    return log_q.clamp(min=-80.0) - log_p.clamp(min=-80.0)
-
-
-def _softened(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature, of which a softmax is to be taken.
-
-    Below T = 1 the quotient grows, and its rounding with it: there the logits are relative to the largest before. From 1 on
-    it rounds no more than the logits themselves were. In a file the temperature is an input and may be any.
-    """
-    logits = ops.upcast(logits)
-    if not (isinstance(temperature, float) and temperature >= 1.0):
-        logits = logits - logits.detach().amax(dim=-1, keepdim=True)
-    return logits / temperature
-
-
-def _mean_of_logs(q: Tensor, logs: Tensor) -> Tensor:
-    """Σ q · logs of probabilities q that have a gradient, too.
-
-    That gradient is a difference of the logarithms from their mean. Moved by their mean beforehand, which changes no
-    value and no gradient (Σ q = 1), they keep the digits that large logarithms would lose.
-    """
-    mean = ops.expectation(q.detach(), logs.detach()).unsqueeze(-1)
-    shift = torch.where(mean.abs() < 1e30, mean, torch.zeros_like(mean))
-    return ops.expectation(q, logs - shift) + shift.squeeze(-1)
 
 
 def _reduce(
@@ -254,26 +208,16 @@ class SoftTarget(Loss):
             log_q = log_softmax(s / self.temperature if self.soften_student else s)
             log_p = log_softmax(t / self.temperature)
             value = {
-                "cross_entropy": lambda p, q: -_sum(p, q),
-                "kl": _divergence,
-                "reverse_kl": lambda p, q: _divergence(q, p),
-                "symmetric_kl": lambda p, q: (_divergence(p, q) + _divergence(q, p)) / 2,
+                "cross_entropy": lambda p, q: -expectation(p, q),
+                "kl": divergence,
+                "reverse_kl": lambda p, q: divergence(q, p),
+                "symmetric_kl": lambda p, q: (divergence(p, q) + divergence(q, p)) / 2,
                 "jsd": lambda p, q: _jensen_shannon(p, q, self.beta),
             }[self.form](log_p, log_q)
             values.append(value * (self.temperature**2 if self.tau_squared else 1.0))
         return reduce_samples(values, sample_weight, self.reduction, np.shape(student_logits)[:-1])
 
 
-def _sum(log_weights, terms):
-    """Σ exp(log_weight) · term, where a weight of 0 takes its term out."""
-    return sum(np.exp(lw) * term for lw, term in zip(log_weights, terms, strict=True) if np.exp(lw) != 0)
-
-
-def _divergence(log_a, log_b):
-    """KL(a‖b)."""
-    return sum(np.exp(a) * (a - b) for a, b in zip(log_a, log_b, strict=True) if np.exp(a) != 0)
-
-
 def _jensen_shannon(log_p, log_q, beta):
     log_m = np.logaddexp(math.log(beta) + log_p, math.log(1 - beta) + log_q)
-    return beta * _divergence(log_p, log_m) + (1 - beta) * _divergence(log_q, log_m)
+    return beta * divergence(log_p, log_m) + (1 - beta) * divergence(log_q, log_m)
