@@ -9,6 +9,7 @@ from typing import Any
 def add(commands: Any) -> None:
     listing = commands.add_parser("list", help="every loss in a line, by family")
     listing.add_argument("word", nargs="*", help="show those only in whose line or family all of these stand")
+    listing.add_argument("--support", action="store_true", help="where each of them runs, in which types, and why not")
     listing.set_defaults(run=_list)
 
     show = commands.add_parser("show", help="the specification of one loss")
@@ -30,6 +31,11 @@ def _list(options: argparse.Namespace) -> None:
             f"expected words that stand in the line or the family of a loss, got {' '.join(options.word)!r}; "
             "`pykd list` shows every loss"
         )
+    if options.support:
+        from pykd.command_line import support
+
+        print("\n".join(support.lines(cls for losses in families.values() for cls in losses)))
+        return
     for number, (family, losses) in enumerate(families.items()):
         print(("\n" if number else "") + family)
         for cls in losses:

@@ -1,0 +1,72 @@
+"""What ``pykd list --support`` says: nothing without a reason, and nothing that tests do not know."""
+
+from pathlib import Path
+
+import pytest
+
+from pykd import command_line, kernels
+from pykd.command_line import support
+from pykd.definition import registry
+from pykd.export import DTYPES
+from tests import test_engines
+from tests.test_settings import declare
+
+CPP = Path(__file__).parents[1] / "cpp" / "kernels"
+
+
+def holes(found):
+    """The cells of routes and types of which nothing is said."""
+    return [
+        (route, dtype)
+        for route in support.ROUTES
+        for dtype in DTYPES
+        if not isinstance(found.get(route, {}).get(dtype), str)
+    ]
+
+
+def test_every_route_and_type_is_there_or_has_a_reason(loss_class):
+    found = support.support(loss_class)
+    assert not holes(found)
+    assert not any(found["eager"].values()), found["eager"]
+    # tests/test_engines.py runs every case of every loss on these, in these types.
+    assert set(test_engines.DTYPES) == set(DTYPES)
+    assert not any(why for route in support.FILES for why in found[route].values())
+    for dtype, why in found["kernel, CPU"].items():
+        known = {dtype for kernel in kernels.descriptions().values() for dtype in kernel["dtypes"]}
+        if loss_class.has_kernel() and dtype in known and why:
+            assert why.startswith("no kernel computes")
+        elif not loss_class.has_kernel():
+            assert why == "it has no kernel"
+
+
+def test_a_hole_is_seen():
+    found = dict(support.support(registry.get("soft_target")))
+    found["C++"] = {dtype: "" for dtype in DTYPES if dtype != "float16"}
+    assert holes(found) == [("C++", "float16")]
+
+
+def test_every_kernel_has_a_version_for_cuda():
+    for name in kernels.descriptions():
+        assert (CPP / name / f"{name}.cu").is_file(), name
+
+
+def breaks(student_logits, teacher_logits, reduction: str = "mean"):
+    if student_logits.element_size() == 2:
+        raise RuntimeError("expected 32 bits or more, got 16; pass more")
+    return (student_logits - teacher_logits).square().mean()
+
+
+def test_what_does_not_run_is_told_with_the_reason(capsys):
+    cls = declare(breaks)
+    assert support.support(cls)["eager"]["float16"] == "expected 32 bits or more, got 16; pass more"
+    text = "\n".join(support.lines([cls]))
+    assert "f32 f64 [1]" in text and "[1] expected 32 bits or more, got 16; pass more" in text
+
+
+@pytest.mark.parametrize("words", [[], ["features"]])
+def test_the_command_prints_a_row_per_loss(words, capsys):
+    assert command_line.main(["list", "--support", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [cls.name for losses in registry.search(words).values() for cls in losses]
+    assert [line.split()[0] for line in lines[1 : 1 + len(names)]] == names
+    assert any(line.endswith(support.NOT_RUN) for line in lines)
