@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pykd._version import __version__
 
 if TYPE_CHECKING:
+    from pykd import distributed as distributed
     from pykd import functional as functional
     from pykd import kernels as kernels
     from pykd import losses as losses

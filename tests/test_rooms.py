@@ -20,7 +20,7 @@ FLOORS = [
     ("pykd.fused",),
     ("pykd.torch_kernels", "pykd.losses"),
     ("pykd.composition", "pykd.functional"),
-    ("pykd.recipe", "pykd.export"),
+    ("pykd.recipe", "pykd.distributed", "pykd.export"),
     ("pykd.demo",),
     ("pykd.command_line",),
     ("pykd", "pykd.__main__"),  # the entrance: names of all rooms, looked up on first use
