@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ("pykd._version", "pykd._core", "pykd.config", "pykd.files"),
     ("pykd.runtime", "pykd.kernels", "pykd.definition"),
-    ("pykd.fused",),
+    ("pykd.fused", "pykd.scoring"),
     ("pykd.torch_kernels", "pykd.losses"),
     ("pykd.composition", "pykd.functional"),
     ("pykd.recipe", "pykd.distributed", "pykd.export"),

@@ -1,0 +1,160 @@
+"""Scores of a student against its teacher: ``pykd score``."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    score = commands.add_parser(
+        "score",
+        help="how far a student has drifted from its teacher, row by row",
+        description="Scores every row of two files of logits, and says what it found. Files: .npy, .npz, .safetensors, "
+        "Parquet (columns of lists, or flat), Arrow IPC; FILE#NAME names an array, tensor or column. "
+        "What was begun and not finished is taken up where it ended.",
+    )
+    score.add_argument("--teacher", metavar="FILE", help="logits of the teacher, (rows, classes)")
+    score.add_argument("--student", metavar="FILE", help="logits of the student, the same rows")
+    score.add_argument("--labels", metavar="FILE", help="the right class of each row; -100 leaves a row out")
+    score.add_argument(
+        "--group", metavar="FILE", help="what belongs together, such as documents: intervals allow for it"
+    )
+    score.add_argument(
+        "--loss",
+        action="append",
+        metavar="LOSS",
+        help="kl (default), reverse_kl, symmetric_kl, jsd, cross_entropy, or an exported loss with values per sample; again: "
+        "one more. The first is the one that bins and worst rows are of",
+    )
+    score.add_argument("--temperature", type=float, help="divides the logits in the losses (default 1)")
+    score.add_argument("--classes", type=int, help="compares the first ones alone")
+    score.add_argument("--out", type=Path, metavar="FILE", help="the scores, as Parquet")
+    score.add_argument("--json", type=Path, metavar="FILE", help="writes the numbers as JSON")
+    score.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="exit with 1 where it holds, such as 'kl.p99 > 0.1'; again: one more",
+    )
+    score.add_argument("--seed", type=int, default=0, help="of the intervals (default 0)")
+    score.add_argument("--threads", type=int, default=0, help="that work at once (default: one per core)")
+    score.set_defaults(run=_score)
+
+
+def _score(options: argparse.Namespace) -> int:
+    from pykd.scoring.conditions import Condition, numbers_of
+
+    conditions = [Condition.of(text) for text in options.fail_if]
+    for name in ("teacher", "student", "out"):
+        if getattr(options, name) is None:
+            raise ValueError(f"expected --{name} FILE, got none; add it")
+    if options.threads < 0 or options.seed < 0:
+        raise ValueError(f"expected --threads and --seed from 0, got {options.threads} and {options.seed}")
+    from pykd.scoring.statistics import summary
+    from pykd.scoring.stream import score_files
+
+    scores = score_files(
+        options.teacher,
+        options.student,
+        options.out,
+        losses=tuple(options.loss or ["kl"]),
+        labels=options.labels,
+        group=options.group,
+        temperature=options.temperature,
+        classes=options.classes,
+        threads=options.threads,
+        progress=_progress(),
+        say=lambda text: print(text, file=sys.stderr),
+    )
+    report = summary(scores, options.seed)
+    if options.json is not None:
+        write(options.json, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(as_text(report))
+    numbers = numbers_of(report)
+    failed = [condition for condition in conditions if condition.holds(numbers)]
+    for condition in failed:
+        print(f"FAILED: {condition} ({condition.name} is {numbers[condition.name]:.6g})")
+    return 1 if failed else 0
+
+
+def _progress() -> Callable[[int, int], None] | None:
+    """A bar on stderr where somebody looks at it."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    bar: Any = None
+
+    def show(done: int, rows: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=rows, initial=done, unit=" rows", unit_scale=True, leave=False)
+        bar.update(done - bar.n)
+        if done == rows:
+            bar.close()
+
+    return show
+
+
+def write(path: Path, text: str) -> None:
+    """A whole file or none."""
+    beside = path.with_name(path.name + ".writing")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The numbers that matter most, in a few lines."""
+    bad = {kind: count for kind, count in report["bad_rows"].items() if count}
+    lines = [
+        f"{report['rows']:,} rows" + "".join(f", {count:,} {kind.replace('_', ' ')}" for kind, count in bad.items())
+    ]
+    if bad:
+        lines[0] += f": {report['counted']:,} count"
+    rows: list[tuple[str, ...]] = [("", "mean", "95 % interval", "median", "p90", "p99", "largest")]
+    for name, score in report["scores"].items():
+        if score["count"]:
+            quantiles = score["quantiles"]
+            rows.append(
+                (
+                    name,
+                    f"{score['mean']:.5g}",
+                    _interval(score["interval"]),
+                    *(f"{quantiles[share]:.5g}" for share in ("p50", "p90", "p99")),
+                    f"{score['maximum']:.5g}",
+                )
+            )
+    lines += _table(rows)
+    rows = []
+    for part in ("agreement", "accuracy", "perplexity", "calibration_error"):
+        for name, entry in report.get(part, {}).items():
+            title = f"{part} {name}".replace("_", " ")
+            rows.append((title, f"{entry['value']:.5g}", _interval(entry["interval"])))
+    return "\n".join(lines + ([""] if rows else []) + _table(rows))
+
+
+def _interval(ends: list[float | None] | None) -> str:
+    if ends is None:
+        return "too few rows"
+    return " to ".join("…" if end is None else f"{end:.5g}" for end in ends)
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]

@@ -1,0 +1,155 @@
+"""95 % intervals from sums over batches of rows.
+
+Rows of one group (a document, a user) resemble each other, so the variance is taken between groups. Each group is one batch,
+or, where there are more than 1,024, falls into one of 1,024 batches by its hash: batches are as independent as groups, and
+what is held in memory does not grow with their number. Rows without a group are groups of their own.
+
+Means are ratios of two sums, whose variance is linearised, with Student's t on the batches; shares take Wilson's interval at
+the number of independent rows that would have the same variance; a quantile takes the order statistics at the ends of the
+interval of its share (Woodruff 1952).
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+BATCHES = 1024
+LEVEL = 0.95
+Array = np.ndarray[Any, Any]
+Interval = list[float | None] | None  # None: cannot be told; an end that is None: no row lies beyond it
+
+
+def mean_interval(totals: Array, counts: Array) -> Interval:
+    """Of Σ totals / Σ counts, given both per batch."""
+    batches = int((counts > 0).sum())
+    if batches < 2:
+        return None
+    mean = float(totals.sum() / counts.sum())
+    half = student_t(batches - 1) * math.sqrt(variance(totals, counts))
+    return [mean - half, mean + half]
+
+
+def variance(totals: Array, counts: Array) -> float:
+    """Of Σ totals / Σ counts, between batches."""
+    batches = int((counts > 0).sum())
+    rest = totals - totals.sum() / counts.sum() * counts
+    return float((rest * rest).sum()) * batches / (batches - 1) / float(counts.sum()) ** 2
+
+
+def share_interval(hits: Array, counts: Array, grouped: bool) -> Interval:
+    """Of a share Σ hits / Σ counts: Wilson's."""
+    batches = int((counts > 0).sum())
+    if batches < 2:
+        return None
+    share, rows = float(hits.sum() / counts.sum()), float(counts.sum())
+    return list(_wilson(share, *_worth(share, rows, hits, counts, grouped)))
+
+
+def quantile_places(share: float, below: Array, counts: Array, grouped: bool) -> tuple[int | None, int | None]:
+    """Places, from 0, of the order statistics that enclose the quantile; ``below``: rows of each batch up to it."""
+    batches, rows = int((counts > 0).sum()), int(counts.sum())
+    if batches < 2:
+        return None, None
+    low, high = _wilson(share, *_worth(share, float(rows), below, counts, grouped))
+    first, last = math.floor(low * rows) - 1, math.ceil(high * rows)
+    return (first if first >= 0 else None), (last if last < rows else None)
+
+
+def _worth(share: float, rows: float, hits: Array, counts: Array, grouped: bool) -> tuple[float, float]:
+    """How many independent rows tell as much of a share, and how many standard errors reach to the ends."""
+    if not grouped:
+        return rows, student_t(math.inf)
+    batches = int((counts > 0).sum())
+    spread = variance(hits, counts)
+    worth = share * (1 - share) / spread if spread > 0 else float(batches)
+    return min(worth, rows), student_t(batches - 1)
+
+
+def _wilson(share: float, rows: float, errors: float) -> tuple[float, float]:
+    squared = errors * errors
+    middle = (share + squared / (2 * rows)) / (1 + squared / rows)
+    half = errors / (1 + squared / rows) * math.sqrt(share * (1 - share) / rows + squared / (4 * rows * rows))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def student_t(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t."""
+    if freedom > 10_000:
+        return NormalDist().inv_cdf((1 + LEVEL) / 2)
+    low, high = 1.0, 13.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_within(middle, int(freedom)) < LEVEL else (low, middle)
+    return (low + high) / 2
+
+
+def t_within(t: float, freedom: int) -> float:
+    """P(|T| < t) for a whole number of degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    squared = math.cos(angle) ** 2
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for k in range(freedom // 2):
+        total += term
+        term *= squared * (2 * k + 1 + odd) / (2 * k + 2 + odd)
+    if not odd:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + math.sin(angle) * total)
+
+
+def bootstrap_weights(batches: int, seed: int, repeats: int = 1000) -> Array:
+    """How often each batch is drawn, ``(repeats, batches)``."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    return generator.multinomial(batches, np.full(batches, 1 / batches), size=repeats).astype(np.float64)
+
+
+def bootstrap_interval(value: float, repeats: Array) -> Interval:
+    """The basic bootstrap's: the value less the errors of the repeats, which takes out their bias."""
+    low, high = np.quantile(repeats, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return [2 * value - float(high), 2 * value - float(low)]
+
+
+class Batches:
+    """The batch of each row."""
+
+    def __init__(self, rows: int, groups: Array | None, seed: int) -> None:
+        """``groups``: their names where there are at most :data:`BATCHES`; None: rows or groups fall by hash."""
+        self.rows = rows
+        self.groups = groups
+        self.count = len(groups) if groups is not None else min(BATCHES, max(rows, 1))
+        self._seed = np.uint64(seed)
+
+    def of(self, row: Array, group: Array | None) -> Array:
+        """The batch of rows, given their numbers and groups."""
+        if group is not None and self.groups is not None:
+            return np.searchsorted(self.groups, group)
+        if group is None:
+            if self.rows <= BATCHES:
+                return np.asarray(row, np.int64)
+            return self._hashed(row.astype(np.uint64))
+        if group.dtype.kind in "iu":
+            return self._hashed(group.astype(np.uint64))
+        names, which = np.unique(group.astype(np.str_), return_inverse=True)
+        return self._hashed(np.array([_of_text(name) for name in names.tolist()], np.uint64))[which]
+
+    def _hashed(self, number: Array) -> Array:
+        """splitmix64."""
+        with np.errstate(over="ignore"):
+            mixed = number + np.uint64(0x9E3779B97F4A7C15) * (self._seed + np.uint64(1))
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            mixed ^= mixed >> np.uint64(31)
+        return np.asarray(mixed % np.uint64(self.count), np.int64)
+
+
+def _of_text(text: str) -> int:
+    """FNV-1a, 64 bits."""
+    value = 0xCBF29CE484222325
+    for byte in text.encode("utf-8", "surrogatepass"):
+        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return value

@@ -1,0 +1,246 @@
+"""What is said of each row: the losses, who agrees with whom, and what the label's probability is.
+
+The kernels of libpykd compute the losses; no torch, no ONNX Runtime. An exported loss with values per sample runs through
+:func:`pykd.load`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from pykd import kernels
+from pykd.runtime import LoadedLoss, load
+from pykd.scoring.sources import Block
+
+# What a row can be. All but the first are kept out of the statistics, and counted.
+STATUSES = (
+    "ok",
+    "nan",  # a logit is NaN
+    "infinite",  # a logit is +inf, or all of them are −inf
+    "infinite_score",  # a score is: the student, say, rules out a class to which the teacher gives some probability
+    "label_out_of_range",
+    "ignored",  # the label is −100, which says so
+    "ragged",  # the row is longer or shorter than the others
+    "missing",  # the row, or its label, is null
+)
+OK, NAN, INFINITE, INFINITE_SCORE, LABEL_OUT_OF_RANGE, IGNORED, RAGGED, MISSING = range(len(STATUSES))
+IGNORED_LABEL = -100
+
+LOSSES = ("kl", "reverse_kl", "symmetric_kl", "jsd", "cross_entropy")
+
+Array = np.ndarray[Any, Any]
+
+
+class RowScores:
+    """Computes the scores of blocks of rows; any number of threads may call it at once.
+
+    Args:
+        losses: names of :data:`LOSSES`, or paths of exported losses with values per sample.
+        temperature: divides the logits of both sides in the losses alone; None: 1, or the default of an exported loss.
+        classes: how many are compared, the first ones.
+        labels: whether there are any.
+        cut: whether a side has more classes than are compared.
+    """
+
+    def __init__(
+        self, losses: tuple[str, ...], temperature: float | None, classes: int, labels: bool, cut: tuple[bool, bool]
+    ) -> None:
+        self.classes = classes
+        self.losses: dict[str, str | LoadedLoss] = {}
+        for loss in losses:
+            if loss in LOSSES:
+                self.losses[loss] = loss
+            else:
+                self.losses.update(_exported(loss, labels))
+        self.temperature = temperature
+        self.labels = labels
+        self.cut = {"teacher": cut[0], "student": cut[1]}
+        fields: list[tuple[str, str]] = [("status", "u1"), *((name, "<f4") for name in self.losses)]
+        fields += [("teacher_class", "<i4"), ("student_class", "<i4"), ("teacher_class_rank", "<i4")]
+        fields += [("teacher_confidence", "<f4"), ("student_confidence", "<f4")]
+        if labels:
+            fields += [("label", "<i8"), ("teacher_nll", "<f4"), ("student_nll", "<f4")]
+            fields += [("label_probability_change", "<f4")]
+        fields += [(f"{side}_mass_cut", "<f4") for side, is_cut in self.cut.items() if is_cut]
+        if len({name for name, _ in fields}) < len(fields):
+            raise ValueError(
+                f"expected losses whose names differ from each other and from the other columns, got "
+                f"{', '.join(self.losses)}; export them under other names"
+            )
+        self.dtype = np.dtype(fields)
+
+    def __call__(self, teacher: Block, student: Block, label: Block | None) -> Array:
+        """One record of :attr:`dtype` per row."""
+        rows = len(teacher.values)
+        result = np.zeros(rows, self.dtype)
+        status = np.zeros(rows, np.uint8)
+        with np.errstate(all="ignore"):  # bad rows are found by what comes out
+            self._compare(teacher.values, student.values, label, result, status)
+        for block in (teacher, student):
+            if block.ragged is not None:
+                status[block.ragged] = RAGGED
+            if block.missing is not None:
+                status[block.missing] = MISSING
+        result["status"] = status
+        bad = status != OK
+        if bad.any():
+            for name in self.dtype.names or ():
+                if name not in ("status", "label"):
+                    result[name][bad] = np.nan if self.dtype[name].kind == "f" else -1
+        return result
+
+    def _compare(self, teacher: Array, student: Array, label: Block | None, result: Array, status: Array) -> None:
+        whole = {"teacher": teacher, "student": student}
+        teacher, student = _alike(teacher[:, : self.classes], student[:, : self.classes])
+        rows = np.arange(len(teacher))
+        sides = {"teacher": teacher, "student": student}
+        best, largest, log_share = {}, {}, {}
+        for side, logits in sides.items():
+            best[side] = _first_largest(logits)
+            largest[side] = logits[rows, best[side]].astype(np.float32)
+            log_share[side] = np.empty(len(rows), np.float32)  # −log of the best class's probability
+            result[f"{side}_class"] = best[side]
+        kernels.run(
+            "soft_target",
+            {"student": teacher, "labels": best["teacher"]},
+            {},
+            {"hard": log_share["teacher"]},
+            threads=1,
+        )
+        hard = {"labels": best["student"]}, {"hard": log_share["student"]}
+        for name, loss in self.losses.items():
+            if isinstance(loss, str):
+                value = np.empty(len(rows), np.float32)
+                temperature = 1.0 if self.temperature is None else self.temperature
+                inputs = {"student": student, "teacher": teacher, "temperature": temperature, **hard[0]}
+                kernels.run("soft_target", inputs, {"form": loss}, {"soft": value, **hard[1]}, threads=1)
+                hard = {}, {}
+                result[name] = np.maximum(value, 0)  # of which rounding may leave a little less; NaN stays
+        if hard[0]:
+            kernels.run("soft_target", {"student": student, **hard[0]}, {}, hard[1], threads=1)
+        for side in sides:
+            result[f"{side}_confidence"] = np.exp(-log_share[side])
+            if self.cut[side]:
+                tail = whole[side][:, self.classes :].astype(np.float64)
+                result[f"{side}_mass_cut"] = _share_of(tail, largest[side] + log_share[side].astype(np.float64))
+        result["teacher_class_rank"] = _rank(student, best["teacher"], best["student"])
+        known = np.zeros(len(rows), np.int64)
+        if label is not None:
+            inside = (label.values >= 0) & (label.values < self.classes)
+            known[inside] = label.values[inside]
+            result["label"] = label.values
+            for side, logits in sides.items():
+                # Both terms are at least 0: nothing cancels.
+                result[f"{side}_nll"] = log_share[side] + (largest[side] - logits[rows, known].astype(np.float32))
+            teacher_share, student_share = np.exp(-result["teacher_nll"]), np.exp(-result["student_nll"])
+            result["label_probability_change"] = student_share - teacher_share
+        for name, loss in self.losses.items():
+            if not isinstance(loss, str):
+                result[name] = self._run(loss, teacher, student, known)
+        finite = np.ones(len(rows), bool)
+        for name in self.dtype.names or ():
+            if self.dtype[name].kind == "f":
+                finite &= np.isfinite(result[name])
+        for row in np.flatnonzero(~finite):
+            status[row] = _why(*(side[row, : self.classes] for side in whole.values()))
+        if label is not None:
+            status[~inside] = LABEL_OUT_OF_RANGE
+            status[label.values == IGNORED_LABEL] = IGNORED
+            if label.missing is not None:
+                status[label.missing] = MISSING
+
+    def _run(self, loss: LoadedLoss, teacher: Array, student: Array, labels: Array) -> Array:
+        arguments: dict[str, Any] = {"student_logits": student, "teacher_logits": teacher, "labels": labels}
+        taken = {info.name for info in loss.signature.inputs}
+        arguments = {name: np.ascontiguousarray(array) for name, array in arguments.items() if name in taken}
+        if self.temperature is not None:
+            arguments |= {
+                info.name: self.temperature
+                for info in loss.signature.parameters
+                if info.name.rpartition("_")[2] == "temperature"
+            }
+        return np.asarray(loss.value(**arguments)["loss_per_sample"])
+
+
+def _exported(path: str, labels: bool) -> dict[str, LoadedLoss]:
+    """An exported loss by its name."""
+    if not os.path.exists(path):
+        raise ValueError(
+            f"expected a loss of {', '.join(LOSSES)}, or the path of an exported one, got {path!r}; correct --loss"
+        )
+    loss = load(path, "onnxruntime", threads=1)
+    if "loss_per_sample" not in {info.name for info in loss.signature.outputs}:
+        raise ValueError(
+            f"expected an exported loss with values per sample, got {path} without; export it with per_sample=True "
+            "(`pykd export --per-sample`)"
+        )
+    offered = {"student_logits", "teacher_logits", *(["labels"] if labels else [])}
+    for info in loss.signature.inputs:
+        if info.name not in offered:
+            remedy = "pass --labels" if info.name == "labels" else "export a loss that needs no more than these"
+            raise ValueError(
+                f"expected a loss of {', '.join(sorted(offered))}, got one that also takes {info.name} ({path}); {remedy}"
+            )
+    name = str(loss.metadata.get("name", "loss"))
+    return {name: loss}
+
+
+def _alike(teacher: Array, student: Array) -> tuple[Array, Array]:
+    """Both contiguous and of one type that the kernels have. float64 is first taken relative to each row's largest."""
+    if teacher.dtype == student.dtype and teacher.dtype != np.float64:
+        return np.ascontiguousarray(teacher), np.ascontiguousarray(student)
+
+    def narrow(logits: Array) -> Array:
+        if logits.dtype == np.float64:
+            logits = logits - logits.max(axis=1, keepdims=True)
+        return np.ascontiguousarray(logits, np.float32)
+
+    return narrow(teacher), narrow(student)
+
+
+def _ordered(logits: Array) -> Array:
+    """Numbers in the same order that NumPy compares fast: float16 as signed integers, −0 and 0 alike."""
+    if logits.dtype != np.float16:
+        return logits
+    bits = logits.view(np.int16)
+    sign = bits >> 15
+    return ((bits & 0x7FFF) ^ sign) - sign
+
+
+def _first_largest(logits: Array) -> Array:
+    return np.asarray(_ordered(logits).argmax(axis=1), np.int64)
+
+
+def _rank(student: Array, teacher_class: Array, student_class: Array) -> Array:
+    """The place of the teacher's best class in the student's order, from 1; of equals the first comes first."""
+    rank = np.ones(len(student), np.int32)
+    differ = np.flatnonzero(teacher_class != student_class)
+    if len(differ):
+        logits = _ordered(student[differ])
+        own = logits[np.arange(len(differ)), teacher_class[differ]][:, None]
+        rank[differ] += (logits > own).sum(axis=1, dtype=np.int32)
+        equal = logits == own
+        for row in np.flatnonzero(equal.sum(axis=1, dtype=np.int32) > 1):
+            rank[differ[row]] += equal[row, : teacher_class[differ[row]]].sum()
+    return rank
+
+
+def _share_of(tail: Array, log_sum: Array) -> Array:
+    """The probability of classes that are cut off, from their logits and log Σ exp of the others."""
+    largest = tail.max(axis=1)
+    log_tail = np.where(largest == -np.inf, -np.inf, largest + np.log(np.exp(tail - largest[:, None]).sum(axis=1)))
+    return np.asarray(1 / (1 + np.exp(log_sum - log_tail)))
+
+
+def _why(teacher: Array, student: Array) -> int:
+    """What is wrong with a row that has a score which is not finite."""
+    for logits in (teacher, student):
+        if np.isnan(logits).any():
+            return NAN
+    for logits in (teacher, student):
+        if logits.max() in (np.inf, -np.inf):
+            return INFINITE
+    return INFINITE_SCORE

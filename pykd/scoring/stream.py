@@ -1,0 +1,227 @@
+"""From two files of logits to the file of scores, in blocks of bounded memory, on several threads."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pykd._version import __version__
+from pykd.scoring import sources
+from pykd.scoring.results import Journal, Scores, write_parquet
+from pykd.scoring.row_scores import STATUSES, RowScores
+from pykd.scoring.sources import Load, Source
+
+_BLOCK_BYTES = 2 << 20  # of one side: what stays in the caches while it is worked on
+_LEAST_ROWS, _MOST_ROWS = 8, 1 << 16  # of a block
+
+Where = str | os.PathLike[str]
+
+
+def score_files(
+    teacher: Where,
+    student: Where,
+    out: Where,
+    losses: tuple[str, ...] = ("kl",),
+    labels: Where | None = None,
+    group: Where | None = None,
+    temperature: float | None = None,
+    classes: int | None = None,
+    threads: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = print,
+) -> Scores:
+    """Scores every row of a student against its teacher, and writes the file of scores.
+
+    Args:
+        teacher: logits (or log-probabilities): a path, or path#name. See :mod:`pykd.scoring.sources`.
+        student: the same for the student.
+        out: the Parquet file to write. Where the same work was begun before, it is taken up; where it was finished, nothing is
+            done again.
+        losses: names of :data:`pykd.scoring.row_scores.LOSSES`, or paths of exported losses with values per sample.
+        labels: whole numbers, one per row; −100 leaves a row out.
+        group: what belongs together (a document, a user), one whole number or text per row: rows of one group are not
+            independent, and the intervals allow for that.
+        temperature: of the losses; None: 1, or the default of an exported loss.
+        classes: compares that many classes, the first ones; the probability of the others is reported.
+        threads: that work at once; 0: one per core. The scores do not depend on it.
+        progress: called with the rows done, and all rows.
+        say: called with what a person should know.
+
+    Raises:
+        ValueError: a file, a shape or a setting is wrong.
+        OSError: the file of scores cannot be written; what was written is kept.
+    """
+    work = _Work(teacher, student, losses, labels, group, temperature, classes)
+    path = Path(out)
+    settings = {
+        "pykd": __version__,
+        "files": {name: sources.fingerprint(where) for name, where in work.places.items()},
+        "losses": [loss if loss not in work.exported else sources.fingerprint(loss) for loss in losses],
+        "temperature": temperature,
+        "classes": classes,
+        "columns": work.scores.dtype.descr,
+    }
+    if (finished := _finished(path, settings)) is not None:
+        say(f"{path} holds the scores of these files already")
+        return finished
+    with Journal(path, settings, work.scores.dtype) as journal:
+        if journal.forgot:
+            say(f"{journal.path} was of other files or settings: begun anew")
+        elif journal.rows:
+            say(f"{journal.path} has {journal.rows:,} rows of {work.rows:,}: going on from there")
+        for records in work.run(journal.rows, threads or _cores()):
+            journal.append(records)
+            if progress is not None:
+                progress(journal.rows, work.rows)
+        if journal.rows != work.rows:
+            raise RuntimeError(f"expected scores of {work.rows} rows, got {journal.rows}; remove {journal.path}")
+        write_parquet(journal, path, {"settings": settings, **work.facts()}, work.group)
+        journal.remove()
+    return Scores(path)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _finished(path: Path, settings: dict[str, Any]) -> Scores | None:
+    """The scores where this work has been done."""
+    if not path.exists():
+        return None
+    try:
+        scores = Scores(path)
+    except ValueError:
+        return None  # another file, which this one is to replace
+    same = scores.facts["settings"] == _as_json(settings)
+    return scores if same else None
+
+
+def _as_json(value: Any) -> Any:
+    import json
+
+    return json.loads(json.dumps(value))
+
+
+class _Work:
+    """The files of a run, which go together."""
+
+    def __init__(
+        self,
+        teacher: Where,
+        student: Where,
+        losses: tuple[str, ...],
+        labels: Where | None,
+        group: Where | None,
+        temperature: float | None,
+        classes: int | None,
+    ) -> None:
+        if temperature is not None and not 0 < temperature < float("inf"):
+            raise ValueError(f"expected a temperature above 0, got {temperature:g}; pass another")
+        if not losses or len(set(losses)) < len(losses):
+            raise ValueError(f"expected losses that differ, got {', '.join(losses) or 'none'}; name each once")
+        self.teacher = sources.open_matrix(teacher, "teacher")
+        self.student = sources.open_matrix(student, "student")
+        self.label = None if labels is None else sources.open_column(labels, "labels")
+        self.group = None if group is None else sources.open_column(group, "group", "iuU")
+        self.places = {
+            name: where
+            for name, where in (("teacher", teacher), ("student", student), ("labels", labels), ("group", group))
+            if where is not None
+        }
+        self.rows = self.teacher.rows
+        for other in (self.student, self.label, self.group):
+            if other is not None and other.rows != self.rows:
+                raise ValueError(
+                    f"expected as many rows in {other.name} as the teacher has, {self.rows}, got {other.rows}; "
+                    "pass files of the same rows in the same order"
+                )
+        cut = self._compared(classes)
+        self.scores = RowScores(losses, temperature, self.classes, self.label is not None, cut)
+        self.exported = [loss for loss in losses if os.path.exists(loss) and loss not in self.scores.losses]
+        self.temperature = temperature
+
+    def _compared(self, classes: int | None) -> tuple[bool, bool]:
+        """Settles how many classes are compared; says of each side whether it has more."""
+        widths = self.teacher.width or 0, self.student.width or 0
+        if classes is None and widths[0] != widths[1]:
+            raise ValueError(
+                f"expected as many classes of the student as of the teacher, {widths[0]}, got {widths[1]}; pass --classes "
+                f"{min(widths)} to compare the first {min(widths)} (where the rest is padding): the probability of what is "
+                "cut off is reported"
+            )
+        self.classes = min(widths) if classes is None else classes
+        if not 1 <= self.classes <= min(widths):
+            raise ValueError(f"expected from 1 to {min(widths)} classes, got {classes}; correct --classes")
+        return widths[0] > self.classes, widths[1] > self.classes
+
+    def facts(self) -> dict[str, Any]:
+        """What the report says of the input."""
+        return {
+            "losses": list(self.scores.losses),
+            "classes": self.classes,
+            "temperature": self.temperature,
+            "inputs": {
+                source_name: {
+                    "path": os.fspath(self.places[source_name]),
+                    "rows": source.rows,
+                    "classes": source.width,
+                    "dtype": source.stored,
+                }
+                for source_name, source in self._named()
+            },
+        }
+
+    def _named(self) -> Iterator[tuple[str, Source]]:
+        for name, source in (
+            ("teacher", self.teacher),
+            ("student", self.student),
+            ("labels", self.label),
+            ("group", self.group),
+        ):
+            if source is not None:
+                yield name, source
+
+    def run(self, start: int, threads: int) -> Iterator[np.ndarray[Any, Any]]:
+        """Records of the rows from ``start`` on, in order."""
+        row_bytes = max(source.dtype.itemsize * (source.width or 1) for source in (self.teacher, self.student))
+        rows = min(max(_BLOCK_BYTES // row_bytes, _LEAST_ROWS), _MOST_ROWS)
+        pairs = zip(
+            self.teacher.blocks(start, rows),
+            self.student.blocks(start, rows),
+            _nothing() if self.label is None else self.label.blocks(start, rows),
+            strict=self.label is not None,
+        )
+        waiting: deque[Future[np.ndarray[Any, Any]]] = deque()
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                for teacher, student, label in pairs:
+                    waiting.append(pool.submit(self._block, teacher, student, label))
+                    if len(waiting) > threads + 1:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _block(self, teacher: Load, student: Load, label: Load | None) -> np.ndarray[Any, Any]:
+        return self.scores(teacher(), student(), None if label is None else label())
+
+
+def _nothing() -> Iterator[None]:
+    while True:
+        yield None
+
+
+def counts_of(scores: Scores) -> dict[str, int]:
+    """How many rows there are of each status."""
+    counts = np.zeros(len(STATUSES), np.int64)
+    for block in scores.blocks(bad=True):
+        counts += np.bincount(block["status"], minlength=len(STATUSES))
+    return dict(zip(STATUSES, counts.tolist(), strict=True))

@@ -1,0 +1,606 @@
+"""`pykd score`: every number of the report against plain NumPy, bad rows, and runs that are cut off."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+
+import pykd
+from pykd.command_line import main
+from pykd.scoring import intervals
+from pykd.scoring.conditions import Condition, numbers_of
+from pykd.scoring.results import Journal, Scores
+from pykd.scoring.row_scores import STATUSES
+from pykd.scoring.statistics import SHARES, quantile_name, summary
+from pykd.scoring.stream import score_files
+
+ROWS, CLASSES = 700, 12
+LOSSES = ("kl", "reverse_kl", "symmetric_kl", "jsd", "cross_entropy")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def draw(rows=ROWS, classes=CLASSES, dtype=np.float32, seed=0):
+    """Teacher, student and labels that have something to do with each other; saved as well."""
+    rng = np.random.default_rng(seed)
+    teacher = 2 * rng.normal(size=(rows, classes))
+    student = teacher + rng.normal(size=(rows, classes)) * rng.exponential(size=(rows, 1))
+    labels = (teacher + rng.gumbel(size=teacher.shape)).argmax(axis=1)
+    teacher, student = teacher.astype(dtype), student.astype(dtype)
+    save(teacher, student, labels)
+    return teacher, student, labels
+
+
+def save(teacher, student, labels=None):
+    np.save("teacher.npy", teacher)
+    np.save("student.npy", student)
+    if labels is not None:
+        np.save("labels.npy", labels)
+
+
+def log_softmax(row):
+    return row - row.max() - np.log(np.exp(row - row.max()).sum())
+
+
+def divergence(log_a, log_b):
+    return sum(np.exp(a) * (a - b) for a, b in zip(log_a, log_b, strict=True) if np.exp(a) > 0)
+
+
+def expected_loss(name, teacher, student, temperature=1.0):
+    """One row, from the definition."""
+    log_p = log_softmax(teacher.astype(np.float64) / temperature)
+    log_q = log_softmax(student.astype(np.float64) / temperature)
+    log_m = np.logaddexp(log_p, log_q) - np.log(2)
+    return {
+        "kl": lambda: divergence(log_p, log_q),
+        "reverse_kl": lambda: divergence(log_q, log_p),
+        "symmetric_kl": lambda: (divergence(log_p, log_q) + divergence(log_q, log_p)) / 2,
+        "jsd": lambda: (divergence(log_p, log_m) + divergence(log_q, log_m)) / 2,
+        "cross_entropy": lambda: -sum(np.exp(a) * b for a, b in zip(log_p, log_q, strict=True) if np.exp(a) > 0),
+    }[name]()
+
+
+def expected_rows(teacher, student, labels):
+    """What is said of each row, one at a time."""
+    table = {}
+    for t, s, label in zip(teacher, student, labels, strict=True):
+        log_p, log_q = log_softmax(t.astype(np.float64)), log_softmax(s.astype(np.float64))
+        order = sorted(range(len(s)), key=lambda c, s=s: (-s[c], c))
+        row = {
+            "teacher_class": int(np.argmax(t)),
+            "student_class": int(np.argmax(s)),
+            "teacher_class_rank": order.index(int(np.argmax(t))) + 1,
+            "teacher_confidence": np.exp(log_p).max(),
+            "student_confidence": np.exp(log_q).max(),
+            "label": int(label),
+            "teacher_nll": -log_p[label],
+            "student_nll": -log_q[label],
+            "label_probability_change": np.exp(log_q[label]) - np.exp(log_p[label]),
+        }
+        for name, value in row.items():
+            table.setdefault(name, []).append(value)
+    return {name: np.array(values) for name, values in table.items()}
+
+
+def column(scores, name):
+    return np.concatenate([block[name] for block in scores.blocks(name)])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_rows_are_scored_as_the_definitions_say(dtype):
+    teacher, student, labels = draw(dtype=dtype)
+    teacher[3, :5] = student[3, :5] = -np.inf  # masked classes
+    student[4] = teacher[4]
+    teacher[5], student[5] = 0, 0  # ties: the first one wins
+    teacher[6, [2, 7]] = student[6, [1, 7, 2]] = 30
+    labels[3] = 9
+    save(teacher, student, labels)
+    scores = score_files("teacher.npy", "student.npy", "scores.parquet", LOSSES, labels="labels.npy", temperature=1.5)
+    for name in LOSSES:
+        expected = [expected_loss(name, t, s, 1.5) for t, s in zip(teacher, student, strict=True)]
+        np.testing.assert_allclose(column(scores, name), expected, rtol=3e-5, atol=3e-7)
+    for name, expected in expected_rows(teacher, student, labels).items():
+        got = column(scores, name)
+        if expected.dtype.kind == "i":
+            np.testing.assert_array_equal(got, expected)
+        else:
+            np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-6)
+    np.testing.assert_array_equal(column(scores, "row"), np.arange(ROWS))
+
+
+def test_a_wide_and_a_narrow_type_go_together():
+    teacher, student, _ = draw()
+    np.save("student.npy", student.astype(np.float16))
+    scores = score_files("teacher.npy", "student.npy", "scores.parquet")
+    expected = [expected_loss("kl", t, s) for t, s in zip(teacher, student.astype(np.float16), strict=True)]
+    np.testing.assert_allclose(column(scores, "kl"), expected, rtol=3e-5, atol=3e-7)
+
+
+def test_large_float64_logits_keep_their_differences():
+    """They are taken relative to the largest before they become float32."""
+    teacher, student, _ = draw(dtype=np.float64)
+    save(teacher + 1e8, student - 1e8)
+    scores = score_files("teacher.npy", "student.npy", "scores.parquet")
+    expected = [expected_loss("kl", t, s) for t, s in zip(teacher + 1e8, student - 1e8, strict=True)]
+    np.testing.assert_allclose(column(scores, "kl"), expected, rtol=3e-5, atol=3e-7)
+
+
+def exported(tmp_path, **settings):
+    loss = pykd.SoftTarget(form="kl", temperature=2.0, tau_squared=True)
+    return str(pykd.export(loss, tmp_path / "kd", progress=lambda line: None, **settings))
+
+
+@pytest.mark.slow
+def test_an_exported_loss_scores_rows(tmp_path):
+    path = exported(tmp_path, per_sample=True)
+    teacher, student, _ = draw()
+    scores = score_files("teacher.npy", "student.npy", "scores.parquet", ("kl", path))
+    name = scores.facts["losses"][1]
+    expected = [4 * expected_loss("kl", t, s, 2.0) for t, s in zip(teacher, student, strict=True)]
+    np.testing.assert_allclose(column(scores, name), expected, rtol=3e-5, atol=3e-6)
+
+
+@pytest.mark.slow
+def test_an_exported_loss_without_values_per_sample_is_refused(tmp_path):
+    path = exported(tmp_path)
+    draw()
+    with pytest.raises(ValueError, match="expected an exported loss with values per sample, got .* without"):
+        score_files("teacher.npy", "student.npy", "scores.parquet", (path,))
+
+
+# ---- Bad rows -----------------------------------------------------------------------------------
+
+
+def with_bad_rows():
+    """A few of each kind; their places, and what they are."""
+    teacher, student, labels = draw()
+    teacher[10, 3] = np.nan
+    student[11, 0] = np.nan
+    teacher[12, 2] = np.inf
+    student[13, 1] = np.inf
+    student[14] = -np.inf
+    student[15, teacher[15].argmax()] = -np.inf
+    labels[16], labels[17], labels[18] = CLASSES, -1, -100
+    save(teacher, student, labels)
+    kinds = dict.fromkeys((10, 11), "nan") | dict.fromkeys((12, 13, 14), "infinite") | {15: "infinite_score"}
+    kinds |= {16: "label_out_of_range", 17: "label_out_of_range", 18: "ignored"}
+    return teacher, student, labels, kinds
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_bad_rows_are_counted_by_kind_and_kept_out(dtype):
+    teacher, student, labels, kinds = with_bad_rows()
+    save(teacher.astype(dtype), student.astype(dtype), labels)
+    scores = score_files("teacher.npy", "student.npy", "scores.parquet", LOSSES[:1], labels="labels.npy")
+    table = parquet.read_table("scores.parquet").to_pydict()
+    assert table["row"] == list(range(ROWS))
+    assert {row: kind for row, kind in enumerate(table["status"]) if kind != "ok"} == kinds
+    assert [row for row, value in enumerate(table["kl"]) if value is None] == sorted(kinds)
+    assert table["label"] == labels.tolist()
+    report = summary(scores)
+    assert {kind: count for kind, count in report["bad_rows"].items() if count} == {
+        "nan": 2, "infinite": 3, "infinite_score": 1, "label_out_of_range": 2, "ignored": 1
+    }  # fmt: skip
+    good = [row for row in range(ROWS) if row not in kinds]
+    expected = np.mean([expected_loss("kl", teacher[row].astype(dtype), student[row].astype(dtype)) for row in good])
+    assert report["scores"]["kl"]["mean"] == pytest.approx(expected, rel=1e-5)
+    assert report["scores"]["kl"]["count"] == len(good) == report["counted"]
+
+
+def test_ragged_rows_are_bad_rows():
+    import pyarrow as pa
+
+    teacher, student, _ = draw(rows=5)
+    rows = [*map(list, teacher)]
+    rows[1], rows[3] = rows[1][:-1], None
+    parquet.write_table(pa.table({"logits": pa.array(rows, pa.list_(pa.float32()))}), "teacher.parquet")
+    score_files("teacher.parquet", "student.npy", "scores.parquet")
+    assert parquet.read_table("scores.parquet").to_pydict()["status"] == ["ok", "ragged", "ok", "missing", "ok"]
+    np.save("student.npy", student[:4])
+    with pytest.raises(ValueError, match="as many rows in the student student.npy as the teacher has, 5, got 4"):
+        score_files("teacher.parquet", "student.npy", "scores.parquet")
+
+
+def test_a_file_of_bad_rows_alone_has_a_report():
+    teacher, student, _ = draw(rows=4)
+    save(teacher * np.nan, student)
+    assert (
+        main(
+            ["score", "--teacher", "teacher.npy", "--student", "student.npy", "--out", "o.parquet", "--json", "o.json"]
+        )
+        == 0
+    )
+    report = json.loads(Path("o.json").read_text())
+    assert report["bad_rows"]["nan"] == 4 and report["scores"]["kl"]["mean"] is None
+
+
+# ---- Classes --------------------------------------------------------------------------------------
+
+
+def test_unequal_classes_name_the_option_and_what_is_cut_is_reported(capsys):
+    teacher, student, _ = draw(classes=15)
+    save(teacher, student[:, :CLASSES])
+    call = ["score", "--teacher", "teacher.npy", "--student", "student.npy", "--out", "scores.parquet"]
+    assert main(call) == 2
+    assert "got 12; pass --classes 12 to compare the first 12" in capsys.readouterr().err
+    assert main([*call, "--classes", "12", "--json", "o.json"]) == 0
+    report = json.loads(Path("o.json").read_text())
+    mass = [np.exp(log_softmax(t.astype(np.float64)))[CLASSES:].sum() for t in teacher]
+    assert report["scores"]["teacher_mass_cut"]["mean"] == pytest.approx(np.mean(mass), rel=1e-6)
+    assert report["scores"]["teacher_mass_cut"]["maximum"] == pytest.approx(np.max(mass), rel=1e-6)
+    assert "student_mass_cut" not in report["scores"]
+    expected = [expected_loss("kl", t[:CLASSES], s[:CLASSES]) for t, s in zip(teacher, student, strict=True)]
+    assert report["scores"]["kl"]["mean"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert main([*call, "--classes", "13"]) == 2
+    assert "expected from 1 to 12 classes, got 13" in capsys.readouterr().err
+
+
+# ---- The report -----------------------------------------------------------------------------------
+
+
+def report_of(rows=ROWS, group=None, **settings):
+    teacher, student, labels = draw(rows=rows)
+    if group is not None:
+        np.save("group.npy", group)
+    scores = score_files(
+        "teacher.npy", "student.npy", "scores.parquet", ("kl", "jsd"), "labels.npy",
+        None if group is None else "group.npy", **settings,
+    )  # fmt: skip
+    return scores, summary(scores, seed=3), expected_rows(teacher, student, labels)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_every_number_of_the_report_is_numpys(grouped):
+    group = np.random.default_rng(9).integers(0, 60, size=ROWS) if grouped else None
+    scores, report, rows = report_of(group=group)
+    kl = column(scores, "kl").astype(np.float64)
+    names, batch = np.unique(group if grouped else np.arange(ROWS), return_inverse=True)
+    counts = np.bincount(batch).astype(float)
+    assert report["rows"] == report["counted"] == ROWS and not any(report["bad_rows"].values())
+
+    for name in ("kl", "jsd", "teacher_nll", "student_nll", "label_probability_change", "teacher_confidence"):
+        values, score = column(scores, name).astype(np.float64), report["scores"][name]
+        assert score["mean"] == pytest.approx(values.mean(), rel=1e-12)
+        assert (score["minimum"], score["maximum"]) == (values.min(), values.max())
+        assert score["root_mean_square"] == pytest.approx(np.sqrt((values**2).mean()))
+        np.testing.assert_allclose(list(score["quantiles"].values()), np.quantile(values, SHARES), rtol=1e-12)
+        sums = np.bincount(batch, values)
+        np.testing.assert_allclose(score["interval"], intervals.mean_interval(sums, counts), rtol=1e-9)
+        for share in SHARES:
+            below = np.bincount(batch, values <= np.quantile(values, share))
+            places = intervals.quantile_places(share, below, counts, grouped)
+            expected = None if places == (None, None) else [None if p is None else np.sort(values)[p] for p in places]
+            assert score["quantile_intervals"][quantile_name(share)] == expected
+
+    def share(hit):
+        hits = np.bincount(batch, hit)
+        return {
+            "value": pytest.approx(hit.mean()),
+            "interval": pytest.approx(intervals.share_interval(hits, counts, grouped), rel=1e-9),
+            "count": ROWS,
+        }
+
+    assert report["agreement"]["top1"] == share(rows["teacher_class"] == rows["student_class"])
+    assert report["agreement"]["top5"] == share(rows["teacher_class_rank"] <= 5)
+    for side in ("teacher", "student"):
+        assert report["accuracy"][side] == share(rows[f"{side}_class"] == rows["label"])
+        perplexity = report["perplexity"][side]
+        assert perplexity["value"] == pytest.approx(np.exp(rows[f"{side}_nll"].mean()), rel=1e-6)
+        low, high = intervals.mean_interval(np.bincount(batch, rows[f"{side}_nll"]), counts)
+        np.testing.assert_allclose(perplexity["interval"], [np.exp(low), np.exp(high)], rtol=1e-5)
+    ratio = np.exp((rows["student_nll"] - rows["teacher_nll"]).mean())
+    assert report["perplexity"]["student_over_teacher"]["value"] == pytest.approx(ratio, rel=1e-5)
+
+    errors = {}
+    for side in ("teacher", "student"):
+        confidence, right = rows[f"{side}_confidence"], rows[f"{side}_class"] == rows["label"]
+        bins = np.minimum((confidence * 15).astype(int), 14)
+        parts = [bins == b for b in range(15)]
+        errors[side] = sum(abs(confidence[p].mean() - right[p].mean()) * p.mean() for p in parts if p.any())
+        entry = report["calibration_error"][side]
+        assert entry["value"] == pytest.approx(errors[side], rel=1e-5)
+        assert entry["interval"][0] < entry["interval"][1]
+    gap = report["calibration_error"]["student_minus_teacher"]["value"]
+    assert gap == pytest.approx(errors["student"] - errors["teacher"], rel=1e-4)
+
+    for i, entry in enumerate(report["confidence_bins"]):
+        inside = np.minimum((rows["teacher_confidence"] * 10).astype(int), 9) == i
+        assert entry["count"] == inside.sum() and entry["share"] == pytest.approx(inside.mean())
+        if inside.any():
+            assert entry["mean"] == pytest.approx(kl[inside].mean())
+            agreed = (rows["teacher_class_rank"] == 1)[inside]
+            assert entry["agreement"] == pytest.approx(agreed.mean())
+
+    assert report["by_class"]["by"] == "label"
+    listed = report["by_class"]["classes"]
+    assert {entry["class"] for entry in listed} == set(rows["label"])
+    contributions = [kl[rows["label"] == entry["class"]].sum() for entry in listed]
+    assert contributions == sorted(contributions, reverse=True)
+    for entry in listed:
+        inside = rows["label"] == entry["class"]
+        assert (entry["count"], entry["mean"]) == (inside.sum(), pytest.approx(kl[inside].mean()))
+        expected = intervals.mean_interval(
+            np.bincount(batch, kl * inside, len(names)), np.bincount(batch, inside, len(names))
+        )
+        np.testing.assert_allclose(entry["interval"], expected, rtol=1e-9)
+
+    assert [entry["row"] for entry in report["worst_rows"]] == np.argsort(-kl, kind="stable")[:100].tolist()
+    assert report["worst_rows"][0]["kl"] == kl.max()
+
+    assert sum(entry["count"] for entry in report["course"]) == ROWS
+    for entry in report["course"]:
+        part = kl[entry["first_row"] : entry["last_row"] + 1]
+        np.testing.assert_allclose([entry["mean"], entry["p50"], entry["p99"]],
+                                   [part.mean(), *np.quantile(part, (0.5, 0.99))])  # fmt: skip
+    histogram = report["histogram"]
+    assert sum(histogram["counts"]) == ROWS
+    edges = np.array(histogram["edges"])
+    inner = np.histogram(kl, edges[1:-1])[0]
+    np.testing.assert_array_equal(histogram["counts"][1:-1], inner)
+
+
+def test_worst_rows_of_equal_scores_are_the_first_in_the_file():
+    teacher, _, _ = draw(rows=300)
+    save(teacher, teacher)
+    report = summary(score_files("teacher.npy", "student.npy", "scores.parquet"), worst=7)
+    assert [entry["row"] for entry in report["worst_rows"]] == list(range(7))
+
+
+def test_the_same_numbers_for_every_number_of_threads():
+    group = np.array([f"document {i // 7}" for i in range(5000)])
+    reports = []
+    for threads in (1, 2, 5):
+        Path("scores.parquet").unlink(missing_ok=True)
+        reports.append(json.dumps(report_of(5000, group, threads=threads)[1]))
+    assert reports[0] == reports[1] == reports[2]
+
+
+def test_many_groups_fall_into_batches():
+    """The interval of 3,000 groups by 1,024 batches is about as wide as by the groups themselves."""
+    group = np.arange(6000) // 2
+    scores, report, _ = report_of(6000, group)
+    values = column(scores, "kl").astype(np.float64)
+    low, high = intervals.mean_interval(np.bincount(group, values), np.bincount(group).astype(float))
+    got = report["scores"]["kl"]["interval"]
+    assert (got[1] - got[0]) / (high - low) == pytest.approx(1, abs=0.15)
+    assert report["independent"] == "groups"
+
+
+def test_large_files_are_read_anew_in_each_pass(monkeypatch):
+    _, kept, _ = report_of()
+    monkeypatch.setattr("pykd.scoring.statistics._KEPT_ROWS", 0)
+    assert json.dumps(summary(Scores("scores.parquet"), seed=3)) == json.dumps(kept)
+
+
+# ---- Conditions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [("kl.p99 > 0", 1), ("kl.p99>1e9", 0), ("agreement.top1 < 0.1", 0), ("agreement.top1.high <= 1", 1),
+     ("bad_rows > 0", 0), ("bad_rows.nan >= 0", 1), ("kl.p99.9 < .5e3", 1), ("rows < 701", 1)],
+)  # fmt: skip
+def test_a_condition_sets_the_exit_code(text, code, capsys):
+    draw()
+    call = ["score", "--teacher", "teacher.npy", "--student", "student.npy", "--out", "scores.parquet"]
+    assert main([*call, "--fail-if", text]) == code
+    assert ("FAILED" in capsys.readouterr().out) == bool(code)
+
+
+@pytest.mark.parametrize("text", ["kl.p99", "kl.p99 > x", "__import__('os') > 0", "kl.p99 > 0.1; 1", "kl.p99 == 1", ""])
+def test_what_is_no_condition_is_seen_before_anything_runs(text, capsys):
+    assert main(["score", "--teacher", "none", "--student", "none", "--out", "o", "--fail-if", text]) == 2
+    assert "expected a condition such as 'kl.p99 > 0.1'" in capsys.readouterr().err
+
+
+def test_a_condition_on_what_is_not_there_is_an_error():
+    _, report, _ = report_of()
+    numbers = numbers_of(report)
+    with pytest.raises(ValueError, match=r"got 'kl.p98'; such as kl\.p"):
+        Condition.of("kl.p98 > 1").holds(numbers)
+    with pytest.raises(ValueError, match=r"expected kl.p99.9.high to have a value .*: too few rows tell it"):
+        Condition.of("kl.p99.9.high > 1").holds(numbers)
+
+
+# ---- Exactly once -----------------------------------------------------------------------------------
+
+
+def begun(rows=3000):
+    """The whole file of scores, and the journal of the same work before its end."""
+    draw(rows=rows, classes=200)
+    whole = score_files("teacher.npy", "student.npy", "whole.parquet")
+    settings = whole.facts["settings"]
+    records = np.zeros(rows, [tuple(field) for field in settings["columns"]])
+    for name in records.dtype.names:
+        records[name] = column(whole, name)
+    with Journal(Path("scores.parquet"), settings, records.dtype) as journal:
+        for first in range(0, rows, 250):
+            journal.append(records[first : first + 250])
+    return parquet.read_table("whole.parquet"), Path("scores.parquet.partial")
+
+
+def test_a_run_cut_off_at_any_byte_is_taken_up():
+    whole, partial = begun()
+    journal = partial.read_bytes()
+    places = random.Random(1).sample(range(len(journal)), 20)
+    for place in [*places, 0, 5, len(journal) - 1, len(journal)]:
+        partial.write_bytes(journal[:place])
+        scores = score_files("teacher.npy", "student.npy", "scores.parquet")
+        assert parquet.read_table("scores.parquet").equals(whole), place
+        assert not partial.exists()
+        scores.path.unlink()
+
+
+def test_a_record_that_was_damaged_is_scored_again():
+    whole, partial = begun()
+    journal = bytearray(partial.read_bytes())
+    journal[len(journal) // 2] ^= 1
+    partial.write_bytes(journal)
+    score_files("teacher.npy", "student.npy", "scores.parquet")
+    assert parquet.read_table("scores.parquet").equals(whole)
+
+
+def test_what_was_written_is_not_scored_again(monkeypatch):
+    whole, _ = begun()
+    monkeypatch.setattr("pykd.scoring.row_scores.RowScores.__call__", None)
+    said = []
+    score_files("teacher.npy", "student.npy", "scores.parquet", say=said.append)
+    assert said == ["scores.parquet.partial has 3,000 rows of 3,000: going on from there"]
+    score_files("teacher.npy", "student.npy", "scores.parquet", say=said.append)
+    assert said[1:] == ["scores.parquet holds the scores of these files already"]
+    assert parquet.read_table("scores.parquet").equals(whole)
+
+
+def test_other_work_begins_anew():
+    begun()
+    said = []
+    score_files("teacher.npy", "student.npy", "scores.parquet", temperature=2.0, say=said.append)
+    assert said == ["scores.parquet.partial was of other files or settings: begun anew"]
+    os.utime("teacher.npy", ns=(0, 0))  # a file that has changed
+    assert score_files("teacher.npy", "student.npy", "scores.parquet", temperature=2.0, say=said.append).rows == 3000
+    assert len(said) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_taken_up():
+    """At twenty random moments, with SIGKILL."""
+    rng = np.random.default_rng(0)
+    teacher = rng.normal(size=(60_000, 300)).astype(np.float32)
+    save(teacher, teacher + rng.normal(size=teacher.shape).astype(np.float32))
+    call = [sys.executable, "-m", "pykd", "score", "--teacher", "teacher.npy", "--student", "student.npy", "--out"]
+    began = time.monotonic()
+    subprocess.run([*call, "whole.parquet"], check=True, capture_output=True)
+    lasts = time.monotonic() - began
+    whole = parquet.read_table("whole.parquet")
+    moments = random.Random(2)
+    for _ in range(20):
+        run = subprocess.Popen([*call, "scores.parquet"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(0, lasts))
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        if Path("scores.parquet").exists():  # whole, or not there
+            assert parquet.read_table("scores.parquet").equals(whole)
+            Path("scores.parquet").unlink()
+    subprocess.run([*call, "scores.parquet"], check=True, capture_output=True)
+    assert parquet.read_table("scores.parquet").equals(whole)
+    assert not list(Path().glob("scores.parquet.*"))
+
+
+def test_two_runs_do_not_write_one_file():
+    begun()
+    with (
+        Journal(Path("scores.parquet"), {}, np.dtype("u1")),
+        pytest.raises(RuntimeError, match="expected to be alone with scores.parquet.partial"),
+    ):
+        score_files("teacher.npy", "student.npy", "scores.parquet")
+
+
+def test_short_writes_are_gone_on_with(monkeypatch):
+    whole, partial = begun()
+    partial.unlink()
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[: max(1, len(data) // 3)]))
+    score_files("teacher.npy", "student.npy", "scores.parquet")
+    assert parquet.read_table("scores.parquet").equals(whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_an_error_and_what_was_written_is_kept(small_disk, capsys):
+    draw(rows=20_000)
+    call = [
+        "score",
+        "--teacher",
+        "teacher.npy",
+        "--student",
+        "student.npy",
+        "--out",
+        str(small_disk / "scores.parquet"),
+    ]
+    assert main(call) == 2
+    assert "got a full disk; make room, and run the same command again" in capsys.readouterr().err
+    assert [path.name for path in small_disk.iterdir()] == ["scores.parquet.partial"]
+    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    assert main(call) == 0
+    score_files("teacher.npy", "student.npy", "whole.parquet")
+    assert parquet.read_table(small_disk / "scores.parquet").equals(parquet.read_table("whole.parquet"))
+
+
+def test_a_disk_that_is_full_at_the_end_is_an_error(small_disk, capsys):
+    draw(rows=4_000)
+    call = [
+        "score",
+        "--teacher",
+        "teacher.npy",
+        "--student",
+        "student.npy",
+        "--out",
+        str(small_disk / "scores.parquet"),
+    ]
+    assert main(call) == 2  # the journal has room, the Parquet file beside it has none
+    assert "scores.parquet, got a full disk" in capsys.readouterr().err
+    assert [path.name for path in small_disk.iterdir()] == ["scores.parquet.partial"]
+
+
+# ---- The command ------------------------------------------------------------------------------------
+
+
+def test_torch_is_not_imported():
+    draw()
+    program = (
+        "import sys; from pykd.command_line import main\n"
+        "code = main(sys.argv[1:])\n"
+        "assert not {'torch', 'onnx', 'onnxruntime', 'scipy', 'sklearn'} & sys.modules.keys(), 'a heavy import'\n"
+        "sys.exit(code)"
+    )
+    call = ["score", "--teacher", "teacher.npy", "--student", "student.npy", "--out", "o.parquet", "--json", "o.json"]
+    subprocess.run([sys.executable, "-c", program, *call], check=True)
+    assert json.loads(Path("o.json").read_text())["scores"]["kl"]["count"] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "o.parquet", "--teacher", "teacher.npy"], "expected --student FILE, got none"),
+        (["--loss", "hinge"], "expected a loss of kl, reverse_kl, .* got 'hinge'; correct --loss"),
+        (["--loss", "kl", "--loss", "kl"], "expected losses that differ, got kl, kl"),
+        (["--temperature", "0"], "expected a temperature above 0, got 0"),
+        (["--labels", "teacher.npy"], "expected whole numbers in the labels teacher.npy, got float32"),
+        (["--out", "no/such/folder.parquet"], "expected to write no/such/folder.parquet.partial"),
+    ],
+)
+def test_wrong_arguments_are_said_in_three_parts(arguments, message, capsys):
+    import re
+
+    draw()
+    files = [] if "--teacher" in arguments else ["--teacher", "teacher.npy", "--student", "student.npy"]
+    out = [] if "--out" in arguments else ["--out", "o.parquet"]
+    assert main(["score", *files, *out, *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_kinds_of_rows_are_in_the_report_by_name():
+    _, report, _ = report_of(rows=10)
+    assert list(report["bad_rows"]) == list(STATUSES[1:])
