@@ -118,7 +118,10 @@ def gather(
         )
     lengths = _lengths(tensors, group)
     scale = 1.0 if gradients == "averaged" else 1.0 / len(lengths)
-    return {name: _Joined.apply(tensor, lengths, scale, group) for name, tensor in tensors.items()}
+    return {
+        name: _Joined.apply(tensor, lengths, scale, group)  # type: ignore[no-untyped-call]
+        for name, tensor in tensors.items()
+    }
 
 
 def _checked(gradients: str) -> str:
