@@ -1,0 +1,147 @@
+"""Losses of other libraries to compare with, without the packages that those libraries want for everything else.
+
+``tests/oracles.txt`` pins the libraries; ``scripts/python-environment`` installs them without their dependencies, and
+``importable`` lets their files with losses be imported on their own.
+"""
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+@dataclass
+class Library:
+    """What of a distribution is imported: modules as they are; a package above one without its ``__init__``; the rest of it,
+    and what others it mentions, as stand-ins."""
+
+    modules: tuple[str, ...]
+    mentions: tuple[str, ...] = ()
+    # What a stand-in must be for a loss to be computed.
+    names: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def root(self) -> str:
+        return self.modules[0].split(".")[0]
+
+
+LIBRARIES = {
+    "liger-kernel": Library(("liger_kernel",)),
+    "nvidia-modelopt": Library(
+        ("modelopt.torch.distill.losses", "modelopt.torch.distill.plugins.megatron"), ("megatron", "yaml")
+    ),
+    "textbrewer": Library(("textbrewer.losses", "textbrewer.compatibility", "textbrewer.schedulers")),
+    "timm": Library(
+        (
+            "timm.loss",
+            "timm.task.distillation",
+            "timm.task.token_distillation",
+            "timm.task.classification",
+            "timm.task.task",
+        ),
+        names={name: {"unwrap_model": lambda model: model} for name in ("timm.utils", "timm.utils.model")},
+    ),
+    "torchdistill": Library(("torchdistill",)),
+    "torchmetrics": Library(
+        (
+            "torchmetrics.functional.regression.js_divergence",
+            "torchmetrics.functional.regression.kl_divergence",
+            "torchmetrics.utilities.checks",
+            "torchmetrics.utilities.compute",
+            "torchmetrics.utilities.data",
+        ),
+        ("lightning_utilities",),
+    ),
+    "trl": Library(
+        (
+            "trl.experimental.gkd.gkd_trainer",
+            "trl.experimental.gold.gold_trainer",
+            "trl.experimental.sdft.loss_utils",
+            "trl.trainer.utils",
+        ),
+        ("accelerate", "datasets", "huggingface_hub", "pandas", "transformers"),
+    ),
+}
+PINS = dict(
+    line.split("==")
+    for line in Path(__file__).with_name("oracles.txt").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+)
+
+
+def missing(distribution: str) -> str:
+    """Why the library cannot be compared with; nothing if it can."""
+    wanted = PINS[distribution]
+    try:
+        found = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{distribution} {wanted} is not installed: scripts/python-environment installs tests/oracles.txt"
+    return "" if found == wanted else f"{distribution} is {found}, and {wanted} in tests/oracles.txt"
+
+
+class _Nothing:
+    """What a stand-in's names make: ``is_…_available()`` is false."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        pass
+
+    def __bool__(self) -> bool:
+        return False
+
+
+class _StandIn(ModuleType):
+    """A module, or a package without its ``__init__``, every other name of which is a class that does nothing."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (_Nothing,), {})
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, library: Library):
+        self.library = library
+
+    def find_spec(self, name, path=None, target=None):
+        root = name.split(".")[0]
+        if root != self.library.root and root not in self.library.mentions:
+            return None
+        if any(name == module or name.startswith(module + ".") for module in self.library.modules):
+            return None
+        spec = importlib.machinery.ModuleSpec(name, self, is_package=True)
+        if any(module.startswith(name + ".") for module in self.library.modules):
+            found = importlib.machinery.PathFinder.find_spec(name, path)
+            spec.submodule_search_locations = found.submodule_search_locations
+        return spec
+
+    def create_module(self, spec):
+        return _StandIn(spec.name)
+
+    def exec_module(self, module):
+        vars(module).update(self.library.names.get(module.__name__, {}))
+
+
+@contextlib.contextmanager
+def importable(distribution: str) -> Iterator[None]:
+    """Within this context the library's files with losses can be imported; afterwards no stand-in is left."""
+    library = LIBRARIES[distribution]
+
+    def concerned():
+        return [name for name in sys.modules if name.split(".")[0] in (library.root, *library.mentions)]
+
+    before = {name: sys.modules.pop(name) for name in concerned()}
+    finder = _Finder(library)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in concerned():
+            del sys.modules[name]
+        sys.modules.update(before)
