@@ -77,6 +77,14 @@ def test_the_interval_of_a_share_is_wilsons(hits, rows):
     np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", range(1, 60))
+def test_an_interval_holds_the_share_itself(rows):
+    for hits in (0, rows // 2, rows):
+        hit = (np.arange(rows) < hits).astype(float)
+        low, high = intervals.share_interval(hit, np.ones(rows), grouped=False) or (0, 1)
+        assert 0 <= low <= hit.mean() <= high <= 1
+
+
 def test_the_interval_of_a_mean_of_rows_is_students():
     values = np.random.default_rng(0).normal(size=40)
     expected = stats.t.interval(0.95, 39, values.mean(), stats.sem(values))

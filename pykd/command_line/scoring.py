@@ -33,6 +33,7 @@ def add(commands: Any) -> None:
     score.add_argument("--temperature", type=float, help="divides the logits in the losses (default 1)")
     score.add_argument("--classes", type=int, help="compares the first ones alone")
     score.add_argument("--out", type=Path, metavar="FILE", help="the scores, as Parquet")
+    score.add_argument("--report", type=Path, metavar="FILE", help="writes a page to look at, as HTML")
     score.add_argument("--json", type=Path, metavar="FILE", help="writes the numbers as JSON")
     score.add_argument(
         "--fail-if",
@@ -74,6 +75,10 @@ def _score(options: argparse.Namespace) -> int:
     report = summary(scores, options.seed)
     if options.json is not None:
         write(options.json, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    if options.report is not None:
+        from pykd.scoring.report import as_html
+
+        write(options.report, as_html(report))
     print(as_text(report))
     numbers = numbers_of(report)
     failed = [condition for condition in conditions if condition.holds(numbers)]

@@ -73,7 +73,8 @@ def _wilson(share: float, rows: float, errors: float) -> tuple[float, float]:
     squared = errors * errors
     middle = (share + squared / (2 * rows)) / (1 + squared / rows)
     half = errors / (1 + squared / rows) * math.sqrt(share * (1 - share) / rows + squared / (4 * rows * rows))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    # Of 0 and 1 the share is an end, which rounding must not move.
+    return max(min(middle - half, share), 0.0), min(max(middle + half, share), 1.0)
 
 
 def student_t(freedom: float) -> float:
@@ -108,10 +109,10 @@ def bootstrap_weights(batches: int, seed: int, repeats: int = 1000) -> Array:
     return generator.multinomial(batches, np.full(batches, 1 / batches), size=repeats).astype(np.float64)
 
 
-def bootstrap_interval(value: float, repeats: Array) -> Interval:
+def bootstrap_interval(value: float, repeats: Array) -> tuple[float, float]:
     """The basic bootstrap's: the value less the errors of the repeats, which takes out their bias."""
     low, high = np.quantile(repeats, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return [2 * value - float(high), 2 * value - float(low)]
+    return 2 * value - float(high), 2 * value - float(low)
 
 
 class Batches:

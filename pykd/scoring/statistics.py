@@ -218,8 +218,11 @@ class _Summary:
             repeats.append(np.asarray(drawn) / rows)
         told = int((counts > 0).sum()) > 1
 
-        def interval(value: float, drawn: Array) -> Interval:
-            return bootstrap_interval(value, drawn) if told else None
+        def interval(value: float, drawn: Array, least: float = -1.0) -> Interval:
+            if not told:
+                return None
+            low, high = bootstrap_interval(value, drawn)
+            return [max(low, least), max(high, least)]
 
         def perplexity(total: Array) -> dict[str, Any]:
             ends = mean_interval(total, counts)
@@ -232,8 +235,8 @@ class _Summary:
                 name: perplexity(nll[i]) for i, name in enumerate(("teacher", "student", "student_over_teacher"))
             },
             "calibration_error": {
-                "teacher": {"value": error[0], "interval": interval(error[0], repeats[0]), "count": self.count},
-                "student": {"value": error[1], "interval": interval(error[1], repeats[1]), "count": self.count},
+                "teacher": {"value": error[0], "interval": interval(error[0], repeats[0], 0.0), "count": self.count},
+                "student": {"value": error[1], "interval": interval(error[1], repeats[1], 0.0), "count": self.count},
                 "student_minus_teacher": {
                     "value": error[1] - error[0],
                     "interval": interval(error[1] - error[0], repeats[1] - repeats[0]),
