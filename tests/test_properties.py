@@ -13,7 +13,7 @@ from pykd.definition import Case, Properties, Scalar, Spec
 from pykd.definition.sizes import draw, example_sizes, trial_sizes
 from tests.conftest import subjects
 
-NAMES = [field.name for field in dataclasses.fields(Properties)]
+NAMES = [field.name for field in dataclasses.fields(Properties) if field.name != "distils"]  # tests/test_distils.py
 
 
 def value_and_gradients(subject, tensors):

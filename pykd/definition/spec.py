@@ -96,6 +96,8 @@ class Properties:
         feature_scale: the features of each sample may be multiplied by a positive number, the student's or the teacher's.
         zero_when_equal: the value is 0 where the student's tensors equal the teacher's.
         symmetric: student and teacher may change places.
+        distils: descent on the student's tensors lowers the value and leads to the teacher (tests/test_distils.py says what that is);
+            a reason where it does not, such as "its value is not what its gradient is of". True of most.
     """
 
     batch_order: bool | str | None = True
@@ -104,6 +106,7 @@ class Properties:
     feature_scale: bool | str | None = None
     zero_when_equal: bool | str | None = None
     symmetric: bool | str | None = None
+    distils: bool | str = True
 
 
 Layouts = tuple[Spec, ...]  # the forms that one input may take; the first is the default
