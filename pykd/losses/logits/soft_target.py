@@ -109,11 +109,12 @@ class SoftTarget(Loss):
     Raises:
         ValueError: for a temperature that is not positive, shapes that do not fit, an empty batch.
 
-    Who differs: timm, RepDistiller and mdistiller take the KL form with T², summed over classes and
-    averaged over the batch (``form="kl", tau_squared=True``); TextBrewer the cross-entropy without T² (the default
-    here); torchtune's forward KL is the cross-entropy at T = 1; DeiT also divides by the number of classes. For
-    ``"jsd"`` TRL and Liger take β = 0 for the forward and β = 1 for the reverse KL, which are not the limits of the
-    formula: use ``"kl"`` and ``"reverse_kl"``. torchtune mixes its symmetric KL in a free ratio, 0.5 by default, as here.
+    Who differs: timm, MMRazor, RepDistiller and mdistiller take the KL form with T², summed over classes and averaged over
+    the batch (``form="kl", tau_squared=True``); torchdistill has T² beside a cross-entropy with labels alone; DeiT divides by the
+    number of classes, too, and so does Model-Optimizer by default. TextBrewer has the cross-entropy without T² (the
+    default here). torchtune's forward KL is the cross-entropy at T = 1, and its symmetric KL mixes that with the reverse KL
+    in a free ratio, 0.5 by default: half the teacher's entropy more than here. For ``"jsd"`` TRL and Liger take β = 0 for the
+    forward and β = 1 for the reverse KL, which are not the limits of the formula: use ``"kl"`` and ``"reverse_kl"``.
 
     Example:
         >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]])
