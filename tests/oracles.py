@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 
@@ -31,8 +31,11 @@ class Library:
         return self.modules[0].split(".")[0]
 
 
+# OpenMMLab's decorator, which must give back the class.
+_REGISTRY = {"MODELS": SimpleNamespace(register_module=lambda: lambda loss: loss)}
 LIBRARIES = {
     "liger-kernel": Library(("liger_kernel",)),
+    "mmrazor": Library(("mmrazor.models.losses",), ("mmcls", "mmengine"), {"mmrazor.registry": _REGISTRY}),
     "nvidia-modelopt": Library(
         ("modelopt.torch.distill.losses", "modelopt.torch.distill.plugins.megatron"), ("megatron", "yaml")
     ),
@@ -58,6 +61,7 @@ LIBRARIES = {
         ),
         ("lightning_utilities",),
     ),
+    "torchtune": Library(("torchtune.modules.loss.kd_losses",)),
     "trl": Library(
         (
             "trl.experimental.gkd.gkd_trainer",
