@@ -42,6 +42,12 @@ def add(commands: Any) -> None:
         metavar="CONDITION",
         help="exit with 1 where it holds, such as 'kl.p99 > 0.1'; again: one more",
     )
+    score.add_argument(
+        "--format",
+        choices=("text", "llama"),
+        default="text",
+        help="what is printed: llama is what llama-perplexity --kl-divergence prints at its end, with its arithmetic",
+    )
     score.add_argument("--seed", type=int, default=0, help="of the intervals (default 0)")
     score.add_argument("--threads", type=int, default=0, help="that work at once (default: one per core)")
     score.set_defaults(run=_score)
@@ -51,11 +57,17 @@ def _score(options: argparse.Namespace) -> int:
     from pykd.scoring.conditions import Condition, numbers_of
 
     conditions = [Condition.of(text) for text in options.fail_if]
-    for name in ("teacher", "student", "out"):
+    llama_alone = options.format == "llama" and options.out is None
+    for name in ("teacher", "student") if llama_alone else ("teacher", "student", "out"):
         if getattr(options, name) is None:
             raise ValueError(f"expected --{name} FILE, got none; add it")
     if options.threads < 0 or options.seed < 0:
         raise ValueError(f"expected --threads and --seed from 0, got {options.threads} and {options.seed}")
+    if llama_alone:
+        if conditions or options.report is not None or options.json is not None:
+            raise ValueError("expected --out FILE with --report, --json and --fail-if, got none; add it")
+        print(_as_llama(options))
+        return 0
     from pykd.scoring.statistics import summary
     from pykd.scoring.stream import score_files
 
@@ -79,12 +91,42 @@ def _score(options: argparse.Namespace) -> int:
         from pykd.scoring.report import as_html
 
         write(options.report, as_html(report))
-    print(as_text(report))
+    print(_as_llama(options) if options.format == "llama" else as_text(report))
     numbers = numbers_of(report)
     failed = [condition for condition in conditions if condition.holds(numbers)]
     for condition in failed:
         print(f"FAILED: {condition} ({condition.name} is {numbers[condition.name]:.6g})")
     return 1 if failed else 0
+
+
+def _as_llama(options: argparse.Namespace) -> str:
+    from pykd.scoring import sources
+    from pykd.scoring.llama import print_out
+    from pykd.scoring.stream import labels_of
+
+    for name in ("temperature", "classes", "loss"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"expected no --{name} with --format llama, whose numbers are fixed, got one; leave it out"
+            )
+    teacher = sources.open_matrix(options.teacher, "teacher")
+    student = sources.open_matrix(options.student, "student")
+    labels = labels_of(options.teacher, options.student, options.labels)
+    if labels is None:
+        raise ValueError(
+            "expected labels for --format llama, got none; pass --labels, or a base file, which holds them"
+        )
+    label = sources.open_column(labels, "labels")
+    for other, what in ((student.rows, "rows of the student"), (label.rows, "labels")):
+        if other != teacher.rows:
+            raise ValueError(
+                f"expected {teacher.rows} {what}, as the teacher has, got {other}; pass files of the same rows"
+            )
+    if student.width != teacher.width:
+        raise ValueError(
+            f"expected {teacher.width} classes of the student, got {student.width}; pass models of one vocabulary"
+        )
+    return print_out(teacher, student, label)
 
 
 def _progress() -> Callable[[int, int], None] | None:

@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from pykd import files
+from pykd.scoring import llama
 
 _FLOATS = {"f2", "f4", "f8"}
 _LARGEST_HEADER = 100 << 20  # bytes of a safetensors header, as its authors have it
@@ -104,10 +105,13 @@ def _open(where: str | os.PathLike[str], role: str, matrix: bool) -> Source:
         return _parquet(path, label, name, matrix)
     if start.startswith(b"ARROW1"):
         return _arrow(path, label, name, matrix)
+    if start == llama.MAGIC:
+        return _base_file(path, label, name, matrix)
     if path.endswith(".safetensors"):
         return _safetensors(path, label, name, matrix)
     raise ValueError(
-        f"expected {label} to be .npy, .npz, .safetensors, Parquet or Arrow IPC (file format), got a file that begins with "
+        f"expected {label} to be .npy, .npz, .safetensors, Parquet, Arrow IPC (file format) or a base "
+        f"file of llama.cpp, got a file that begins with "
         f"{start!r}; convert it"
     )
 
@@ -274,6 +278,33 @@ def _in_turn(chunks: Callable[[int, int], Iterator[Block]]) -> Callable[[int, in
             yield lambda block=block: block  # type: ignore[misc]
 
     return blocks
+
+
+def _base_file(path: str, label: str, name: str | None, matrix: bool) -> Source:
+    """The log-probabilities of a base file of llama.cpp; as a column, the labels in it."""
+    if name is not None:
+        raise ValueError(f"expected no name for {label}, a base file of llama.cpp, got {name!r}; leave it out")
+    head = llama.read_head(path, label)
+    if not matrix:
+        labels = head.labels
+        numbers = _in_turn(lambda start, rows: (Block(labels[i : i + rows]) for i in range(start, len(labels), rows)))
+        return Source(label, head.rows, None, labels.dtype, "int32", numbers)
+    words = _raw(path, head.offset, (head.rows, head.codes), np.dtype("<u2"), label, matrix)
+
+    def blocks(start: int, rows: int) -> Iterator[Load]:
+        for load in words.load(start, rows):
+            yield lambda load=load: Block(llama.decoded(load().values, head.classes))  # type: ignore[misc]
+
+    return Source(label, head.rows, head.classes, np.dtype(np.float32), "16-bit codes", blocks)
+
+
+def base_file(where: str | os.PathLike[str]) -> llama.BaseFile | None:
+    """The head of a base file of llama.cpp; None of any other file."""
+    path, _ = _split(os.fspath(where))
+    with open(path, "rb") as file:
+        if file.read(len(llama.MAGIC)) != llama.MAGIC:
+            return None
+    return llama.read_head(path, path)
 
 
 _SAFETENSORS = {

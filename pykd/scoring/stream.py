@@ -44,7 +44,7 @@ def score_files(
         out: the Parquet file to write. Where the same work was begun before, it is taken up; where it was finished, nothing is
             done again.
         losses: names of :data:`pykd.scoring.row_scores.LOSSES`, or paths of exported losses with values per sample.
-        labels: whole numbers, one per row; −100 leaves a row out.
+        labels: whole numbers, one per row; −100 leaves a row out. None: those of a base file of llama.cpp, or none.
         group: what belongs together (a document, a user), one whole number or text per row: rows of one group are not
             independent, and the intervals allow for that.
         temperature: of the losses; None: 1, or the default of an exported loss.
@@ -108,6 +108,19 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def labels_of(teacher: Where, student: Where, labels: Where | None) -> Where | None:
+    """Those that were named, or those of a base file of llama.cpp."""
+    heads = [sources.base_file(where) for where in (teacher, student)]
+    if heads[0] is not None and heads[1] is not None and not np.array_equal(heads[0].tokens, heads[1].tokens):
+        raise ValueError(
+            f"expected two base files of the same text and context, got {teacher} and {student} of different tokens; write both from "
+            "one text"
+        )
+    if labels is not None:
+        return labels
+    return next((where for where, head in zip((teacher, student), heads, strict=True) if head is not None), None)
+
+
 class _Work:
     """The files of a run, which go together."""
 
@@ -127,6 +140,7 @@ class _Work:
             raise ValueError(f"expected losses that differ, got {', '.join(losses) or 'none'}; name each once")
         self.teacher = sources.open_matrix(teacher, "teacher")
         self.student = sources.open_matrix(student, "student")
+        labels = labels_of(teacher, student, labels)
         self.label = None if labels is None else sources.open_column(labels, "labels")
         self.group = None if group is None else sources.open_column(group, "group", "iuU")
         self.places = {

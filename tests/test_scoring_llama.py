@@ -1,0 +1,225 @@
+"""Base files of llama.cpp: their rows and labels, and the print-out of the tool that they come from."""
+
+import math
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pykd.command_line import main
+from pykd.scoring.results import Scores
+from pykd.scoring.sources import open_column, open_matrix
+from pykd.scoring.stream import score_files
+
+CONTEXT, CLASSES, CHUNKS = 32, 51, 9  # an odd number of classes has padding
+ROWS = CHUNKS * (CONTEXT - 1 - CONTEXT // 2)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write_base(path, logits, tokens, nats=16):
+    """As the tool does, one row and one class at a time."""
+    chunks, context = tokens.shape
+    data = b"_logits_" + struct.pack("<iii", context, logits.shape[1], chunks) + tokens.astype("<i4").tobytes()
+    for row in logits.astype(np.float64):
+        largest = max(row)
+        least = max(min(row), largest - nats)
+        log_sum = math.log(sum(math.exp(x - largest) for x in row))
+        scale = (largest - least) / 65535
+        codes = [round((x - least) / scale) if x > least and scale else 0 for x in row]
+        codes += [0xABCD] * (len(row) % 2)  # unset in the tool
+        data += struct.pack("<ff", scale, least - largest - log_sum) + struct.pack(f"<{len(codes)}H", *codes)
+    Path(path).write_bytes(data)
+
+
+def draw(nats=16, spread=4.0):
+    rng = np.random.default_rng(6)
+    teacher = spread * rng.normal(size=(ROWS, CLASSES))
+    student = (teacher + 0.3 * rng.normal(size=teacher.shape)).astype(np.float32)
+    tokens = rng.integers(0, CLASSES, size=(CHUNKS, CONTEXT))
+    tokens[:, CONTEXT // 2 + 1 :] = (teacher + rng.gumbel(size=teacher.shape)).argmax(axis=1).reshape(CHUNKS, -1)
+    write_base("teacher.kld", teacher, tokens, nats)
+    np.save("student.npy", student)
+    return teacher, student, tokens
+
+
+def log_softmax(rows):
+    rows = rows - rows.max(axis=1, keepdims=True)
+    return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("nats", [16, 24])
+def test_rows_and_labels_of_a_base_file(nats):
+    teacher, _, tokens = draw(nats)
+    source = open_matrix("teacher.kld", "teacher")
+    assert (source.rows, source.width, source.stored) == (ROWS, CLASSES, "16-bit codes")
+    got = np.concatenate([load().values for load in source.blocks(0, 7)])
+    log_p = log_softmax(teacher)
+    clamped = np.maximum(log_p, log_p.max(axis=1, keepdims=True) - nats)
+    np.testing.assert_allclose(got, clamped, atol=nats / 65535)
+    assert (log_p < clamped - 1).any(), "nothing is clamped"
+    labels = open_column("teacher.kld", "labels")
+    expected = [tokens[c, CONTEXT // 2 + 1 + i] for c in range(CHUNKS) for i in range(ROWS // CHUNKS)]
+    assert np.concatenate([load().values for load in labels.blocks(0, 50)]).tolist() == expected
+
+
+def test_a_base_file_is_scored_with_its_labels():
+    teacher, student, tokens = draw(nats=40)
+    scores = score_files("teacher.kld", "student.npy", "scores.parquet")
+    table = {name: np.concatenate([b[name] for b in scores.blocks(name)]) for name in ("kl", "label", "teacher_nll")}
+    log_p, log_q = log_softmax(teacher), log_softmax(student.astype(np.float64))
+    labels = tokens[:, CONTEXT // 2 + 1 :].reshape(-1)
+    np.testing.assert_array_equal(table["label"], labels)
+    np.testing.assert_allclose(table["teacher_nll"], -log_p[np.arange(ROWS), labels], atol=2e-3)
+    np.testing.assert_allclose(table["kl"], (np.exp(log_p) * (log_p - log_q)).sum(axis=1), atol=2e-4)
+
+
+def expected_print_out(teacher, student, labels):
+    """One row at a time from the decoded codes, in double; what the tool computes in float32 differs in the last digit."""
+    n = len(labels)
+    nll_q, nll_p, kl, change, same = [], [], [], [], 0
+    for p, s, label in zip(teacher.astype(np.float64), student.astype(np.float64), labels, strict=True):
+        normaliser = max(s) + math.log(sum(math.exp(x - max(s)) for x in s))
+        nll_q.append(normaliser - s[label])
+        nll_p.append(-p[label])
+        kl.append(sum(math.exp(a) * (a - b + normaliser) for a, b in zip(p, s, strict=True) if a > -16))
+        change.append(math.exp(-nll_q[-1]) - math.exp(-nll_p[-1]))
+        same += np.argmax(p) == np.argmax(s)
+
+    def error(values):
+        return np.std(values) / math.sqrt(n - 1)
+
+    q, p = np.mean(nll_q), np.mean(nll_p)
+    covariance = (np.mean(np.multiply(nll_q, nll_p)) - q * p) / (n - 1)
+    ratio_error = math.sqrt(error(nll_q) ** 2 + error(nll_p) ** 2 - 2 * covariance)
+    ppl_q, ppl_p = math.exp(q), math.exp(p)
+    error_q, error_p = ppl_q * error(nll_q), ppl_p * error(nll_p)
+    difference_error = math.sqrt(error_q**2 + error_p**2 - 2 * ppl_q * ppl_p * covariance)
+    squares = np.square(change)
+    root = math.sqrt(np.mean(squares))
+    top = same / n
+    numbers = [ppl_q, error_q, ppl_p, error_p, 100 * covariance / (error(nll_q) * error(nll_p)), q - p, ratio_error,
+               math.exp(q - p), math.exp(q - p) * ratio_error, ppl_q - ppl_p, difference_error]  # fmt: skip
+    numbers += [np.mean(kl), error(kl), max(kl)]
+    numbers += [np.quantile(kl, x) for x in (0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01, 0.001)] + [min(kl)]
+    percent = [np.mean(change), error(change), max(change)]
+    percent += [np.quantile(change, x) for x in (0.999, 0.99, 0.95, 0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.01, 0.001)]
+    percent += [min(change), root, 0.5 / root * error(squares), top, math.sqrt(top * (1 - top) / (n - 1))]
+    return numbers + [100 * x for x in percent]
+
+
+SHAPE = """\
+====== Perplexity statistics ======
+Mean PPL(Q)                   : #### ± ####
+Mean PPL(base)                : #### ± ####
+Cor(ln(PPL(Q)), ln(PPL(base))): ##%
+Mean ln(PPL(Q)/PPL(base))     : #### ± ####
+Mean PPL(Q)/PPL(base)         : #### ± ####
+Mean PPL(Q)-PPL(base)         : #### ± ####
+
+====== KL divergence statistics ======
+Mean    KLD: #### ± ####
+Maximum KLD: ####
+99.9%   KLD: ####
+99.0%   KLD: ####
+95.0%   KLD: ####
+90.0%   KLD: ####
+Median  KLD: ####
+10.0%   KLD: ####
+ 5.0%   KLD: ####
+ 1.0%   KLD: ####
+ 0.1%   KLD: ####
+Minimum KLD: ####
+
+====== Token probability statistics ======
+Mean    Δp: ## ± # %
+Maximum Δp: ##%
+99.9%   Δp: ##%
+99.0%   Δp: ##%
+95.0%   Δp: ##%
+90.0%   Δp: ##%
+75.0%   Δp: ##%
+Median  Δp: ##%
+25.0%   Δp: ##%
+10.0%   Δp: ##%
+ 5.0%   Δp: ##%
+ 1.0%   Δp: ##%
+ 0.1%   Δp: ##%
+Minimum Δp: ##%
+RMS Δp    : ## ± # %
+Same top p: ## ± # %
+"""
+# Widths and digits of the tool's formats.
+FIELDS = {"####": r" *(-?\d+\.\d{6})", "##": r" *(-?\d+\.\d{2,3})", "#": r" *(\d+\.\d{3})"}
+
+
+def numbers_of(text):
+    pattern = re.escape(SHAPE).replace(r"\#", "#")
+    for field, form in FIELDS.items():
+        pattern = re.sub(rf"(?<!#){field}(?!#)", form.replace("\\", r"\\"), pattern)
+    match = re.fullmatch(pattern, text)
+    assert match, text
+    return match.groups()
+
+
+def test_the_print_out_is_the_tools(capsys):
+    _, student, tokens = draw(spread=6.0)
+    teacher = next(open_matrix("teacher.kld", "teacher").blocks(0, ROWS))().values
+    expected = expected_print_out(teacher, student, tokens[:, CONTEXT // 2 + 1 :].reshape(-1))
+    assert main(["score", "--teacher", "teacher.kld", "--student", "student.npy", "--format", "llama"]) == 0
+    printed = capsys.readouterr().out
+    got = numbers_of(printed)
+    assert len(got) == len(expected)
+    for text, value in zip(got, expected, strict=True):
+        unit = 10.0 ** -len(text.partition(".")[2])
+        assert float(text) == pytest.approx(value, abs=1.01 * unit + 2e-7 * abs(value)), (text, value)
+    lines = printed.splitlines()
+    assert re.fullmatch(r"Mean PPL\(Q\)                   : .{10} ± .{10}", lines[1])
+    assert all(len(line) == 23 for line in lines if re.match(r"[ \d]+\.\d%   KLD", line))
+    assert all(re.fullmatch(r".{12}( {0,2}-?\d|-?\d\d+)\.\d{3}%", line) for line in lines if "%   Δp" in line)
+
+
+def test_two_base_files_are_compared_without_a_model(capsys):
+    _, student, tokens = draw()
+    write_base("student.kld", student, tokens)
+    assert (
+        main(
+            ["score", "--teacher", "teacher.kld", "--student", "student.kld", "--out", "s.parquet", "--format", "llama"]
+        )
+        == 0
+    )
+    assert len(numbers_of(capsys.readouterr().out)) == 43
+    assert Scores("s.parquet").rows == ROWS
+    write_base("student.kld", student, (tokens + 1) % CLASSES)
+    assert main(["score", "--teacher", "teacher.kld", "--student", "student.kld", "--format", "llama"]) == 2
+    assert "expected two base files of the same text and context" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [10, 19, 100, -1, -1000, 1])
+def test_a_base_file_of_another_size_is_seen_when_it_is_opened(length):
+    draw()
+    data = Path("teacher.kld").read_bytes()
+    Path("teacher.kld").write_bytes(data[:length] if length != 1 else data + b"\0")
+    with pytest.raises(
+        ValueError, match="bytes in the teacher teacher.kld .*cut off|in the head of the teacher teacher.kld"
+    ):
+        open_matrix("teacher.kld", "teacher")
+
+
+def test_what_the_print_out_cannot_say_is_refused(capsys):
+    _, student, _ = draw()
+    call = ["score", "--teacher", "teacher.kld", "--student", "student.npy", "--format", "llama"]
+    for more, message in (
+        (["--temperature", "2"], "expected no --temperature with --format llama"),
+        (["--json", "o.json"], "expected --out FILE with --report, --json and --fail-if"),
+    ):
+        assert main([*call, *more]) == 2
+        assert message in capsys.readouterr().err
+    np.save("student.npy", student[:, :-1])
+    assert main(call) == 2
+    assert "expected 51 classes of the student, got 50" in capsys.readouterr().err
