@@ -32,6 +32,12 @@ def add(commands: Any) -> None:
     )
     score.add_argument("--temperature", type=float, help="divides the logits in the losses (default 1)")
     score.add_argument("--classes", type=int, help="compares the first ones alone")
+    score.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("FIRST", "SECOND"),
+        help="two files of scores of the same rows, such as of two students: what changed, row by row; nothing is scored",
+    )
     score.add_argument("--out", type=Path, metavar="FILE", help="the scores, as Parquet")
     score.add_argument("--report", type=Path, metavar="FILE", help="writes a page to look at, as HTML")
     score.add_argument("--json", type=Path, metavar="FILE", help="writes the numbers as JSON")
@@ -57,6 +63,8 @@ def _score(options: argparse.Namespace) -> int:
     from pykd.scoring.conditions import Condition, numbers_of
 
     conditions = [Condition.of(text) for text in options.fail_if]
+    if options.compare is not None:
+        return _compare(options, conditions)
     llama_alone = options.format == "llama" and options.out is None
     for name in ("teacher", "student") if llama_alone else ("teacher", "student", "out"):
         if getattr(options, name) is None:
@@ -92,11 +100,51 @@ def _score(options: argparse.Namespace) -> int:
 
         write(options.report, as_html(report))
     print(_as_llama(options) if options.format == "llama" else as_text(report))
-    numbers = numbers_of(report)
+    return _judged(conditions, numbers_of(report))
+
+
+def _judged(conditions: list[Any], numbers: dict[str, float | None]) -> int:
     failed = [condition for condition in conditions if condition.holds(numbers)]
     for condition in failed:
         print(f"FAILED: {condition} ({condition.name} is {numbers[condition.name]:.6g})")
     return 1 if failed else 0
+
+
+def _compare(options: argparse.Namespace, conditions: list[Any]) -> int:
+    from pykd.scoring.compare import compare, numbers_of_comparison
+    from pykd.scoring.results import Scores
+
+    for name in ("teacher", "student", "labels", "group", "loss", "out", "report"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"expected no --{name} with --compare, which scores nothing, got one; leave it out")
+    first, second = options.compare
+    report = compare(Scores(first), Scores(second), options.seed)
+    if options.json is not None:
+        write(options.json, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(comparison_as_text(report))
+    return _judged(conditions, numbers_of_comparison(report))
+
+
+def comparison_as_text(report: dict[str, Any]) -> str:
+    """Effect, interval, p-value, and what these rows could have shown."""
+    lines = [f"{report['paired']:,} of {report['rows']:,} rows count in both"]
+    if not report["same_teacher"]:
+        lines.append("the teachers are different files: losses are compared as they are")
+    head = ("", "first", "second", "difference", "95 % interval", "in st. dev.", "p", "smallest seen")
+    rows: list[tuple[str, ...]] = [head]
+    for name, entry in {**report["scores"], **report["shares"]}.items():
+        changed = f" (+{entry['gained']:,} −{entry['lost']:,})" if "gained" in entry else ""
+        numbers = (entry["first"], entry["second"], entry["difference"])
+        rest = (entry["standard_deviations"], entry["p_value"], entry["smallest_seen"])
+        rows.append(
+            (
+                name + changed,
+                *(f"{number:.5g}" for number in numbers),
+                _interval(entry["interval"]),
+                *("–" if number is None else f"{number:.3g}" for number in rest),
+            )
+        )
+    return "\n".join(lines + _table(rows))
 
 
 def _as_llama(options: argparse.Namespace) -> str:

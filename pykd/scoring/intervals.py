@@ -148,6 +148,16 @@ class Batches:
         return np.asarray(mixed % np.uint64(self.count), np.int64)
 
 
+def groups_of(scores: Any) -> Array | None:
+    """The names of the groups in a file of scores, sorted, where they are few enough to be a batch each."""
+    names: set[Any] = set()
+    for block in scores.blocks("group"):
+        names.update(np.unique(block["group"]).tolist())
+        if len(names) > BATCHES:
+            return None
+    return np.array(sorted(names))
+
+
 def _of_text(text: str) -> int:
     """FNV-1a, 64 bits."""
     value = 0xCBF29CE484222325

@@ -16,11 +16,11 @@ import numpy as np
 
 from pykd.scoring import quantiles
 from pykd.scoring.intervals import (
-    BATCHES,
     Batches,
     Interval,
     bootstrap_interval,
     bootstrap_weights,
+    groups_of,
     mean_interval,
     quantile_places,
     share_interval,
@@ -45,6 +45,12 @@ def quantile_name(share: float) -> str:
     return f"p{100 * share:.10g}"
 
 
+def score_names(scores: Scores) -> list[str]:
+    """The columns that are scores: numbers with a mean."""
+    others = ("row", "status", "teacher_class", "student_class", "teacher_class_rank", "label", "group")
+    return [name for name in scores.names if name not in others]
+
+
 def summary(scores: Scores, seed: int = 0, worst: int = 100) -> dict[str, Any]:
     """Everything that is said of a file of scores, as JSON would hold it.
 
@@ -66,19 +72,8 @@ class _Summary:
         for block in scores.blocks(bad=True):
             self.statuses += np.bincount(block["status"], minlength=len(STATUSES))
         self.count = int(self.statuses[OK])
-        self.batches = Batches(scores.rows, self._groups(), seed)
         self.grouped = scores.has_group
-
-    def _groups(self) -> Array | None:
-        """The names of the groups, sorted, where they are few enough to be a batch each."""
-        if not self.scores.has_group:
-            return None
-        names: set[Any] = set()
-        for block in self.scores.blocks("group"):
-            names.update(np.unique(block["group"]).tolist())
-            if len(names) > BATCHES:
-                return None
-        return np.array(sorted(names))
+        self.batches = Batches(scores.rows, groups_of(scores) if self.grouped else None, seed)
 
     def blocks(self, *names: str) -> Iterator[dict[str, Array]]:
         """Columns of the rows that count, with ``"batch"``."""
@@ -114,8 +109,7 @@ class _Summary:
             "seed": self.seed,
             "independent": "groups" if self.grouped else "rows",
         }
-        names = [name for name in self.scores.names if self._is_score(name)]
-        report["scores"] = {name: self._score(name) for name in names}
+        report["scores"] = {name: self._score(name) for name in score_names(self.scores)}
         if not self.count:
             return report
         report["agreement"] = self._agreement()
@@ -128,10 +122,6 @@ class _Summary:
         report["histogram"] = self._histogram(report["scores"][self.loss])
         report["worst_rows"] = self._worst(worst)
         return report
-
-    def _is_score(self, name: str) -> bool:
-        fixed = ("row", "status", "teacher_class", "student_class", "teacher_class_rank", "label", "group")
-        return name not in fixed
 
     def _score(self, name: str) -> dict[str, Any]:
         entry: dict[str, Any] = {"count": self.count}
