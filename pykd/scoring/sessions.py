@@ -1,0 +1,111 @@
+"""Teacher, student and loss as three sessions of ONNX Runtime: where one file is not possible, and to check it with."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pykd.scoring import merge as merging
+from pykd.scoring.merge import ROLES
+
+
+class Sessions:
+    """Scores as :func:`pykd.scoring.merge.merge`'s file does, with a session for each part. The models' operators may be of different versions.
+
+    What a model returns goes to the loss without a copy (but for halves, which are widened where the loss takes float32).
+
+        >>> scorer = Sessions("teacher.onnx", "student.onnx", "loss/")                 # doctest: +SKIP
+        >>> scorer({"pixels": pixels})["loss_per_sample"]                              # doctest: +SKIP
+
+    Args:
+        teacher: an ONNX model.
+        student: an ONNX model.
+        loss: a folder that :func:`pykd.export` wrote with ``per_sample=True``, or its ``loss.onnx``.
+        connect: see :func:`pykd.scoring.merge.merge`, as for ``share`` and ``separate``.
+        share: inputs of other names that are one.
+        separate: inputs of one name that are two.
+        kernels: whether the loss runs pykd's kernels.
+        options: makes the options of a session; None: those of ONNX Runtime.
+        providers: ONNX Runtime's execution providers; kernels run on the CPU.
+    """
+
+    def __init__(
+        self,
+        teacher: str | Path,
+        student: str | Path,
+        loss: str | Path,
+        *,
+        connect: Mapping[str, str] | None = None,
+        share: Mapping[str, str] | None = None,
+        separate: Sequence[str] = (),
+        kernels: bool = True,
+        options: Any = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> None:
+        import onnxruntime
+
+        from pykd.config import onnxruntime_ops_path
+
+        self._parts = merging.read(teacher, student, loss)
+        self._connections = merging.connections(self._parts, dict(connect or {}))
+        self._fed = merging.inputs_of_models(self._parts, dict(share or {}), set(separate))
+        made = options or onnxruntime.SessionOptions
+
+        def session(path: Path, ours: bool = False) -> Any:
+            chosen = made()
+            if ours and kernels:
+                chosen.register_custom_ops_library(onnxruntime_ops_path())
+            return onnxruntime.InferenceSession(str(path), chosen, providers=list(providers))
+
+        self._models = {role: session(self._parts.models[role].path) for role in ROLES}
+        self._loss = session(merging.loss_path(Path(loss)), ours=True)
+
+    @property
+    def inputs(self) -> list[str]:
+        """What a call takes: the models' inputs, and those of the loss that no model gives; parameters may be added."""
+        return list(
+            dict.fromkeys([*self._fed.values(), *(n for n in self._parts.loss_inputs if n not in self._connections)])
+        )
+
+    @property
+    def outputs(self) -> list[str]:
+        """What a call returns: one vector per score."""
+        return [value.name for value in self._parts.scores]
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        """The scores of a batch, by name."""
+        import onnxruntime
+
+        known = {*self.inputs, *self._parts.parameters}
+        if wrong := {*(set(self.inputs) - inputs.keys()), *(inputs.keys() - known)}:
+            raise ValueError(
+                f"expected the inputs {', '.join(self.inputs)}, got {', '.join(inputs) or 'none'}; look at {', '.join(sorted(wrong))}"
+            )
+        returned: dict[tuple[str, str], Any] = {}
+        for role, model in self._models.items():
+            wanted = [output for r, output in self._connections.values() if r == role]
+            binding = model.io_binding()
+            for (owner, name), fed in self._fed.items():
+                if owner == role:
+                    binding.bind_ortvalue_input(
+                        name, onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(inputs[fed]))
+                    )
+            for name in wanted:
+                binding.bind_output(name)
+            model.run_with_iobinding(binding)
+            returned |= {(role, name): value for name, value in zip(wanted, binding.get_outputs(), strict=True)}
+        binding = self._loss.io_binding()
+        for name, place in self._connections.items():
+            value = returned[place]
+            if merging.is_widened(self._parts, name, place):
+                value = onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy().astype(np.float32))
+            binding.bind_ortvalue_input(name, value)
+        for name in inputs.keys() - set(self._fed.values()):
+            binding.bind_ortvalue_input(
+                name, onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(inputs[name]))
+            )
+        for name in self.outputs:
+            binding.bind_output(name)
+        self._loss.run_with_iobinding(binding)
+        return {name: value.numpy() for name, value in zip(self.outputs, binding.get_outputs(), strict=True)}

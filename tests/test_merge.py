@@ -1,0 +1,380 @@
+"""One file that scores: it returns, bit for bit, what three sessions do, and says what does not fit."""
+
+import re
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import quantize_dynamic
+
+import pykd
+from pykd.command_line import main
+from pykd.scoring import merge as merging
+from pykd.scoring.merge import merge
+from pykd.scoring.sessions import Sessions
+
+CLASSES, WIDTH, ROWS = 5, 7, 6
+RANDOM = np.random.default_rng(3)
+PIXELS = RANDOM.standard_normal((ROWS, WIDTH)).astype(np.float32)
+LABELS = np.array([0, 4, -100, 2, 1, 1])
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    """Folders of exported losses."""
+    folder = tmp_path_factory.mktemp("losses")
+    soft = pykd.SoftTarget(temperature=2.0, form="kl", tau_squared=True)
+    both = pykd.compose({"hard": (pykd.HardTarget(), 1.0), "soft": (soft, 0.5)})
+
+    def say(line):
+        pass
+
+    pykd.export(soft, folder / "soft", per_sample=True, progress=say)
+    pykd.export(soft, folder / "off", per_sample=True, kernels="off", progress=say)
+    pykd.export(soft, folder / "half", per_sample=True, dtype="float16", progress=say)
+    pykd.export(soft, folder / "mean", progress=say)
+    pykd.export(both, folder / "both", layouts={"labels": "batch"}, per_sample=True, progress=say)
+    return folder
+
+
+def model(
+    path,
+    opset=18,
+    classes=CLASSES,
+    inputs="pixels",
+    output="logits",
+    dtype=TensorProto.FLOAT,
+    seed=0,
+    ir=8,
+    domain=None,
+):
+    """A linear classifier; of other types than float32 by a Cast at its end."""
+    weights = np.random.default_rng(seed).standard_normal((WIDTH, classes)).astype(np.float32)
+    nodes = [helper.make_node("MatMul", [inputs, "weights"], ["products"], name="product")]
+    last = "products"
+    imports = [helper.make_opsetid("", opset)]
+    functions = []
+    if domain is not None:
+        nodes.append(helper.make_node("shifted", ["products"], ["moved"], domain="here"))
+        body = [
+            helper.make_node("Constant", [], ["one"], value=numpy_helper.from_array(np.float32(domain))),
+            helper.make_node("Add", ["x", "one"], ["y"]),
+        ]
+        functions = [helper.make_function("here", "shifted", ["x"], ["y"], body, [helper.make_opsetid("", opset)])]
+        imports.append(helper.make_opsetid("here", 1))
+        last = "moved"
+    nodes.append(helper.make_node("Cast", [last], [output], to=dtype))
+    graph = helper.make_graph(
+        nodes,
+        "model",
+        [helper.make_tensor_value_info(inputs, TensorProto.FLOAT, ["n", WIDTH])],
+        [helper.make_tensor_value_info(output, dtype, ["n", classes])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    if ir == 3:
+        graph.input.append(helper.make_tensor_value_info("weights", TensorProto.FLOAT, [WIDTH, classes]))
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=ir, functions=functions), path)
+    return path
+
+
+@pytest.fixture
+def models(tmp_path):
+    return model(tmp_path / "teacher.onnx"), model(tmp_path / "student.onnx", seed=1)
+
+
+def scored(path, feeds, kernels=True):
+    options = onnxruntime.SessionOptions()
+    if kernels:
+        options.register_custom_ops_library(pykd.onnxruntime_ops_path())
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
+
+
+def logits_of(path, feeds):
+    return onnxruntime.InferenceSession(str(path)).run(None, feeds)[0].astype(np.float64)
+
+
+def divergence(teacher, student, temperature=2.0):
+    """T² KL(p‖q) per row, by its definition."""
+    p, q = (np.exp(x / temperature) / np.exp(x / temperature).sum(axis=1, keepdims=True) for x in (teacher, student))
+    return temperature**2 * (p * np.log(p / q)).sum(axis=1)
+
+
+def check(out, teacher, student, loss, feeds, want, **arguments):
+    """The merged file, three sessions and the definition agree."""
+    merge(teacher, student, loss, out, **arguments)
+    onnx.checker.check_model(str(out))
+    kernels = any(f.domain == "pykd" for f in onnx.load(out, load_external_data=False).functions)
+    for run in (True, False) if kernels else (False,):
+        got = scored(out, feeds, run)
+        apart = Sessions(teacher, student, loss, kernels=run, **{k: v for k, v in arguments.items() if k != "keep"})(
+            feeds
+        )
+        for name, value in apart.items():
+            np.testing.assert_array_equal(got[name], value, err_msg=name)
+        np.testing.assert_allclose(got["loss_per_sample"], want, rtol=2e-5, atol=1e-6)
+    return got
+
+
+def test_scores_are_those_of_three_sessions_bit_for_bit(tmp_path, models, losses):
+    feeds = {"pixels": PIXELS}
+    want = divergence(*(logits_of(path, feeds) for path in models))
+    got = check(tmp_path / "scorer.onnx", *models, losses / "soft", feeds, want)
+    assert list(got) == ["loss_per_sample"] and got["loss_per_sample"].shape == (ROWS,)
+    got = check(tmp_path / "scorer.onnx", *models, losses / "soft" / "loss.onnx", feeds, want, keep=["student:logits"])
+    np.testing.assert_array_equal(got["student/logits"], logits_of(models[1], feeds).astype(np.float32))
+    # The kernel is found by its name.
+    assert any(n.domain == "pykd" for n in onnx.load(tmp_path / "scorer.onnx").graph.node)
+
+
+def test_parameters_and_other_inputs_of_the_loss_are_inputs(tmp_path, models, losses):
+    merge(*models, losses / "soft", tmp_path / "scorer.onnx")
+    feeds = {"pixels": PIXELS}
+    teacher, student = (logits_of(path, feeds) for path in models)
+    got = scored(tmp_path / "scorer.onnx", {**feeds, "temperature": np.array(3.0, np.float32)})
+    np.testing.assert_allclose(got["loss_per_sample"], divergence(teacher, student, 3.0), rtol=2e-5)
+    out = merge(*models, losses / "both", tmp_path / "both.onnx")
+    got = scored(out, {**feeds, "labels": LABELS})
+    apart = Sessions(*models, losses / "both")
+    assert apart.inputs == ["pixels", "labels"] and apart.outputs == list(got)
+    for name, value in apart({**feeds, "labels": LABELS}).items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+    assert set(got) == {"loss_per_sample", "hard_per_sample", "soft_per_sample"}
+    assert got["soft_per_sample"][2] == 0 and got["soft_per_sample"][0] > 0
+    with pytest.raises(ValueError, match="expected the inputs pixels, labels, got pixels; look at labels"):
+        apart(feeds)
+
+
+@pytest.mark.parametrize("opset", [13, 17, 19, 21, 22])
+def test_the_loss_is_written_at_the_opset_of_the_models(tmp_path, losses, opset):
+    paths = model(tmp_path / "t.onnx", opset), model(tmp_path / "s.onnx", opset, seed=1)
+    feeds = {"pixels": PIXELS}
+    want = divergence(*(logits_of(path, feeds) for path in paths))
+    for loss in ("soft", "off"):
+        merge(*paths, losses / loss, tmp_path / "scorer.onnx")
+        written = onnx.load(tmp_path / "scorer.onnx")
+        assert {o.version for o in written.opset_import if o.domain == ""} == {opset}
+        assert {o.version for f in written.functions for o in f.opset_import if o.domain == ""} <= {opset}
+        got = scored(tmp_path / "scorer.onnx", feeds)["loss_per_sample"]
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-6)
+
+
+def test_models_that_cannot_be_merged_have_three_sessions(tmp_path, losses):
+    teacher, student = model(tmp_path / "t.onnx", 17), model(tmp_path / "s.onnx", 18, seed=1)
+    with pytest.raises(
+        ValueError, match="expected models of one version of the operators 'ai.onnx', got 17 of the teacher and 18"
+    ):
+        merge(teacher, student, losses / "soft", tmp_path / "scorer.onnx")
+    feeds = {"pixels": PIXELS}
+    want = divergence(logits_of(teacher, feeds), logits_of(student, feeds))
+    np.testing.assert_allclose(Sessions(teacher, student, losses / "soft")(feeds)["loss_per_sample"], want, rtol=2e-5)
+    old = model(tmp_path / "old.onnx", 11)
+    with pytest.raises(ValueError, match="expected models at opset 13 or later, got 11"):
+        merge(old, old, losses / "soft", tmp_path / "scorer.onnx")
+
+
+def test_a_quantised_student(tmp_path, models, losses):
+    quantize_dynamic(models[1], tmp_path / "int8.onnx")
+    assert "MatMulInteger" in {node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node}
+    feeds = {"pixels": PIXELS}
+    want = divergence(logits_of(models[0], feeds), logits_of(tmp_path / "int8.onnx", feeds))
+    assert want.max() > 1e-6
+    check(tmp_path / "scorer.onnx", models[0], tmp_path / "int8.onnx", losses / "soft", feeds, want)
+
+
+def test_a_model_of_another_domain(tmp_path, models, losses):
+    """What scikit-learn's converters write."""
+    coefficients = np.random.default_rng(5).standard_normal(CLASSES * WIDTH).tolist()
+    node = helper.make_node(
+        "LinearRegressor",
+        ["pixels"],
+        ["scores"],
+        domain="ai.onnx.ml",
+        coefficients=coefficients,
+        intercepts=[0.0] * CLASSES,
+        targets=CLASSES,
+    )
+    graph = helper.make_graph(
+        [node],
+        "linear",
+        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, [None, WIDTH])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [None, CLASSES])],
+    )
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("ai.onnx.ml", 3)]
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=8), tmp_path / "linear.onnx")
+    feeds = {"pixels": PIXELS}
+    want = divergence(logits_of(tmp_path / "linear.onnx", feeds), logits_of(models[1], feeds))
+    check(tmp_path / "scorer.onnx", tmp_path / "linear.onnx", models[1], losses / "soft", feeds, want)
+
+
+def test_weights_outside_of_the_file_stay_bytes(tmp_path, models, losses):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    onnx.save(
+        onnx.load(models[0]), folder / "teacher.onnx", save_as_external_data=True, location="w.bin", size_threshold=0
+    )
+    feeds = {"pixels": PIXELS}
+    want = divergence(*(logits_of(path, feeds) for path in models))
+    out = tmp_path / "scorer.onnx"
+    check(out, folder / "teacher.onnx", models[1], losses / "soft", feeds, want)
+    assert (tmp_path / "scorer.onnx.data").read_bytes() == (folder / "w.bin").read_bytes()[: WIDTH * CLASSES * 4]
+    (folder / "w.bin").write_bytes((folder / "w.bin").read_bytes()[:-8])
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match="expected 8 bytes more of the weight teacher/weights"):
+        merge(folder / "teacher.onnx", models[1], losses / "soft", out)
+    assert out.read_bytes() == before and not list(tmp_path.glob("*.writing"))
+    (folder / "w.bin").rename(tmp_path / "w.bin")
+    with pytest.raises(ValueError, match="expected the weight weights in a file beside its model, got 'w.bin'"):
+        merge(folder / "teacher.onnx", models[1], losses / "soft", out)
+
+
+def test_models_too_large_for_one_file_have_their_weights_beside_it(tmp_path, losses, monkeypatch):
+    monkeypatch.setattr(merging, "INLINE_LIMIT", 1000)
+    monkeypatch.setattr(merging, "PAGE", 64)
+    paths = model(tmp_path / "t.onnx"), model(tmp_path / "s.onnx", seed=1)
+    feeds = {"pixels": PIXELS}
+    want = divergence(*(logits_of(path, feeds) for path in paths))
+    check(tmp_path / "scorer.onnx", *paths, losses / "soft", feeds, want)
+    assert (tmp_path / "scorer.onnx.data").stat().st_size >= 2 * WIDTH * CLASSES * 4
+
+
+def test_old_files_list_their_weights_among_their_inputs(tmp_path, models, losses):
+    old = model(tmp_path / "old.onnx", 13, ir=3)
+    new = model(tmp_path / "new.onnx", 13, seed=1)
+    feeds = {"pixels": PIXELS}
+    check(
+        tmp_path / "scorer.onnx",
+        old,
+        new,
+        losses / "soft",
+        feeds,
+        divergence(logits_of(old, feeds), logits_of(new, feeds)),
+    )
+    assert [i.name for i in onnx.load(tmp_path / "scorer.onnx").graph.input] == ["pixels", "temperature"]
+
+
+def test_functions_of_one_name_that_differ_stay_apart(tmp_path, losses):
+    teacher, student = model(tmp_path / "t.onnx", domain=0.5), model(tmp_path / "s.onnx", domain=-2.0)
+    feeds = {"pixels": PIXELS}
+    # The same weights: that the two functions differ shows in the logits alone, which are moved by a constant.
+    out = merge(teacher, student, losses / "soft", tmp_path / "scorer.onnx", keep=["teacher:logits", "student:logits"])
+    got = scored(out, feeds)
+    np.testing.assert_allclose(got["teacher/logits"] - got["student/logits"], 2.5, rtol=1e-5)
+
+
+def test_halves_are_widened(tmp_path, models, losses):
+    half = model(tmp_path / "half.onnx", dtype=TensorProto.FLOAT16, seed=1)
+    feeds = {"pixels": PIXELS}
+    want = divergence(logits_of(models[0], feeds), logits_of(half, feeds))
+    check(tmp_path / "scorer.onnx", models[0], half, losses / "soft", feeds, want)
+    with pytest.raises(
+        ValueError,
+        match="expected teacher:logits to hold float16 as teacher_logits does, got float32; export the loss with dtype",
+    ):
+        merge(models[0], half, losses / "half", tmp_path / "scorer.onnx")
+
+
+def test_inputs_are_one_by_their_name_or_as_told(tmp_path, models, losses):
+    other = model(tmp_path / "other.onnx", inputs="images", seed=1)
+    feeds = {"pixels": PIXELS, "images": PIXELS[::-1].copy()}
+    want = divergence(logits_of(models[0], {"pixels": PIXELS}), logits_of(other, {"images": feeds["images"]}))
+    check(tmp_path / "scorer.onnx", models[0], other, losses / "soft", feeds, want)
+    want = divergence(logits_of(models[0], {"pixels": PIXELS}), logits_of(other, {"images": PIXELS}))
+    check(
+        tmp_path / "scorer.onnx",
+        models[0],
+        other,
+        losses / "soft",
+        {"pixels": PIXELS},
+        want,
+        share={"student:images": "teacher:pixels"},
+    )
+    apart = {"teacher/pixels": PIXELS, "student/pixels": feeds["images"]}
+    want = divergence(logits_of(models[0], {"pixels": PIXELS}), logits_of(models[1], {"pixels": feeds["images"]}))
+    check(tmp_path / "scorer.onnx", *models, losses / "soft", apart, want, separate=["pixels"])
+
+
+def test_what_does_not_fit_says_what_to_write(tmp_path, models, losses):
+    out = tmp_path / "scorer.onnx"
+    wide = model(tmp_path / "wide.onnx", classes=CLASSES + 1)
+    labels = model(tmp_path / "labels.onnx", inputs="student_logits")
+    (tmp_path / "text.onnx").write_text("no model at all")
+    for error, message, arguments in (
+        (
+            ValueError,
+            "expected one length of the axis 'classes', got 6 of teacher:logits and 5 of student:logits",
+            (wide, models[1], losses / "soft"),
+        ),
+        (
+            ValueError,
+            "expected a loss with a value per sample, got one without; export it with per_sample=True",
+            (*models, losses / "mean"),
+        ),
+        (
+            FileNotFoundError,
+            "expected the teacher in .*none.onnx, got no such file",
+            (tmp_path / "none.onnx", models[1], losses / "soft"),
+        ),
+        (
+            ValueError,
+            "expected the student to be an ONNX model, got .*text.onnx",
+            (models[0], tmp_path / "text.onnx", losses / "soft"),
+        ),
+        (ValueError, "expected the loss to be a file that pykd.export wrote", (*models, models[0])),
+        (
+            ValueError,
+            "got 'student_logits' in the teacher and in the loss; rename that of the model",
+            (labels, models[1], losses / "soft"),
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            merge(*arguments, out)
+    for message, arguments in (
+        (
+            "expected an output of a model \\(teacher:logits, student:logits\\), got 'student:scores'",
+            {"connect": {"student:scores": "student_logits"}},
+        ),
+        (
+            "expected an input of the loss \\(student_logits, teacher_logits\\), got 'logits'",
+            {"connect": {"student:logits": "logits"}},
+        ),
+        (
+            "got nothing for student_logits; write --connect student:logits=student_logits",
+            {"connect": {"student:logits": "teacher_logits"}},
+        ),
+        ("expected the names of inputs that both models have \\(pixels\\), got images", {"separate": ["images"]}),
+        ("expected an input of a model", {"share": {"student:images": "teacher:pixels"}}),
+        ("expected another file than the models for the scorer", {"out": models[0]}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge(*models, losses / "soft", **{"out": out, **arguments})
+    assert not out.exists()
+
+
+def test_the_command(tmp_path, models, losses, capsys):
+    out = tmp_path / "scorer.onnx"
+    arguments = [
+        "merge",
+        "--teacher",
+        str(models[0]),
+        "--student",
+        str(models[1]),
+        "--loss",
+        str(losses / "soft"),
+        "-o",
+        str(out),
+    ]
+    assert (
+        main([*arguments, "--connect", "student:logits=student_logits", "--connect", "teacher:logits=teacher_logits"])
+        == 0
+    )
+    assert capsys.readouterr().out == f"wrote {out}\n"
+    assert scored(out, {"pixels": PIXELS})["loss_per_sample"].shape == (ROWS,)
+    assert main([*arguments, "--connect", "student_logits"]) == 2
+    assert re.search("expected --connect with a name on each side of =, got 'student_logits'", capsys.readouterr().err)
+    described = [p.value for p in onnx.load(out).metadata_props if p.key == "pykd.scorer"]
+    assert len(described) == 1 and '"student_logits": "student:logits"' in described[0]
+    with pytest.raises((ValueError, RuntimeError)):  # it is no loss
+        pykd.load(out)
