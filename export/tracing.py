@@ -141,8 +141,10 @@ def _tidy(traced: fx.GraphModule) -> None:
 def _keep_numbers_exact(traced: fx.GraphModule) -> None:
     """Numbers in a float64 graph become tensors: the exporter would write 0.3 as a float32, 1e-8 away from itself."""
     for node in traced.graph.nodes:
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor) or value.dtype != torch.float64 or len(node.args) != 2:
+        if len(node.args) != 2 or not isinstance(node.args[0], fx.Node):
+            continue
+        value = node.args[0].meta.get("val")  # not the node's own: a comparison with a number is no float64
+        if not isinstance(value, Tensor) or value.dtype != torch.float64:
             continue
         number = node.args[1]
         packet = node.target.overloadpacket

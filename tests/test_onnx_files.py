@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper, numpy_helper
 
 import pykd
 from pykd import _core
 from pykd.composition import MAX_PARTS
-from pykd.export import integrity
+from pykd.export import integrity, tracing
 from tests.conftest import subjects
 
 ROOT = Path(__file__).parents[1]
@@ -149,3 +150,14 @@ def test_check_onnx_needs_no_engine(model):
         _core.check_onnx(b"")
     with pytest.raises(ValueError, match="a ZIP archive"):
         _core.check_onnx(b"PK\x03\x04")
+
+
+def test_numbers_in_float64_files_are_those_of_the_formula():
+    """The exporter would write them as float32: 2e-308 would be 0, and a vector of length 0 not below it."""
+
+    def formula(x):
+        return (torch.where(x < 2.2e-308, 0.3 * x + 0.7, x).sum() + (x >= 0.9).to(x.dtype).sum(),)
+
+    model = tracing.to_onnx(formula, {"x": torch.ones(3, dtype=torch.float64)}, ["loss"])
+    found = [float(number) for each in model.graph.initializer for number in numpy_helper.to_array(each).ravel()]
+    assert {2.2e-308, 0.3, 0.7, 0.9} <= set(found), found
