@@ -31,6 +31,14 @@ def rows(array: Any, axes: int) -> np.ndarray:
     return np.reshape(np.asarray(array), (-1, *shape[len(shape) - axes :]))
 
 
+def labelled(labels: Any, sample_weight: Any, ignore_index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and weights of all samples: weight 0 where the label is ``ignore_index``, label 0 where the weight is 0."""
+    labels = np.asarray(labels)
+    weights = np.ones(labels.shape) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+    weights = np.where(labels == ignore_index, 0.0, weights)
+    return np.where(weights == 0, 0, labels), weights
+
+
 def reduce_samples(
     values: Sequence[float],
     weights: Any,

@@ -7,31 +7,21 @@ import torch
 from torch import Tensor
 
 from pykd.definition import Case, Loss, Properties, Spec, number, ops, register, whole
-from pykd.definition.reference import log_softmax, reduce_samples, rows
+from pykd.definition.reference import labelled, log_softmax, reduce_samples, rows
 from pykd.fused.description import KernelPoint
-from pykd.losses.logits._shared import KERNEL
+from pykd.losses.logits._shared import KERNEL, at_label, kept_weight
 
 
 def hard_target_rows(student: Tensor, labels: Tensor) -> Tensor:
     """One value per row for class indices, NaN where one is out of range; see :class:`HardTarget`."""
     log_q = torch.log_softmax(ops.upcast(student), dim=-1)
-    valid = (labels >= 0) & (labels < log_q.size(-1))
-    index = torch.where(valid, labels, torch.zeros_like(labels))
-    # The axis counted from the front: the onnx package's reference evaluator does not gather along -1.
-    picked = -torch.gather(log_q, log_q.dim() - 1, index.unsqueeze(-1)).squeeze(-1)
-    # A label out of range must not pass for class 0: the loss becomes NaN.
-    return torch.where(valid, picked, torch.full_like(picked, float("nan")))
+    return -at_label(log_q, labels)
 
 
 def hard_target_rows_of_probabilities(student: Tensor, label_probs: Tensor) -> Tensor:
     """One value per row for class probabilities."""
     log_q = torch.log_softmax(ops.upcast(student), dim=-1)
     return -ops.product_or_zero(ops.upcast(label_probs.detach()), log_q).sum(dim=-1)
-
-
-def _kept_weight(labels: Tensor, sample_weight: Tensor | None, ignore_index: int) -> Tensor:
-    """1 or the sample's weight; 0 where the label is ``ignore_index``."""
-    return ops.weigh(labels != ignore_index, sample_weight)
 
 
 def _weight_of_label(labels: Tensor, class_weight: Tensor, kept: Tensor) -> Tensor:
@@ -70,7 +60,7 @@ def hard_target(
         if label_smoothing != 0.0:
             values = _smooth(values, student, classes, label_smoothing)
         return ops.reduce(values, weight, reduction)
-    kept = _kept_weight(labels, sample_weight, ignore_index)
+    kept = kept_weight(labels, sample_weight, ignore_index)
     count = kept
     if classes is not None:
         dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
@@ -186,7 +176,7 @@ class HardTarget(Loss):
         values = kernel(KERNEL, "hard", hard_target_rows, tensors, {}, weight="hard_weight")
         if kernel.all_kept and class_weight is None:
             return ops.reduce(values, ops.optional_weight(sample_weight), self.reduction)
-        weight = _kept_weight(labels, sample_weight, self.ignore_index)
+        weight = kept_weight(labels, sample_weight, self.ignore_index)
         if class_weight is not None:
             classes = ops.optional_weight(class_weight)
             assert classes is not None
@@ -201,11 +191,11 @@ class HardTarget(Loss):
         samples = np.shape(student_logits)[:-1]
         weights = np.ones(samples) if sample_weight is None else np.asarray(sample_weight, np.float64)
         if indices:
-            weights = np.where(np.asarray(labels) == self.ignore_index, 0.0, weights)
+            labels, weights = labelled(labels, sample_weight, self.ignore_index)
         values, counts = [], []
         every = zip(rows(student_logits, 1), rows(labels, 0 if indices else 1), weights.ravel(), strict=True)
         for logits, label, weight in every:
-            target = np.eye(classes)[label if weight != 0 else 0] if indices else label
+            target = np.eye(classes)[label] if indices else label
             smoothed = v * ((1 - self.label_smoothing) * target + self.label_smoothing / classes)
             values.append(-sum(t * lq for t, lq in zip(smoothed, log_softmax(logits), strict=True) if t != 0))
             counts.append(weight * (v @ target) if indices else weight)
