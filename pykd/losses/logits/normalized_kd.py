@@ -1,0 +1,123 @@
+"""Normalised knowledge distillation: the label's soft target, and those of the other classes made a distribution of their own."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pykd.definition import Case, Loss, Properties, Spec, flag, ops, register, scalar, whole
+from pykd.definition.reference import expectation, labelled, log_softmax, reduce_samples, rows
+from pykd.losses.logits._shared import at_label, kept_weight, without_label
+
+
+def normalized_kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    non_target_weight: float = 1.5,
+    tau_squared: bool = True,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropies of the label's class and of all others, normalised; see :class:`NormalizedKD`."""
+    weight = kept_weight(labels, sample_weight, ignore_index)
+    labels = ops.without_left_out(labels, weight)
+    student = ops.upcast(ops.without_left_out(student_logits, weight))
+    teacher = ops.upcast(ops.without_left_out(teacher_logits.detach(), weight))
+    p_label = torch.exp(at_label(torch.log_softmax(teacher, dim=-1), labels))
+    target = ops.product_or_zero(p_label, at_label(torch.log_softmax(student, dim=-1), labels))
+    _, log_p = without_label(torch.log_softmax(ops.soften(teacher, temperature), dim=-1), labels)
+    _, log_q = without_label(torch.log_softmax(ops.soften(student, temperature), dim=-1), labels)
+    non_target = ops.expectation(torch.exp(log_p), log_q)
+    if tau_squared:
+        non_target = non_target * (temperature * temperature)
+    return ops.reduce(ops.negative_of(target + non_target_weight * non_target), weight, reduction)
+
+
+@register("normalized_kd")
+class NormalizedKD(Loss):
+    r"""Cross-entropy of the label's class by the teacher's trust in it, and of the other classes made a distribution of their own.
+
+    .. math:: \ell_b = -p_y \log q_y - \gamma T^2 \sum_{c \ne y} \hat p_c \log \hat q_c, \quad
+              p = \mathrm{softmax}(t), \; q = \mathrm{softmax}(s), \quad
+              \hat p_c = \frac{e^{t_c/T}}{\sum_{k \ne y} e^{t_k/T}}
+
+    and :math:`\hat q` of the student likewise. Only the second part has a temperature. As the first part the paper sees the
+    ordinary cross-entropy with the label, −log q_y, which is not part of this loss: add ``hard_target``.
+
+    Args:
+        temperature: T > 0 of the other classes.
+        non_target_weight: γ, at least 0, of the other classes.
+        tau_squared: whether to multiply the part of the other classes by T².
+        ignore_index: a label that marks samples to leave out.
+        reduction: ``"mean"``: Σ w·ℓ / Σ w, where w is 0 for ignored samples, ``sample_weight`` or 1 elsewhere; 0 where nothing is
+            kept. ``"sum"``: Σ w·ℓ. ``"none"``: w·ℓ, shape ``(batch,)`` or ``(batch, tokens)``.
+
+    Inputs:
+        student_logits: ``(batch, classes)``, or ``(batch, tokens, classes)``, where each token is a sample; any floating type;
+            receives the gradient. −inf masks a class.
+        teacher_logits: the same shape and type; constant.
+        labels: class indices int64, ``(batch,)`` or ``(batch, tokens)``; constant. Of soft labels, take the largest.
+        sample_weight: optional ``(batch,)`` or ``(batch, tokens)``, at least 0, of any floating type, or a mask (bool or
+            integers); constant. A sample of weight 0 has no part in value and gradient, whatever it holds.
+
+    Returns:
+        Nats, at least 0; a cross-entropy, which does not become 0 where student and teacher agree; a scalar unless
+        ``reduction="none"``. float32 for half-precision inputs, which are computed in float32. With two classes the second part is 0.
+
+    Raises:
+        ValueError: for a temperature that is not positive, a negative weight, shapes that do not fit, an empty batch, or a label
+            out of range (on the CPU; elsewhere, in compiled code and in exported files run elsewhere, the loss is NaN).
+
+    Same as ``NKDLoss`` of the authors' code (cls_KD), defaults included, which adds the cross-entropy outside, too.
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[2.0, 1.0, 0.0]])
+        >>> NormalizedKD(temperature=2.0)(student, teacher, torch.tensor([0]))
+        tensor(4.8897)
+
+    References:
+        Yang, Zeng, Li, Zhang, Yuan, Li: From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with
+        Normalized Loss and Customized Soft Labels, ICCV 2023, arXiv:2303.13005.
+    """
+
+    inputs = {
+        "student_logits": Spec("batch classes", grad=True, draw="logits", like="teacher_logits"),
+        "teacher_logits": Spec("batch classes", draw="logits"),
+        "labels": Spec("batch", dtype="int64", index_of="classes", draw="indices"),
+        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+    }
+    sample_axes = ("batch", "batch tokens")
+    cases = (
+        Case(),
+        Case({"temperature": 3.0, "non_target_weight": 0.5, "reduction": "sum"}, optional=("sample_weight",)),
+        Case({"temperature": 0.5, "tau_squared": False, "ignore_index": 1}, layouts={"labels": "batch tokens"}),
+    )
+    aliases = ("NKD", "NKDLoss")
+    paper = "Yang et al. 2023, arXiv:2303.13005"
+
+    temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
+    non_target_weight: float = scalar(default=1.5, minimum=0.0)
+    tau_squared: bool = flag(default=True)
+    ignore_index: int = whole(default=-100)
+
+    def properties(self) -> Properties:
+        return Properties(
+            logit_shift=True,
+            masked_classes=True,
+            zero_when_equal="the entropy of the teacher is left",
+            symmetric="the teacher weighs the logarithms",
+        )
+
+    def reference(self, student_logits, teacher_logits, labels, sample_weight=None):
+        labels, weights = labelled(labels, sample_weight, self.ignore_index)
+        values = []
+        for s, t, y in zip(rows(student_logits, 1), rows(teacher_logits, 1), labels.ravel(), strict=True):
+            value = -np.exp(log_softmax(t)[y]) * log_softmax(s)[y]
+            if len(s) > 1:
+                log_p, log_q = (log_softmax(np.delete(x, y) / self.temperature) for x in (t, s))
+                factor = self.temperature**2 if self.tau_squared else 1.0
+                value -= self.non_target_weight * factor * expectation(log_p, log_q)
+            values.append(value)
+        return reduce_samples(values, weights, self.reduction, labels.shape)
