@@ -116,6 +116,10 @@ class SoftTarget(Loss):
     in a free ratio, 0.5 by default: half the teacher's entropy more than here. For ``"jsd"`` TRL and Liger take β = 0 for the
     forward and β = 1 for the reverse KL, which are not the limits of the formula: use ``"kl"`` and ``"reverse_kl"``.
 
+    The same formula goes by other names where the teacher is another one: deep mutual learning is the mean of it, at
+    ``form="kl", temperature=1.0``, over all other students, each of them a teacher to this one; born-again networks, teacher
+    assistants and class-wise self-distillation take the model's own past, a model in between, and another image of the class.
+
     Example:
         >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]])
         >>> SoftTarget(temperature=2.0)(student, teacher)
@@ -125,7 +129,8 @@ class SoftTarget(Loss):
 
     References:
         Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531; Gu et al.: MiniLLM,
-        2023, arXiv:2306.08543 (reverse KL); Agarwal et al.: GKD, 2023, arXiv:2306.13649 (generalised JSD).
+        2023, arXiv:2306.08543 (reverse KL); Agarwal et al.: GKD, 2023, arXiv:2306.13649 (generalised JSD); Zhang et al.: Deep
+        Mutual Learning, 2018, arXiv:1706.00384.
     """
 
     inputs = {
@@ -154,6 +159,7 @@ class SoftTarget(Loss):
         Alias("KLDivergence", form="kl", tau_squared=True),
         Alias("LogitsDistillationLoss", form="kl", tau_squared=True),
         Alias("FKL", form="kl"),
+        Alias("DML", form="kl", temperature=1.0),
         Alias("KLD", form="kl"),
         Alias("forward_kl", form="kl"),
         Alias("ForwardKLLoss", temperature=1.0),  # the cross-entropy
