@@ -2,6 +2,20 @@
 
 from torch import Tensor
 
+def decoupled_kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 4.0,
+    target_weight: float = 1.0,
+    non_target_weight: float = 8.0,
+    tau_squared: bool = True,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def distribution_distillation(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
@@ -44,11 +58,56 @@ def hard_target(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def logit_mse(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    of: str = "logits",
+    over_classes: str = "mean",
+    tau_squared: bool = False,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def logit_standardization(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 2.0,
+    unbiased: bool = False,
+    tau_squared: bool = True,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def mk_mmd(
     student_features: Tensor,
     teacher_features: Tensor,
     spatial_avg: str | None = None,
     bandwidth: str = "joint",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def multi_level_correlation(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 4.0,
+    class_level_weight: float = 1.0,
+    batch_level_weight: float = 1.0,
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def normalized_kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    non_target_weight: float = 1.5,
+    tau_squared: bool = True,
+    ignore_index: int = -100,
+    reduction: str = "mean",
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
@@ -61,6 +120,39 @@ def soft_target(
     form: str = "cross_entropy",
     beta: float = 0.5,
     tau_squared: bool = False,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def stronger_teacher(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    inter_class_weight: float = 1.0,
+    intra_class_weight: float = 1.0,
+    epsilon: float = 0.0,
+    tau_squared: bool = True,
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def transformed_teacher_matching(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    exponent: float = 0.5,
+    weighted: bool = False,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def weighted_soft_labels(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 2.0,
+    tau_squared: bool = True,
+    ignore_index: int = -100,
     reduction: str = "mean",
     *,
     kernels: str | None = None,
