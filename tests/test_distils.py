@@ -16,7 +16,7 @@ import torch
 from tests.conftest import forms_of_inputs
 
 STEPS = 200
-IS_POSITIVE = re.compile(r"Returns:\n\s+[^.]{0,25}?(?:[Aa]t least 0[;.,](?! and)|[Bb]etween 0 and|[Ff]rom 0 to)")
+IS_POSITIVE = re.compile(r"Returns:\n\s+[^.]{0,25}?(?:[Aa]t least 0[;.,](?! and)|[Bb]etween 0 and|[Ff]rom 0[ ,])")
 
 
 def partners(subject):
