@@ -32,6 +32,12 @@ def _kernel(squared_distances: Tensor, bandwidth: Tensor, tiny: float = 1e-20) -
     return total
 
 
+def _own_distances(samples: Tensor) -> Tensor:
+    """Squared distances between the samples of one side, near a centre of their own: where they coincide nothing is left."""
+    near = samples - samples.detach().mean(dim=0, keepdim=True)
+    return ops.squared_distances(near, near)
+
+
 def mk_mmd_of_samples(student: Tensor, teacher: Tensor, bandwidth: str) -> Tensor:
     """MMD² of two matrices whose rows are the samples."""
     n = student.size(0)
@@ -40,8 +46,8 @@ def mk_mmd_of_samples(student: Tensor, teacher: Tensor, bandwidth: str) -> Tenso
     x = student - center
     y = teacher.detach() - center
     apart = ops.distinct_pairs(x)
-    xx = ops.squared_distances(x, x) * apart
-    yy = ops.squared_distances(y, y) * apart
+    xx = _own_distances(x) * apart
+    yy = _own_distances(y) * apart
     xy = ops.squared_distances(x, y)
     if bandwidth == "per_block":
         pairs = apart.sum().clamp(min=1.0)  # a single sample has no pair, and its distances sum to 0
