@@ -31,11 +31,13 @@ class Library:
         return self.modules[0].split(".")[0]
 
 
-# OpenMMLab's decorator, which must give back the class.
-_REGISTRY = {"MODELS": SimpleNamespace(register_module=lambda: lambda loss: loss)}
 LIBRARIES = {
     "liger-kernel": Library(("liger_kernel",)),
-    "mmrazor": Library(("mmrazor.models.losses",), ("mmcls", "mmengine"), {"mmrazor.registry": _REGISTRY}),
+    "mmrazor": Library(
+        ("mmrazor.models.losses",),
+        ("mmcls", "mmengine"),
+        {"mmrazor.registry": {"MODELS": SimpleNamespace(register_module=lambda: lambda loss: loss)}},
+    ),
     "nvidia-modelopt": Library(
         ("modelopt.torch.distill.losses", "modelopt.torch.distill.plugins.megatron"), ("megatron", "yaml")
     ),
