@@ -1,4 +1,4 @@
-"""``python -m benchmarks [kernels losses in_torch]``: measures and stores the results under benchmarks/results/."""
+"""``python -m benchmarks [kernels losses in_torch scoring]``: measures and stores the results under benchmarks/results/."""
 
 import json
 import sys
@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, in_torch, kernels, losses
+from benchmarks import figures, in_torch, kernels, losses, scoring
 from benchmarks.measure import conditions, copy_bandwidth
 
 BENCHMARKS: dict[str, Callable[[float], list[dict[str, Any]]]] = {
     "kernels": kernels.run,
     "losses": losses.run,
     "in_torch": in_torch.run,
+    "scoring": scoring.run,
 }
 
 

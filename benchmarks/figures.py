@@ -23,7 +23,15 @@ ROUTES = {
 }
 
 # Without our kernels.
-COMPETITORS = ("ONNX Runtime, portable", "torch.compile", "torch.compile, definition", "eager", "eager definition")
+COMPETITORS = (
+    "ONNX Runtime, portable",
+    "torch.compile",
+    "torch.compile, definition",
+    "eager",
+    "eager definition",
+    "NumPy and SciPy",
+    "torch",
+)
 
 
 def newest(benchmark: str = "kernels") -> dict[str, Any] | None:
@@ -58,7 +66,7 @@ def table(result: Mapping[str, Any]) -> str:
         alone = rows["kernel alone"]
         limit = f"{alone['times_limit']:.1f}" if alone.get("bound_by_memory", True) else "–"
         others = [
-            fastest(rows, "eager", "eager definition"),
+            fastest(rows, "eager", "eager definition", "NumPy and SciPy", "torch"),
             fastest(rows, "torch.compile", "torch.compile, definition"),
             fastest(rows, "ONNX Runtime, portable"),
         ]
@@ -70,7 +78,7 @@ def table(result: Mapping[str, Any]) -> str:
     memory = [
         f"{case}: {_size(rows['kernel alone']['peak_bytes'])} for the kernel, {_size(eager['peak_bytes'])} eager"
         for case, rows in by_case(result).items()
-        if (eager := fastest(rows, "eager", "eager definition")) and "peak_bytes" in eager
+        if (eager := fastest(rows, "eager", "eager definition", "NumPy and SciPy", "torch")) and "peak_bytes" in eager
     ]
     if memory:
         lines.append("\nMemory that a call adds at its peak. " + "; ".join(memory) + ".")

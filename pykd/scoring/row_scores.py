@@ -7,6 +7,7 @@ The kernels of libpykd compute the losses; no torch, no ONNX Runtime. An exporte
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import numpy as np
@@ -201,13 +202,28 @@ def _alike(teacher: Array, student: Array) -> tuple[Array, Array]:
     return narrow(teacher), narrow(student)
 
 
+_scratch = threading.local()  # memory that is written again in each block: new pages cost more than the arithmetic
+
+
 def _ordered(logits: Array) -> Array:
-    """Numbers in the same order that NumPy compares fast: float16 as signed integers, −0 and 0 alike."""
+    """Numbers in the same order that NumPy compares fast: float16 as signed integers, −0 and 0 alike.
+
+    They lie in memory of the thread's own, until its next call.
+    """
     if logits.dtype != np.float16:
         return logits
+    kept = getattr(_scratch, "kept", None)
+    if kept is None or kept.shape[1] < logits.size:
+        kept = _scratch.kept = np.empty((2, logits.size), np.int16)
+    sign: Array
+    key: Array
+    sign, key = (part[: logits.size].reshape(logits.shape) for part in kept)
     bits = logits.view(np.int16)
-    sign = bits >> 15
-    return ((bits & 0x7FFF) ^ sign) - sign
+    np.right_shift(bits, 15, out=sign)
+    np.bitwise_and(bits, 0x7FFF, out=key)
+    np.bitwise_xor(key, sign, out=key)
+    np.subtract(key, sign, out=key)
+    return key
 
 
 def _first_largest(logits: Array) -> Array:

@@ -12,6 +12,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -47,13 +48,13 @@ class Source:
     width: int | None  # entries of a row; None: each row is one value
     dtype: np.dtype[Any]  # of the blocks
     stored: str  # the type in the file
-    load: Callable[[int, int], Iterator[Load]] = field(
-        repr=False
-    )  # (first row, rows in a block) -> the blocks from there
+    # (first row, rows in a block) -> the blocks from there
+    load: Callable[[int, int], Iterator[Load]] = field(repr=False)
+    in_turn: bool = False  # whether a block is read while it is waited for, not when it is loaded
 
     def blocks(self, start: int, rows: int) -> Iterator[Load]:
         """Blocks of exactly that many rows, the last one excepted, from row ``start`` on."""
-        return self.load(start, rows)
+        return _ahead(self.load(start, rows)) if self.in_turn else self.load(start, rows)
 
 
 def open_matrix(where: str | os.PathLike[str], role: str) -> Source:
@@ -257,7 +258,7 @@ def _npz(path: str, label: str, name: str | None, matrix: bool) -> Source:
                 values = np.frombuffer(_exactly(member, count * row_bytes, label), dtype)
                 yield Block(values.reshape(count if width is None else (count, width)).astype(native, copy=False))
 
-    return Source(label, rows, width, native, dtype.name, _in_turn(chunks))
+    return Source(label, rows, width, native, dtype.name, _in_turn(chunks), True)
 
 
 def _exactly(file: IO[bytes], count: int, label: str) -> bytes:
@@ -268,6 +269,15 @@ def _exactly(file: IO[bytes], count: int, label: str) -> bytes:
     if len(data) != count:
         raise ValueError(f"expected {count} more bytes in {label}, got {len(data)}; write it again")
     return data
+
+
+def _ahead(loads: Iterator[Load]) -> Iterator[Load]:
+    """The same blocks, each read on a thread of its own while the one before is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, loads, None)
+        while (load := coming.result()) is not None:
+            coming = pool.submit(next, loads, None)
+            yield load
 
 
 def _in_turn(chunks: Callable[[int, int], Iterator[Block]]) -> Callable[[int, int], Iterator[Load]]:
@@ -456,7 +466,7 @@ def _column_source(
                 raise ValueError(f"expected {label} to be whole, got {error} in {place}; write it again") from error
 
     return Source(
-        label, rows, width, dtype, str(first), _in_turn(lambda start, count: _exact(chunks(start, count), count))
+        label, rows, width, dtype, str(first), _in_turn(lambda start, count: _exact(chunks(start, count), count)), True
     )
 
 
