@@ -95,25 +95,25 @@ def product_or_zero(weight: Tensor, x: Tensor) -> Tensor:
     return weight * torch.where(weight == 0, 0.0, x)
 
 
-def expectation(probabilities: Tensor, x: Tensor) -> Tensor:
-    """Σ p·x over the last axis, to which a class of probability 0 adds 0 even if ``x`` is infinite or NaN (0 · log 0 = 0).
+def expectation(probabilities: Tensor, x: Tensor, dim: int = -1) -> Tensor:
+    """Σ p·x over the axis ``dim``, to which a class of probability 0 adds 0 even if ``x`` is infinite or NaN (0 · log 0 = 0).
 
     Gradients are those of :func:`product_or_zero`.
     """
     # One operator for "x, and 0 where p is at most 0", with one for its derivative; a comparison and a choice are twice that.
     kept: Tensor = torch.ops.aten.threshold_backward(x, probabilities, 0.0)
-    return (probabilities * kept).sum(dim=-1)
+    return (probabilities * kept).sum(dim=dim)
 
 
-def soften(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature in the compute type, of which a softmax is to be taken.
+def soften(logits: Tensor, temperature: float, dim: int = -1) -> Tensor:
+    """logits / temperature in the compute type, of which a softmax over the axis ``dim`` is to be taken.
 
     Below T = 1 the quotient grows, and its rounding with it: there the logits are relative to the largest before. From 1 on
     it rounds no more than the logits themselves were. In a file the temperature is an input and may be any.
     """
     logits = upcast(logits)
     if not (isinstance(temperature, float) and temperature >= 1.0):
-        logits = logits - logits.detach().amax(dim=-1, keepdim=True)
+        logits = logits - logits.detach().amax(dim=dim, keepdim=True)
     return logits / temperature
 
 
@@ -133,16 +133,28 @@ def mean_of_logs(q: Tensor, logs: Tensor) -> Tensor:
     return expectation(q, logs - shift) + shift.squeeze(-1)
 
 
-def forward_kl(log_p: Tensor, log_q: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p‖q) over the last axis, at least 0, of a constant p.
+def softened_divergence(
+    student: Tensor, teacher: Tensor, temperature: float, form: str = "kl", dim: int = -1
+) -> Tensor:
+    """KL(p‖q), or with ``form="cross_entropy"`` −Σ p log q, of p = softmax(teacher/T) and q = softmax(student/T) over ``dim``."""
+    target = soften(teacher.detach(), temperature, dim)
+    log_q = torch.log_softmax(soften(student, temperature, dim), dim=dim)
+    if form == "cross_entropy":
+        return negative_of(expectation(torch.softmax(target, dim=dim), log_q, dim))
+    return forward_kl(torch.log_softmax(target, dim=dim), log_q, temperature, dim)
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
+    """KL(p‖q) over the axis ``dim``, at least 0, of a constant p.
 
     Args:
         log_p: the teacher's log-probabilities; constant.
         log_q: the student's.
         temperature: that both were softened by, on which it depends how exactly they differ.
+        dim: the axis of the classes.
     """
     p = torch.exp(log_p)
-    return negative_of(expectation(p, log_q - log_p), _rounding(p, log_p, log_q, temperature))
+    return negative_of(expectation(p, log_q - log_p, dim), _rounding(p, log_p, log_q, temperature, dim))
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor, temperature: float = 1.0) -> Tensor:
@@ -152,7 +164,7 @@ def reverse_kl(log_p: Tensor, log_q: Tensor, temperature: float = 1.0) -> Tensor
     return at_least_0(value if rounding is None else value - rounding)
 
 
-def _rounding(p: Tensor, log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor | None:
+def _rounding(p: Tensor, log_p: Tensor, log_q: Tensor, temperature: float, dim: int = -1) -> Tensor | None:
     """Σ (q − p): 0, but for the rounding of the two normalisers, which it takes out of Σ p (log p − log q).
 
     At a high temperature p and q are almost equal, and each one's own rounding is more than T² before the divergence
@@ -162,9 +174,9 @@ def _rounding(p: Tensor, log_p: Tensor, log_q: Tensor, temperature: float) -> Te
     if isinstance(temperature, float) and temperature <= 8.0:
         if p.dtype == torch.float64:
             return None
-        return (torch.exp(log_q.detach()) - p).sum(dim=-1)
+        return (torch.exp(log_q.detach()) - p).sum(dim=dim)
     q = torch.exp(log_q.detach())
-    return ((p + q) * torch.tanh(log_ratio(log_p, log_q.detach()) / 2)).sum(dim=-1)
+    return ((p + q) * torch.tanh(log_ratio(log_p, log_q.detach()) / 2)).sum(dim=dim)
 
 
 def reduce(values: Tensor, weight: Tensor | None, reduction: str, count: Tensor | None = None) -> Tensor:

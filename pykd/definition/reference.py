@@ -15,14 +15,15 @@ def log_softmax(logits: Any) -> np.ndarray:
 
 def expectation(log_probabilities: Any, terms: Any) -> float:
     """Σ p · term of two rows, where a probability of 0 takes its term out, even an infinite one."""
-    pairs = zip(np.exp(log_probabilities), terms, strict=True)
-    return float(sum(p * term for p, term in pairs if p != 0))
+    p = np.exp(log_probabilities)
+    return float((p[p != 0] * np.asarray(terms)[p != 0]).sum())
 
 
 def divergence(log_p: Any, log_q: Any) -> float:
     """KL(p‖q) = Σ p (log p − log q) of two rows."""
-    pairs = zip(log_p, log_q, strict=True)
-    return float(sum(np.exp(p) * (p - q) for p, q in pairs if np.exp(p) != 0))
+    log_p, log_q = np.asarray(log_p), np.asarray(log_q)
+    kept = np.exp(log_p) != 0
+    return expectation(log_p[kept], log_p[kept] - log_q[kept])
 
 
 def rows(array: Any, axes: int) -> np.ndarray:
