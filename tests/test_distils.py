@@ -102,7 +102,7 @@ def likenesses(subject, tensors, student):
         if spec.like is not None:
             a, b = tensor, tensors[spec.like]
             if spec.draw == "logits":  # a shift of all classes says nothing
-                a, b = a - a.mean(dim=-1, keepdim=True), b - b.mean(dim=-1, keepdim=True)
+                a, b = (x - x.mean(dim=spec.class_axis, keepdim=True) for x in (a, b))
             found.append(torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).mean())
         for other, labels in tensors.items():
             own = subject.specs[other]

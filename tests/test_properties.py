@@ -30,12 +30,18 @@ def in_another_order(subject, tensors):
 
 def shifted(subject, tensors):
     """Every sample's logits by a number of its own."""
-    return {n: t + torch.randn_like(t[..., :1]) if n in subject.inputs_of("logits") else t for n, t in tensors.items()}
+    return {
+        name: t + torch.randn_like(t.narrow(subject.specs[name].class_axis, 0, 1))
+        if name in subject.inputs_of("logits")
+        else t
+        for name, t in tensors.items()
+    }
 
 
 def with_a_masked_class(subject, tensors):
     """One class more, the last, that no label means."""
-    (axis,) = {subject.specs[name].names[-1] for name in subject.inputs_of("logits")}
+    specs = [subject.specs[name] for name in subject.inputs_of("logits")]
+    (axis,) = {spec.names[spec.class_axis] for spec in specs}
     fill = {"logits": -math.inf, "log_probabilities": -math.inf, "probabilities": 0.0, "weights": 1.0, "mask": 1.0}
     more = dict(tensors)
     for name, spec in subject.specs.items():
@@ -131,7 +137,10 @@ def test_what_is_declared_is_so(declaring, name):
     for student, gradient in gradients.items():
         assert torch.isfinite(gradient).all(), student
         if name == "masked_classes":
-            kept, more = (gradient[..., :-1], gradient[..., -1]) if student in logits else (gradient, torch.zeros(1))
+            kept, more = gradient, torch.zeros(1)
+            if student in logits:
+                at = subject.specs[student].class_axis
+                kept, more = gradient.narrow(at, 0, gradient.size(at) - 1), gradient.select(at, -1)
             torch.testing.assert_close(kept, plain[student])
             assert (more == 0).all(), student
         if name == "logit_shift":

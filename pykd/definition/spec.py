@@ -22,11 +22,11 @@ class Spec:
             inputs; exported files take float32, since every engine and language has it, and one file serves both.
         index_of: for integers: the axis whose entries they count, such as ``"classes"``.
         optional: whether the input may be left out.
-        draw: what it holds, and so how examples and tests draw it. ``"logits"``: scores of classes along the last axis;
-            ``"features"``: any numbers; ``"unit"``: vectors of length 1 along the last axis (embeddings, or a queue of them, with
-            an axis of its own in the place of the batch); ``"positive"``; ``"probabilities"``, which sum to 1 along the last
-            axis; ``"log_probabilities"``; ``"indices"``; and of the dtype ``"weight"``: ``"weights"``, at least 0 and some of
-            them 0, or ``"mask"``, 0 or 1.
+        draw: what it holds, and so how examples and tests draw it. ``"logits"``: scores of classes along the axis
+            ``"classes"``, or the last where none is called so; ``"features"``: any numbers; ``"unit"``: vectors of length 1
+            along the last axis (embeddings, or a queue of them, with an axis of its own in the place of the batch);
+            ``"positive"``; ``"probabilities"``, which sum to 1 along the last axis; ``"log_probabilities"``; ``"indices"``; and
+            of the dtype ``"weight"``: ``"weights"``, at least 0 and some of them 0, or ``"mask"``, 0 or 1.
         like: of the student's tensors: the name of the teacher's that it is compared with, entry by entry.
         scale: a factor of what is drawn, where the loss is at home with other numbers.
         layers: the input is a list of tensors, one per layer: the setting that says how many. Each has axes of its own but for
@@ -64,6 +64,11 @@ class Spec:
         if self.names[0] != "batch" or self.has(samples):
             return self
         return dataclasses.replace(self, axes=" ".join([samples, *self.names[1:]]))
+
+    @property
+    def class_axis(self) -> int:
+        """Of logits: which axis counts the classes."""
+        return self.names.index("classes") if "classes" in self.names else len(self.names) - 1
 
     def has(self, axes: str) -> bool:
         """Whether all of these axes are among its own."""
