@@ -1,5 +1,9 @@
 """Written by scripts/stubs: every loss by its class."""
 
+from pykd.losses.attention.attention_cross_entropy import AttentionCrossEntropy as AttentionCrossEntropy
+from pykd.losses.attention.attention_map_mse import AttentionMapMSE as AttentionMapMSE
+from pykd.losses.attention.self_attention_relations import SelfAttentionRelations as SelfAttentionRelations
+from pykd.losses.dense.channel_wise import ChannelWise as ChannelWise
 from pykd.losses.features.feature_l1 import FeatureL1 as FeatureL1
 from pykd.losses.features.feature_l2 import FeatureL2 as FeatureL2
 from pykd.losses.features.mk_mmd import MKMMD as MKMMD

@@ -2,6 +2,40 @@
 
 from torch import Tensor
 
+def attention_cross_entropy(
+    student_attention: Tensor,
+    teacher_attention: Tensor,
+    sample_weight: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    heads: str = "each",
+    form: str = "cross_entropy",
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def attention_map_mse(
+    student_attention: Tensor,
+    teacher_attention: Tensor,
+    sample_weight: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    heads: str = "each",
+    threshold: float = -100.0,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def channel_wise(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 4.0,
+    tau_squared: bool = True,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def decoupled_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -107,6 +141,22 @@ def normalized_kd(
     non_target_weight: float = 1.5,
     tau_squared: bool = True,
     ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def self_attention_relations(
+    student_queries: Tensor,
+    student_keys: Tensor,
+    student_values: Tensor,
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    teacher_values: Tensor,
+    sample_weight: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    query_weight: float = 1.0,
+    key_weight: float = 1.0,
+    value_weight: float = 1.0,
     reduction: str = "mean",
     *,
     kernels: str | None = None,
