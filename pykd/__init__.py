@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pykd import kernels as kernels
     from pykd import losses as losses
     from pykd import recipe as recipe
+    from pykd import schedules as schedules
     from pykd import torch_kernels as torch_kernels
     from pykd.composition import Composition as Composition
     from pykd.composition import DistillationLoss as DistillationLoss
