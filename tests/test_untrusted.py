@@ -264,7 +264,7 @@ WRONG_TYPES = [
     {"distillation_loss": {"aux_loss": "l1", "features_index": [0.5]}},
     {"distillation_loss": {"aux_loss": "l1", "features_index": [True]}},
     {"distillation_loss": {"aux_loss": "l1", "features_index": list(range(100_000))}},
-    {"distillation_loss": {"logit_loss": ["soft_entropy"]}},
+    {"distillation_loss": {"logit_loss": [1]}},
     [],
     "loss",
     None,
