@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, flag, ops, register, scalar
+from pykd.definition import Alias, Case, Loss, Properties, Spec, flag, ops, register, scalar
 from pykd.definition.reference import divergence, log_softmax, reduce_samples, rows
 from pykd.losses.logits._shared import deviations
 
@@ -100,7 +100,7 @@ class LogitStandardization(Loss):
         ),
         Case(layouts={"student_logits": "batch tokens classes"}, optional=("sample_weight",)),
     )
-    aliases = ("LSKD", "LogitStdKDLoss")
+    aliases = ("LSKD", Alias("LogitStdKDLoss", unbiased=True))
     paper = "Sun et al. 2024, arXiv:2403.01427"
 
     temperature: float = scalar(default=2.0, minimum=0.0, exclusive=True)
