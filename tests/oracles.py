@@ -1,7 +1,7 @@
 """Losses of other libraries to compare with, without the packages that those libraries want for everything else.
 
-``tests/oracles.txt`` pins the libraries; ``scripts/python-environment`` installs them without their dependencies, and
-``importable`` lets their files with losses be imported on their own.
+``tests/oracles.txt`` pins the libraries; ``scripts/python-environment`` puts them, without their dependencies, into a folder of
+their own, where nothing else sees them; ``importable`` lets their files with losses be imported on their own.
 """
 
 import contextlib
@@ -81,14 +81,14 @@ PINS = dict(
 )
 
 
+FOLDER = str(Path(sys.prefix) / "oracles")
+
+
 def missing(distribution: str) -> str:
     """Why the library cannot be compared with; nothing if it can."""
     wanted = PINS[distribution]
-    try:
-        found = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return f"{distribution} {wanted} is not installed: scripts/python-environment installs tests/oracles.txt"
-    return "" if found == wanted else f"{distribution} is {found}, and {wanted} in tests/oracles.txt"
+    found = [there.version for there in importlib.metadata.distributions(name=distribution, path=[FOLDER])]
+    return "" if wanted in found else f"{FOLDER} has no {distribution} {wanted}: scripts/python-environment installs it"
 
 
 class _Nothing:
@@ -144,9 +144,11 @@ def importable(distribution: str) -> Iterator[None]:
     before = {name: sys.modules.pop(name) for name in concerned()}
     finder = _Finder(library)
     sys.meta_path.insert(0, finder)
+    sys.path.append(FOLDER)
     try:
         yield
     finally:
+        sys.path.remove(FOLDER)
         sys.meta_path.remove(finder)
         for name in concerned():
             del sys.modules[name]
