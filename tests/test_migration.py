@@ -1,5 +1,6 @@
 """docs/migration.md is run: in each row the other library's call and ours give the same value and gradient."""
 
+import ast
 import functools
 import os
 import re
@@ -158,3 +159,30 @@ def test_what_was_read_names_what_there_is():
     for _, here, *_ in _cells(text):
         loss = eval(_code(here), {"pykd": pykd})
         assert isinstance(loss, pykd.Loss)
+
+
+def _losses_and_choices(row):
+    """The classes that a row makes losses of, each with the choices and flags that it is given."""
+    for call in ast.walk(ast.parse(row.here)):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and hasattr(pykd, call.func.attr):
+            constants = {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
+            yield getattr(pykd, call.func.attr), {n: v for n, v in constants.items() if isinstance(v, str | bool)}
+
+
+def test_a_name_that_another_library_gave_a_loss_means_the_choices_made_there():
+    """At least one row of a library's class is what the alias of that name makes, but for numbers."""
+    found = {}
+    for row in ROWS:
+        for loss, choices in _losses_and_choices(row) if row.relation else ():
+            for alias in loss.aliases:
+                if row.there.startswith(f"{alias}("):
+                    means = {
+                        name: value
+                        for name, value in pykd.get(alias)().settings().items()
+                        if isinstance(value, str | bool)
+                    }
+                    found.setdefault((row.section, str(alias)), []).append(
+                        means == {n: loss().settings()[n] for n in means} | choices
+                    )
+    assert len(found) > 3
+    assert not [names for names, agree in found.items() if not any(agree)]
