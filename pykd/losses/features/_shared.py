@@ -1,14 +1,83 @@
-"""What the distances between normalised features share; each is a loss in a file of its own."""
+"""What losses on features share: their layouts, features sample by sample, and the distances between normalised ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, choice, ops
+from pykd.definition import Case, Layouts, Loss, Properties, Spec, choice, ops
 from pykd.definition.reference import reduce_samples, rows, unit
 from pykd.fused.description import Argument, Kernel, KernelPoint
+
+VECTORS, TOKENS, MAPS = "batch channels", "batch tokens channels", "batch channels height width"
+
+
+WEIGHTS: Mapping[str, Spec] = {"sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights")}
+
+
+def compared(*layouts: str, layers: str | None = None) -> Mapping[str, Layouts]:
+    """Features of student and teacher that are compared entry by entry, in these layouts."""
+    return {
+        "student_features": tuple(Spec(axes, grad=True, like="teacher_features", layers=layers) for axes in layouts),
+        "teacher_features": tuple(Spec(axes, layers=layers) for axes in layouts),
+    }
+
+
+def kept_features(features: Tensor, weight: Tensor | None) -> Tensor:
+    """Features in the compute type, with zeros for the samples whose weight is 0."""
+    if weight is not None and weight.dim() == 3:  # every place of a map is a sample, and has its channels before it
+        weight = weight.unsqueeze(1)
+    return ops.without_left_out(ops.upcast(features), weight)
+
+
+def axis_of_channels(features: Tensor) -> int:
+    """The second of maps, else the last."""
+    return 1 if features.dim() == 4 else -1
+
+
+def channel_maps(features: Tensor) -> Tensor:
+    """Maps or tokens as ``(batch, channels, places)``."""
+    return features.flatten(2) if features.dim() == 4 else features.transpose(1, 2)
+
+
+def of_channels(values: Tensor, features: Tensor) -> Tensor:
+    """A number per channel in the shape that goes with features, and in their type."""
+    values = values.to(features.dtype)
+    return values.unsqueeze(-1).unsqueeze(-1) if features.dim() == 4 else values
+
+
+def per_sample(entries: Tensor, weight: Tensor | None, entry_reduction: str) -> Tensor:
+    """The mean or the sum of what each sample has; the weight's axes count samples, or the batch where there is none."""
+    if weight is not None and weight.dim() > 1:
+        axis = axis_of_channels(entries)
+    else:
+        entries = entries.flatten(1)
+        axis = -1
+    return entries.mean(dim=axis) if entry_reduction == "mean" else entries.sum(dim=axis)
+
+
+def length(x: Tensor, dim: list[int]) -> Tensor:
+    """The Euclidean norm over these axes; where it is 0 its gradient is, too."""
+    squared = (x * x).sum(dim=dim)
+    zero = squared == 0
+    return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, squared)))
+
+
+def one_by_one(features: Any, sample_weight: Any) -> np.ndarray:
+    """For references: one array per sample."""
+    axes = 1 if sample_weight is None else np.ndim(sample_weight)
+    features = np.asarray(features, np.float64)
+    if axes == 3:
+        features = np.moveaxis(features, 1, -1)
+    return rows(features, features.ndim - axes)
+
+
+def reduce_one_by_one(values: Any, sample_weight: Any, reduction: str) -> Any:
+    """The reduction of what a reference makes of :func:`one_by_one`."""
+    return reduce_samples(values, sample_weight, reduction, None if sample_weight is None else np.shape(sample_weight))
+
 
 KERNEL = Kernel(
     "feature_distance",
@@ -62,11 +131,7 @@ def feature_distance(
 class FeatureDistance(Loss):
     """Inputs, settings and kernel of the distances; a subclass says which power, and is the specification."""
 
-    inputs = {
-        "student_features": Spec("batch tokens channels", grad=True, like="teacher_features"),
-        "teacher_features": Spec("batch tokens channels"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
-    }
+    inputs = {**compared(TOKENS), **WEIGHTS}
     cases = (
         Case(),
         Case({"spatial_avg": "mean"}),
@@ -96,9 +161,7 @@ class FeatureDistance(Loss):
             if self.spatial_avg == "mean":
                 x, y = x.mean(axis=0, keepdims=True), y.mean(axis=0, keepdims=True)
             values.append(np.mean([distance(unit(a), unit(b)) for a, b in zip(x, y, strict=True)]))
-        return reduce_samples(
-            values, sample_weight, self.reduction, None if sample_weight is None else np.shape(sample_weight)
-        )
+        return reduce_one_by_one(values, sample_weight, self.reduction)
 
     def properties(self) -> Properties:
         return Properties(feature_scale=True, zero_when_equal=True, symmetric=True)

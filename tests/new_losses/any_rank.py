@@ -8,14 +8,14 @@ from pykd.definition import Case, Loss, Properties, Spec, ops, register
 from pykd.definition.reference import reduce_samples
 
 
-def hint(
+def any_rank(
     student_features: Tensor,
     teacher_features: Tensor,
     sample_weight: Tensor | None = None,
     seen: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Mean squared difference of features; see :class:`Hint`."""
+    """Mean squared difference of features; see :class:`AnyRank`."""
     weight = ops.optional_weight(sample_weight)
     x = ops.upcast(ops.without_left_out(student_features, weight))
     y = ops.upcast(ops.without_left_out(teacher_features.detach(), weight))
@@ -32,8 +32,8 @@ def hint(
     return ops.reduce(squares.flatten(1).mean(dim=1), weight, reduction)
 
 
-@register("hint")
-class Hint(Loss):
+@register("any_rank")
+class AnyRank(Loss):
     r"""Mean squared difference between the student's and the teacher's features of any rank.
 
     .. math:: \ell_b = \mathrm{mean} \, m_b (x_b - y_b)^2
@@ -54,7 +54,7 @@ class Hint(Loss):
         ValueError: for shapes that do not fit, or that do not go together.
 
     Example:
-        >>> Hint()(torch.ones(1, 2, 1, 2), torch.zeros(1, 2, 1, 2))
+        >>> AnyRank()(torch.ones(1, 2, 1, 2), torch.zeros(1, 2, 1, 2))
         tensor(1.)
 
     References:
@@ -81,7 +81,7 @@ class Hint(Loss):
         Case(layouts={"teacher_features": "batch channels height width"}, optional=("sample_weight", "seen")),
         Case(layouts={"sample_weight": "batch tokens"}, optional=("sample_weight", "seen")),
     )
-    aliases = ("FitNet",)
+    aliases = ("of-any-rank",)
     paper = "Romero et al. 2015, arXiv:1412.6550"
 
     def properties(self) -> Properties:

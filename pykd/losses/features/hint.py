@@ -1,0 +1,132 @@
+"""Hints: the student's features match the teacher's as they are."""
+
+import numpy as np
+from torch import Tensor
+
+from pykd.definition import Case, Loss, Properties, choice, number, ops, register
+from pykd.losses.features._shared import (
+    MAPS,
+    TOKENS,
+    VECTORS,
+    WEIGHTS,
+    compared,
+    kept_features,
+    one_by_one,
+    per_sample,
+    reduce_one_by_one,
+)
+
+DISTANCES = ("mse", "l1", "smooth_l1")
+
+
+def hint(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None = None,
+    distance: str = "mse",
+    beta: float = 1.0,
+    entry_reduction: str = "mean",
+    reduction: str = "mean",
+) -> Tensor:
+    """Squared, absolute or smooth absolute difference of features; see :class:`Hint`."""
+    weight = ops.optional_weight(sample_weight)
+    difference = kept_features(student_features, weight) - kept_features(teacher_features.detach(), weight)
+    if distance == "mse":
+        costs = difference * difference
+    else:
+        costs = difference.abs()
+        if distance == "smooth_l1":
+            near = costs.clamp(max=beta)  # d² / 2β up to β, then d − β / 2, without a square of the long ones
+            costs = near * (costs - 0.5 * near) / beta
+    return ops.reduce(per_sample(costs, weight, entry_reduction), weight, reduction)
+
+
+@register("hint")
+class Hint(Loss):
+    r"""Difference between the student's and the teacher's features, which are compared entry by entry, not normalised.
+
+    .. math:: \ell_b = \frac1D \sum_d h(x_{bd} - y_{bd})
+
+    with D entries in a sample, and h by ``distance``: :math:`r^2` (``"mse"``), :math:`|r|` (``"l1"``), or
+    (``"smooth_l1"``) :math:`r^2 / 2\beta` where :math:`|r| < \beta` and :math:`|r| - \beta / 2` elsewhere.
+
+    Args:
+        distance: ``"mse"``, ``"l1"`` or ``"smooth_l1"``.
+        beta: β > 0, where ``"smooth_l1"`` turns from a square to a line; no other distance looks at it.
+        entry_reduction: ``"mean"``: divided by D, as above; ``"sum"``: not. FitNets' own loss is half the sum of squares:
+            ``"mse"`` with ``"sum"`` and a weight of ½.
+        reduction: ``"mean"``: Σ w·ℓ / Σ w with w = ``sample_weight`` or 1; ``"sum"``; ``"none"``: ``(batch,)``, or the shape
+            of ``sample_weight``.
+
+    Inputs:
+        student_features: ``(batch, channels)``, ``(batch, tokens, channels)`` or ``(batch, channels, height, width)``, any
+            floating type; receives the gradient. A layer that maps the student's width to the teacher's comes before.
+        teacher_features: the same shape and type; constant.
+        sample_weight: optional, at least 0, of any floating type, or a mask (bool or integers); constant. ``(batch,)``; or
+            ``(batch, tokens)`` or ``(batch, height, width)``, where every token or place of a map is a sample (of a sequence
+            with padding, say). A sample of weight 0 has no part in value and gradient, whatever it holds.
+
+    Returns:
+        At least 0, in squared units of the features (``"mse"``; ``"smooth_l1"`` below β), or in their units; 0 when they
+        agree; a scalar unless ``reduction="none"``. float32 for half-precision inputs, which are computed in float32. Where
+        two entries agree exactly the subgradient of ``"l1"`` is 0.
+
+    Raises:
+        ValueError: for a β that is not positive, shapes that do not fit, an empty batch.
+
+    Who differs: RepDistiller, mdistiller, DistillKit, and TextBrewer's ``hid_mse_loss`` with a mask of tokens take ``"mse"``
+    as it is here. Romero et al. have half the sum over all entries, D / 2 times as much. MMRazor's ``L2Loss`` normalises the
+    features first, as :class:`FeatureL2` does. ``F.smooth_l1_loss`` is ``"smooth_l1"``; ``F.huber_loss`` is β times that.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 4.0]]), torch.tensor([[0.5, 2.0]])
+        >>> Hint()(student, teacher)
+        tensor(2.1250)
+        >>> Hint(distance="smooth_l1")(student, teacher)
+        tensor(0.8125)
+
+    References:
+        Romero et al.: FitNets: Hints for Thin Deep Nets, 2015, arXiv:1412.6550; Girshick: Fast R-CNN, 2015,
+        arXiv:1504.08083 (smooth L1).
+    """
+
+    inputs = {**compared(VECTORS, TOKENS, MAPS), **WEIGHTS}
+    sample_axes = ("batch", "batch tokens", "batch height width")
+    cases = (
+        Case(),
+        Case(
+            {"distance": "l1", "entry_reduction": "sum"},
+            layouts={"student_features": TOKENS, "sample_weight": "batch tokens"},
+            optional=("sample_weight",),
+        ),
+        Case(
+            {"distance": "smooth_l1", "beta": 2.0, "reduction": "sum"},
+            layouts={"student_features": MAPS, "sample_weight": "batch"},
+            optional=("sample_weight",),
+        ),
+        Case(layouts={"sample_weight": "batch height width"}, optional=("sample_weight",)),
+    )
+    aliases = ("FitNet", "HintLoss", "hid_mse", "hid_mse_loss", "SmoothL1")
+    paper = "Romero et al. 2015, arXiv:1412.6550"
+
+    distance: str = choice(DISTANCES, default="mse")
+    beta: float = number(default=1.0, above=0.0)
+    entry_reduction: str = choice(("mean", "sum"), default="mean")
+
+    def properties(self) -> Properties:
+        return Properties(feature_scale="a difference grows with its terms", zero_when_equal=True, symmetric=True)
+
+    def reference(self, student_features, teacher_features, sample_weight=None):
+        def cost(r):
+            if self.distance == "mse":
+                return r**2
+            if self.distance == "l1":
+                return abs(r)
+            return r**2 / (2 * self.beta) if abs(r) < self.beta else abs(r) - self.beta / 2
+
+        values = []
+        student, teacher = (one_by_one(features, sample_weight) for features in (student_features, teacher_features))
+        for x, y in zip(student, teacher, strict=True):
+            costs = [cost(r) for r in (x - y).ravel()]
+            values.append(np.sum(costs) if self.entry_reduction == "sum" else np.mean(costs))
+        return reduce_one_by_one(values, sample_weight, self.reduction)
