@@ -27,7 +27,8 @@ class Spec:
             along the last axis (embeddings, or a queue of them, with an axis of its own in the place of the batch);
             ``"positive"``; ``"probabilities"``, which sum to 1 along the last axis; ``"log_probabilities"``; ``"indices"``; and
             of the dtype ``"weight"``: ``"weights"``, at least 0 and some of them 0, or ``"mask"``, 0 or 1.
-        like: of the student's tensors: the name of the teacher's that it is compared with, entry by entry.
+        like: of the student's tensors: the name of the teacher's that it is compared with. Where that has axes of its own, the
+            loss takes tensors of either shape for both.
         scale: a factor of what is drawn, where the loss is at home with other numbers.
         layers: the input is a list of tensors, one per layer: the setting that says how many. Each has axes of its own but for
             the batch. In graphs and files they are flat: ``student_features_0`` with ``"batch channels_0"``, and so on.

@@ -2,6 +2,16 @@
 
 from torch import Tensor
 
+def activation_boundaries(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None = None,
+    margin: float = 1.0,
+    entry_reduction: str = "sum",
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def attention_cross_entropy(
     student_attention: Tensor,
     teacher_attention: Tensor,
@@ -26,12 +36,48 @@ def attention_map_mse(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def attention_transfer(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None = None,
+    form: str = "paper",
+    power: float = 2.0,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def attentive_features(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    channel_scores: Tensor,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def channel_distillation(
+    student_features: list[Tensor],
+    teacher_features: list[Tensor],
+    sample_weight: Tensor | None = None,
+    layers: int = 1,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def channel_wise(
     student_features: Tensor,
     teacher_features: Tensor,
     sample_weight: Tensor | None = None,
     temperature: float = 4.0,
     tau_squared: bool = True,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def cosine_features(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None = None,
     reduction: str = "mean",
     *,
     kernels: str | None = None,
@@ -63,6 +109,17 @@ def distribution_distillation(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def factor_transfer(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None = None,
+    distance: str = "l1",
+    norm: str = "l2",
+    entry_reduction: str = "sum",
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def feature_l1(
     student_features: Tensor,
     teacher_features: Tensor,
@@ -81,6 +138,17 @@ def feature_l2(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def flow_of_solution(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    student_later_features: Tensor | None = None,
+    teacher_later_features: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    entry_reduction: str = "sum",
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def hard_target(
     student_logits: Tensor,
     labels: Tensor,
@@ -88,6 +156,25 @@ def hard_target(
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def hierarchical_context(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def hint(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None = None,
+    distance: str = "mse",
+    beta: float = 1.0,
+    entry_reduction: str = "mean",
     reduction: str = "mean",
     *,
     kernels: str | None = None,
@@ -132,6 +219,15 @@ def multi_level_correlation(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def neuron_selectivity(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None = None,
+    kernel: str = "polynomial",
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def normalized_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -141,6 +237,42 @@ def normalized_kd(
     non_target_weight: float = 1.5,
     tau_squared: bool = True,
     ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def overhaul(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    margin: Tensor,
+    sample_weight: Tensor | None = None,
+    entry_reduction: str = "sum",
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def patient_kd(
+    student_features: list[Tensor],
+    teacher_features: list[Tensor],
+    sample_weight: Tensor | None = None,
+    layers: int = 1,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def pearson_features(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def prime_aware(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    student_log_variance: Tensor,
+    sample_weight: Tensor | None = None,
+    epsilon: float = 1e-06,
+    entry_reduction: str = "mean",
     reduction: str = "mean",
     *,
     kernels: str | None = None,
@@ -158,6 +290,14 @@ def self_attention_relations(
     key_weight: float = 1.0,
     value_weight: float = 1.0,
     reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def simple_recipe(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    power: float = 4.0,
+    epsilon: float = 1e-12,
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
@@ -191,6 +331,16 @@ def transformed_teacher_matching(
     sample_weight: Tensor | None = None,
     exponent: float = 0.5,
     weighted: bool = False,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def variational_information(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    student_log_variance: Tensor,
+    sample_weight: Tensor | None = None,
+    entry_reduction: str = "sum",
     reduction: str = "mean",
     *,
     kernels: str | None = None,
