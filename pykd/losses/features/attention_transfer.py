@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, choice, number, ops, register
+from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, number, ops, register
 from pykd.definition.reference import reduce_samples, unit
 from pykd.losses.features._shared import WEIGHTS, axis_of_channels, kept_features, length
 
@@ -98,7 +98,7 @@ class AttentionTransfer(Loss):
             optional=("sample_weight",),
         ),
     )
-    aliases = ("AT", "ATLoss")
+    aliases = ("AT", Alias("ATLoss", form="code"))
     paper = "Zagoruyko, Komodakis 2017, arXiv:1612.03928"
 
     form: str = choice(("paper", "code"), default="paper")

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, choice, ops, register
+from pykd.definition import Alias, Case, Loss, Properties, choice, ops, register
 from pykd.definition.reference import reduce_samples, unit
 from pykd.losses.features._shared import MAPS, VECTORS, WEIGHTS, compared, kept_features, length, per_sample
 
@@ -93,7 +93,7 @@ class FactorTransfer(Loss):
             layouts={"student_features": VECTORS},
         ),
     )
-    aliases = ("FT", "FTLoss", "KTA", "KTALoss")
+    aliases = ("FT", "KTA", Alias("FTLoss", entry_reduction="mean"), Alias("KTALoss", entry_reduction="mean"))
     paper = "Kim, Park, Kwak 2018, arXiv:1802.04977"
 
     distance: str = choice(("l1", "l2"), default="l1")

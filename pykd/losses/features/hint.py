@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, choice, number, ops, register
+from pykd.definition import Alias, Case, Loss, Properties, choice, number, ops, register
 from pykd.losses.features._shared import (
     MAPS,
     TOKENS,
@@ -75,8 +75,8 @@ class Hint(Loss):
         ValueError: for a β that is not positive, shapes that do not fit, an empty batch.
 
     Who differs: RepDistiller, mdistiller, DistillKit, and TextBrewer's ``hid_mse_loss`` with a mask of tokens take ``"mse"``
-    as it is here. Romero et al. have half the sum over all entries, D / 2 times as much. MMRazor's ``L2Loss`` normalises the
-    features first, as :class:`FeatureL2` does. ``F.smooth_l1_loss`` is ``"smooth_l1"``; ``F.huber_loss`` is β times that.
+    as it is here. Romero et al. have half the sum over all entries, D / 2 times as much. MMRazor's ``L2Loss`` normalises a
+    sample first, as :class:`FeatureL2` does a token. ``F.smooth_l1_loss`` is ``"smooth_l1"``; ``F.huber_loss`` is β times that.
 
     Example:
         >>> student, teacher = torch.tensor([[1.0, 4.0]]), torch.tensor([[0.5, 2.0]])
@@ -106,7 +106,7 @@ class Hint(Loss):
         ),
         Case(layouts={"sample_weight": "batch height width"}, optional=("sample_weight",)),
     )
-    aliases = ("FitNet", "HintLoss", "hid_mse", "hid_mse_loss", "SmoothL1")
+    aliases = ("FitNet", "HintLoss", "hid_mse", "hid_mse_loss", Alias("SmoothL1", distance="smooth_l1"))
     paper = "Romero et al. 2015, arXiv:1412.6550"
 
     distance: str = choice(DISTANCES, default="mse")

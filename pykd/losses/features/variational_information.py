@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, choice, ops, register
+from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, ops, register
 from pykd.losses.features._shared import (
     MAPS,
     TOKENS,
@@ -93,7 +93,7 @@ class VariationalInformation(Loss):
         ),
         Case(layouts={"student_features": VECTORS}),
     )
-    aliases = ("VID", "VIDLoss")
+    aliases = ("VID", Alias("VIDLoss", entry_reduction="mean"))
     paper = "Ahn et al. 2019, arXiv:1904.05835"
 
     entry_reduction: str = choice(("sum", "mean"), default="sum")

@@ -82,7 +82,8 @@ class StrongerTeacher(Loss):
 
     Who differs: the authors' code and MMRazor add 1e-8 to the product of the lengths (``epsilon=1e-8`` here). Among many
     classes that is more than the product itself for those that are rare in the batch, and leaves these out, as it were. torchdistill
-    adds nothing, and takes a length for 1e-8 where it is less. All have T², which the authors' loss for segmentation has not. The paper trains with β = γ = 2 beside a cross-entropy of weight 1.
+    adds nothing, and takes a length for 1e-8 where it is less. All have T², which the authors' loss for segmentation has not. The
+    paper trains with β = γ = 2 beside a cross-entropy of weight 1.
 
     Example:
         >>> student = torch.tensor([[0.0, 0.0, 2.0], [1.0, 0.0, 0.0]])
