@@ -149,6 +149,9 @@ def test_an_exported_loss_scores_rows(tmp_path):
     name = scores.facts["losses"][1]
     expected = [4 * expected_loss("kl", t, s, 2.0) for t, s in zip(teacher, student, strict=True)]
     np.testing.assert_allclose(column(scores, name), expected, rtol=3e-5, atol=3e-6)
+    twice = str(pykd.export(pykd.SoftTarget(), tmp_path / "again", progress=lambda line: None, per_sample=True))
+    with pytest.raises(ValueError, match=f"expected losses of different names, got {name} again"):
+        score_files("teacher.npy", "student.npy", "scores.parquet", (path, twice))
 
 
 @pytest.mark.slow

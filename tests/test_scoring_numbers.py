@@ -149,6 +149,39 @@ def test_intervals_cover_the_truth_on_grouped_rows(what):
     assert 0.93 <= inside / repeats <= 0.97, inside / repeats
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("groups", "error"), [(150, 0.0), (150, 0.03), (150, 0.1), (800, 0.2)])
+def test_intervals_of_calibration_errors_cover_the_truth(groups, error):
+    """Errors of the size of their noise included, where percentile and basic interval alone miss it in up to all samples."""
+    rng = np.random.default_rng(8)
+    weights = intervals.bootstrap_weights(groups, seed=0, repeats=400)
+    bins = 15
+
+    def draw(groups):
+        group = np.repeat(np.arange(groups), rng.integers(1, 30, size=groups))
+        confidence = 1 / (1 + np.exp(-0.8 - 0.8 * rng.normal(size=groups)[group] - rng.normal(size=len(group))))
+        right = np.clip(confidence - error * np.sin(3 * confidence), 0, 1)
+        place = np.minimum((confidence * bins).astype(int), bins - 1) * groups + group
+        return group, confidence, right, place
+
+    gaps, rows = np.zeros(bins), 0
+    for _ in range(30):
+        group, confidence, right, place = draw(3000)
+        gaps += np.bincount(place, confidence - right, bins * 3000).reshape(bins, -1).sum(axis=1)
+        rows += len(group)
+    truth = np.abs(gaps).sum() / rows
+    inside, repeats = 0, 1000
+    for _ in range(repeats):
+        group, confidence, right, place = draw(groups)
+        alike = np.sqrt(0.3) * rng.normal(size=groups)[group] + np.sqrt(0.7) * rng.normal(size=len(group))
+        hit = stats.norm.cdf(alike) < right
+        gaps = np.bincount(place, confidence - hit, bins * groups).reshape(bins, -1)
+        counts = np.bincount(group, minlength=groups).astype(float)
+        low, high = intervals.calibration_interval(*intervals.calibration_errors(gaps, counts, weights))
+        inside += low <= truth <= high
+    assert 0.93 <= inside / repeats <= 0.98, inside / repeats
+
+
 def test_an_end_that_no_row_can_tell_is_left_open():
     counts = np.ones(1000)
     low, high = intervals.quantile_places(0.999, counts, counts, grouped=False)

@@ -109,10 +109,37 @@ def bootstrap_weights(batches: int, seed: int, repeats: int = 1000) -> Array:
     return generator.multinomial(batches, np.full(batches, 1 / batches), size=repeats).astype(np.float64)
 
 
+def calibration_errors(gaps: Array, counts: Array, weights: Array) -> tuple[float, Array, Array]:
+    """Σ |Σ (confidence − right)| / rows over bins: the value, that of each bootstrap repeat, and what the repeats would give if the truth were 0.
+
+    Args:
+        gaps: Σ (confidence − right), ``(bins, batches)``.
+        counts: rows per batch.
+        weights: of :func:`bootstrap_weights`.
+    """
+    rows = (weights * counts).sum(axis=1)
+    repeats, without = np.zeros(len(weights)), np.zeros(len(weights))
+    for gap in gaps:
+        drawn = (weights * gap).sum(axis=1)
+        repeats += np.abs(drawn)
+        without += np.abs(drawn - gap.sum())
+    return float(np.abs(gaps.sum(axis=1)).sum() / counts.sum()), repeats / rows, without / rows
+
+
 def bootstrap_interval(value: float, repeats: Array) -> tuple[float, float]:
-    """The basic bootstrap's: the value less the errors of the repeats, which takes out their bias."""
-    low, high = np.quantile(repeats, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return 2 * value - float(high), 2 * value - float(low)
+    """Covers the percentile interval and the basic one.
+
+    Sums of absolute values are too large by noise, and those of the repeats twice. Either interval alone misses the truth, on
+    opposite sides, where noise and truth are of one size.
+    """
+    low, high = (float(end) for end in np.quantile(repeats, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    return min(low, 2 * value - high), max(high, 2 * value - low)
+
+
+def calibration_interval(value: float, repeats: Array, without: Array) -> tuple[float, float]:
+    """Of a calibration error: from 0 on where noise alone would give as much."""
+    low, high = bootstrap_interval(value, repeats)
+    return (0.0 if value <= np.quantile(without, LEVEL) else max(low, 0.0)), high
 
 
 class Batches:

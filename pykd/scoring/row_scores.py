@@ -55,7 +55,12 @@ class RowScores:
             if loss in LOSSES:
                 self.losses[loss] = loss
             else:
-                self.losses.update(_exported(loss, labels))
+                name, loaded = _exported(loss, labels)
+                if name in self.losses or name in LOSSES:
+                    raise ValueError(
+                        f"expected losses of different names, got {name} again ({loss}); export it under another name"
+                    )
+                self.losses[name] = loaded
         self.temperature = temperature
         self.labels = labels
         self.cut = {"teacher": cut[0], "student": cut[1]}
@@ -166,8 +171,8 @@ class RowScores:
         return np.asarray(loss.value(**arguments)["loss_per_sample"])
 
 
-def _exported(path: str, labels: bool) -> dict[str, LoadedLoss]:
-    """An exported loss by its name."""
+def _exported(path: str, labels: bool) -> tuple[str, LoadedLoss]:
+    """An exported loss, and its name."""
     if not os.path.exists(path):
         raise ValueError(
             f"expected a loss of {', '.join(LOSSES)}, or the path of an exported one, got {path!r}; correct --loss"
@@ -185,8 +190,7 @@ def _exported(path: str, labels: bool) -> dict[str, LoadedLoss]:
             raise ValueError(
                 f"expected a loss of {', '.join(sorted(offered))}, got one that also takes {info.name} ({path}); {remedy}"
             )
-    name = str(loss.metadata.get("name", "loss"))
-    return {name: loss}
+    return str(loss.metadata.get("name", "loss")), loss
 
 
 def _alike(teacher: Array, student: Array) -> tuple[Array, Array]:

@@ -634,5 +634,7 @@ def _first_line(error: Exception) -> str:
 def fingerprint(where: str | os.PathLike[str]) -> dict[str, Any]:
     """What tells one file from another without reading it: for runs that are taken up again."""
     path, name = _split(os.fspath(where))
+    if os.path.isdir(path):  # of an exported loss: the file that is run
+        path = os.path.join(path, "loss.onnx")
     status = os.stat(path)
     return {"path": str(Path(path).resolve()), "name": name, "bytes": status.st_size, "changed": status.st_mtime_ns}

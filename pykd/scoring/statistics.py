@@ -20,6 +20,8 @@ from pykd.scoring.intervals import (
     Interval,
     bootstrap_interval,
     bootstrap_weights,
+    calibration_errors,
+    calibration_interval,
     groups_of,
     mean_interval,
     quantile_places,
@@ -200,19 +202,16 @@ class _Summary:
                 place = _bin(confidence, CALIBRATION_BINS) * self.batches.count + batch
                 gaps[side] += np.bincount(place, confidence - hit, gaps[side].size).reshape(gaps[side].shape)
         weights = bootstrap_weights(self.batches.count, self.seed)
-        rows = (weights * counts).sum(axis=1)
-        error, repeats = [], []
-        for side in range(2):
-            error.append(float(np.abs(gaps[side].sum(axis=1)).sum() / self.count))
-            drawn = sum(np.abs((weights * gap).sum(axis=1)) for gap in gaps[side])
-            repeats.append(np.asarray(drawn) / rows)
         told = int((counts > 0).sum()) > 1
-
-        def interval(value: float, drawn: Array, least: float = -1.0) -> Interval:
-            if not told:
-                return None
-            low, high = bootstrap_interval(value, drawn)
-            return [max(low, least), max(high, least)]
+        calibration: dict[str, Any] = {}
+        parts = []
+        for side, name in enumerate(("teacher", "student")):
+            parts.append(calibration_errors(gaps[side], counts, weights))
+            ends = list(calibration_interval(*parts[side])) if told else None
+            calibration[name] = {"value": parts[side][0], "interval": ends, "count": self.count}
+        value = parts[1][0] - parts[0][0]
+        ends = list(bootstrap_interval(value, parts[1][1] - parts[0][1])) if told else None
+        calibration["student_minus_teacher"] = {"value": value, "interval": ends, "count": self.count}
 
         def perplexity(total: Array) -> dict[str, Any]:
             ends = mean_interval(total, counts)
@@ -224,15 +223,7 @@ class _Summary:
             "perplexity": {
                 name: perplexity(nll[i]) for i, name in enumerate(("teacher", "student", "student_over_teacher"))
             },
-            "calibration_error": {
-                "teacher": {"value": error[0], "interval": interval(error[0], repeats[0], 0.0), "count": self.count},
-                "student": {"value": error[1], "interval": interval(error[1], repeats[1], 0.0), "count": self.count},
-                "student_minus_teacher": {
-                    "value": error[1] - error[0],
-                    "interval": interval(error[1] - error[0], repeats[1] - repeats[0]),
-                    "count": self.count,
-                },
-            },
+            "calibration_error": calibration,
         }
 
     def _confidence_bins(self) -> list[dict[str, Any]]:
