@@ -150,7 +150,7 @@ def comparison_as_text(report: dict[str, Any]) -> str:
 def _as_llama(options: argparse.Namespace) -> str:
     from pykd.scoring import sources
     from pykd.scoring.llama import print_out
-    from pykd.scoring.stream import labels_of
+    from pykd.scoring.stream import cores, labels_of
 
     for name in ("temperature", "classes", "loss"):
         if getattr(options, name) is not None:
@@ -174,7 +174,7 @@ def _as_llama(options: argparse.Namespace) -> str:
         raise ValueError(
             f"expected {teacher.width} classes of the student, got {student.width}; pass models of one vocabulary"
         )
-    return print_out(teacher, student, label)
+    return print_out(teacher, student, label, options.threads or cores())
 
 
 def _progress() -> Callable[[int, int], None] | None:

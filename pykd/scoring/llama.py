@@ -8,7 +8,9 @@ of the text, which are the labels.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 MAGIC = b"_logits_"
 _HEADER = 20  # bytes before the tokens
 _LEFT_OUT = np.float32(-16)  # log-probabilities from here down have no part in the divergence that is printed
+_BLOCK_BYTES = 512 << 10  # of one side: what stays in the caches
 _FEWEST = 100  # rows that statistics are printed of
 
 Array = np.ndarray[Any, Any]
@@ -94,37 +97,38 @@ class PrintOut:
     """Gathers what ``llama-perplexity`` prints at its end, with its arithmetic: float32 terms, sums in double."""
 
     def __init__(self, rows: int) -> None:
+        self.rows = rows
         self.divergence, self.change = np.empty(rows, np.float32), np.empty(rows, np.float32)
         self.student_nll, self.teacher_nll = np.empty(rows, np.float32), np.empty(rows, np.float32)
         self.sums = np.empty(rows, np.float64)
-        self.same = 0
-        self.done = 0
+        self.same = np.empty(rows, np.bool_)
 
-    def add(self, teacher: Array, student: Array, labels: Array) -> None:
-        """The next rows: log-probabilities of a base file, logits."""
-        teacher, student = teacher.astype(np.float32, copy=False), student.astype(np.float32, copy=False)
+    def put(self, first: int, teacher: Array, student: Array, labels: Array) -> None:
+        """The rows from ``first`` on: log-probabilities of a base file, logits. Other threads may put other rows."""
         rows = np.arange(len(teacher))
-        place = slice(self.done, self.done + len(teacher))
+        place = slice(first, first + len(teacher))
         largest = student.max(axis=1)
-        log_sum = np.log(np.exp(student - largest[:, None]).sum(axis=1, dtype=np.float64)).astype(np.float32)
+        shifted = student - largest[:, None]
+        log_sum = np.log(np.exp(shifted, out=shifted).sum(axis=1, dtype=np.float64)).astype(np.float32)
         normaliser = largest + log_sum
         self.student_nll[place] = normaliser - student[rows, labels]
         self.teacher_nll[place] = -teacher[rows, labels]
-        share = np.exp(teacher)
-        share[teacher <= _LEFT_OUT] = 0
-        terms = share * (teacher - student + normaliser[:, None])
+        self.change[place] = np.exp(-self.student_nll[place]) - np.exp(-self.teacher_nll[place])
+        self.same[place] = teacher.argmax(axis=1) == student.argmax(axis=1)
+        terms = np.subtract(teacher, student, out=shifted)
+        terms += normaliser[:, None]
+        left_out = teacher <= _LEFT_OUT
+        terms *= np.exp(teacher, out=teacher)
+        np.copyto(terms, 0, where=left_out)  # whatever the student says there
         self.sums[place] = terms.sum(axis=1, dtype=np.float64)
         self.divergence[place] = self.sums[place]
-        self.change[place] = np.exp(-self.student_nll[place]) - np.exp(-self.teacher_nll[place])
-        self.same += int((teacher.argmax(axis=1) == student.argmax(axis=1)).sum())
-        self.done += len(teacher)
 
     def text(self) -> str:
         """The blocks, line by line."""
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        count = self.done
+        count = self.rows
         student, teacher = (nll.astype(np.float64) for nll in (self.student_nll, self.teacher_nll))
         log_q, log_q_error = _mean(student.sum(), _squares(self.student_nll), count)
         log_p, log_p_error = _mean(teacher.sum(), _squares(self.teacher_nll), count)
@@ -178,7 +182,7 @@ class PrintOut:
         with np.errstate(invalid="ignore", divide="ignore"):
             root_error = np.float64(0.5) / root * error
         yield f"RMS Δp    : {100 * root:6.3f} ± {100 * root_error:5.3f} %"
-        same = self.same / count
+        same = int(self.same.sum()) / count
         yield f"Same top p: {100 * same:6.3f} ± {100 * np.sqrt(same * (1 - same) / (count - 1)):5.3f} %"
 
 
@@ -209,21 +213,32 @@ def _percentile(values: Array, share: float) -> float:
     return float((np.float32(1) - part) * values[below] + part * after)
 
 
-def print_out(teacher: Any, student: Any, labels: Any) -> str:
+def print_out(teacher: Any, student: Any, labels: Any, threads: int) -> str:
     """The final blocks for two sources of rows and the labels (:mod:`pykd.scoring.sources`)."""
     if teacher.rows < _FEWEST:
         raise ValueError(
             f"expected at least {_FEWEST} rows for --format llama, as llama-perplexity does, got {teacher.rows}; leave it out"
         )
     out = PrintOut(teacher.rows)
-    rows = max(1, (8 << 20) // (4 * teacher.width))
-    blocks = zip(teacher.blocks(0, rows), student.blocks(0, rows), labels.blocks(0, rows), strict=True)
-    for teacher_block, student_block, label_block in blocks:
-        label = label_block().values.astype(np.int64)
+    rows = max(1, _BLOCK_BYTES // (4 * teacher.width))
+
+    def put(first: int, *loads: Any) -> None:
+        p, q, label = (load().values for load in loads)
         if label.min() < 0 or label.max() >= teacher.width:
             raise ValueError(
                 f"expected labels from 0 to {teacher.width - 1} in {labels.name}, got {label.min()} to {label.max()}; leave out "
                 "--format llama, which knows no bad rows"
             )
-        out.add(teacher_block().values, student_block().values, label)
+        own = p.dtype == np.float32 and p.flags.writeable  # decoded: written over
+        out.put(first, p if own else p.astype(np.float32), q.astype(np.float32, copy=False), label.astype(np.int64))
+
+    blocks = zip(*(source.blocks(0, rows) for source in (teacher, student, labels)), strict=True)
+    waiting: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for number, loads in enumerate(blocks):
+            waiting.append(pool.submit(put, number * rows, *loads))
+            if len(waiting) > threads + 1:
+                waiting.popleft().result()
+        for future in waiting:
+            future.result()
     return out.text()

@@ -75,7 +75,7 @@ def score_files(
             say(f"{journal.path} was of other files or settings: begun anew")
         elif journal.rows:
             say(f"{journal.path} has {journal.rows:,} rows of {work.rows:,}: going on from there")
-        for records in work.run(journal.rows, threads or _cores()):
+        for records in work.run(journal.rows, threads or cores()):
             journal.append(records)
             if progress is not None:
                 progress(journal.rows, work.rows)
@@ -86,7 +86,8 @@ def score_files(
     return Scores(path)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many threads work at once where nothing else is said."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
