@@ -11,6 +11,7 @@ import pytest
 from pykd.command_line import main
 from pykd.scoring.results import Scores
 from pykd.scoring.sources import open_column, open_matrix
+from pykd.scoring.statistics import summary
 from pykd.scoring.stream import score_files
 
 CONTEXT, CLASSES, CHUNKS = 32, 51, 9  # an odd number of classes has padding
@@ -77,6 +78,19 @@ def test_a_base_file_is_scored_with_its_labels():
     np.testing.assert_array_equal(table["label"], labels)
     np.testing.assert_allclose(table["teacher_nll"], -log_p[np.arange(ROWS), labels], atol=2e-3)
     np.testing.assert_allclose(table["kl"], (np.exp(log_p) * (log_p - log_q)).sum(axis=1), atol=2e-4)
+
+
+def test_rows_of_a_chunk_are_one_group():
+    draw()
+    scores = score_files("teacher.kld", "student.npy", "scores.parquet")
+    group = np.concatenate([block["group"] for block in scores.blocks("group")])
+    assert group.tolist() == [chunk for chunk in range(CHUNKS) for _ in range(ROWS // CHUNKS)]
+    assert summary(scores)["independent"] == "groups"
+    np.save("group.npy", np.arange(ROWS))
+    scores = score_files("teacher.kld", "student.npy", "scores.parquet", group="group.npy")
+    assert np.concatenate([block["group"] for block in scores.blocks("group")]).tolist() == list(range(ROWS))
+    with pytest.raises(ValueError, match="expected no name, or chunk, for the group teacher.kld#token"):
+        open_column("teacher.kld#token", "group")
 
 
 def expected_print_out(teacher, student, labels):

@@ -58,6 +58,11 @@ class BaseFile:
         first = self.context // 2 + 1
         return self.tokens[:, first : first + self.rows_of_a_chunk].reshape(-1).astype(np.int64)
 
+    @property
+    def chunk_of_rows(self) -> Array:
+        """The chunk of each row, from 0: a stretch of one text, whose rows are not independent."""
+        return np.repeat(np.arange(self.chunks), self.rows_of_a_chunk)
+
 
 def read_head(path: str, label: str) -> BaseFile:
     """Reads what lies before the rows, and compares the size of the file with what it says."""

@@ -291,14 +291,15 @@ def _in_turn(chunks: Callable[[int, int], Iterator[Block]]) -> Callable[[int, in
 
 
 def _base_file(path: str, label: str, name: str | None, matrix: bool) -> Source:
-    """The log-probabilities of a base file of llama.cpp; as a column, the labels in it."""
-    if name is not None:
-        raise ValueError(f"expected no name for {label}, a base file of llama.cpp, got {name!r}; leave it out")
+    """The log-probabilities of a base file of llama.cpp; as a column, the labels in it, or by the name ``chunk`` the chunks."""
+    if name is not None and (matrix or name != "chunk"):
+        allowed = "no name" if matrix else "no name, or chunk,"
+        raise ValueError(f"expected {allowed} for {label}, a base file of llama.cpp, got {name!r}; leave it out")
     head = llama.read_head(path, label)
     if not matrix:
-        labels = head.labels
+        labels = head.chunk_of_rows if name == "chunk" else head.labels
         numbers = _in_turn(lambda start, rows: (Block(labels[i : i + rows]) for i in range(start, len(labels), rows)))
-        return Source(label, head.rows, None, labels.dtype, "int32", numbers)
+        return Source(label, head.rows, None, labels.dtype, labels.dtype.name, numbers)
     words = _raw(path, head.offset, (head.rows, head.codes), np.dtype("<u2"), label, matrix)
 
     def blocks(start: int, rows: int) -> Iterator[Load]:

@@ -46,7 +46,7 @@ def score_files(
         losses: names of :data:`pykd.scoring.row_scores.LOSSES`, or paths of exported losses with values per sample.
         labels: whole numbers, one per row; −100 leaves a row out. None: those of a base file of llama.cpp, or none.
         group: what belongs together (a document, a user), one whole number or text per row: rows of one group are not
-            independent, and the intervals allow for that.
+            independent, and the intervals allow for that. None: the chunks of a base file of llama.cpp, or each row by itself.
         temperature: of the losses; None: 1, or the default of an exported loss.
         classes: compares that many classes, the first ones; the probability of the others is reported.
         threads: that work at once; 0: one per core. The scores do not depend on it.
@@ -141,7 +141,10 @@ class _Work:
             raise ValueError(f"expected losses that differ, got {', '.join(losses) or 'none'}; name each once")
         self.teacher = sources.open_matrix(teacher, "teacher")
         self.student = sources.open_matrix(student, "student")
-        labels = labels_of(teacher, student, labels)
+        own = labels_of(teacher, student, None)
+        labels = own if labels is None else labels
+        if group is None and own is not None:
+            group = f"{os.fspath(own)}#chunk"
         self.label = None if labels is None else sources.open_column(labels, "labels")
         self.group = None if group is None else sources.open_column(group, "group", "iuU")
         self.places = {
