@@ -591,6 +591,13 @@ def test_torch_is_not_imported():
         (["--loss", "kl", "--loss", "kl"], "expected losses that differ, got kl, kl"),
         (["--temperature", "0"], "expected a temperature above 0, got 0"),
         (["--labels", "teacher.npy"], "expected whole numbers in the labels teacher.npy, got float32"),
+        (["--out", "teacher.npy"], "expected another file for --out than for what is read"),
+        (
+            ["--report", "labels.npy", "--labels", "labels.npy"],
+            "expected another file for --report than for what is read",
+        ),
+        (["--json", "o.parquet"], "expected another file for --json than for what is read or written besides"),
+        (["--out", "other.npy"], "expected no file at other.npy, or scores to write over, got another file"),
         (["--out", "no/such/folder.parquet"], "expected to write no/such/folder.parquet.partial"),
     ],
 )
@@ -598,10 +605,23 @@ def test_wrong_arguments_are_said_in_three_parts(arguments, message, capsys):
     import re
 
     draw()
+    np.save("other.npy", np.arange(3))
     files = [] if "--teacher" in arguments else ["--teacher", "teacher.npy", "--student", "student.npy"]
     out = [] if "--out" in arguments else ["--out", "o.parquet"]
     assert main(["score", *files, *out, *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_scores_that_say_nothing_of_themselves_are_refused():
+    draw()
+    score_files("teacher.npy", "student.npy", "scores.parquet")
+    table = parquet.read_table("scores.parquet")
+    for text, message in ((b"{}", "got others; score again"), (b"{", "to be JSON"), (None, "got another Parquet file")):
+        parquet.write_table(
+            table.replace_schema_metadata(None if text is None else {b"pykd.scores": text}), "s.parquet"
+        )
+        with pytest.raises(ValueError, match=message):
+            Scores("s.parquet")
 
 
 def test_the_kinds_of_rows_are_in_the_report_by_name():

@@ -194,6 +194,10 @@ def broken(tmp_path, case):
     if case == "whole_numbers.npy":
         np.save(path, array.astype(int))
         return path, "expected floating-point logits .*, got int64"
+    if case == "negative.npy":
+        np.save(path, array)
+        path.write_bytes(path.read_bytes().replace(b"(103, 7)", b"(-10, 7)"))
+        return path, r"expected lengths from 0 in .*, got \(-10, 7\)"
     if case == "one_axis.npy":
         np.save(path, array[:, 0])
         return path, r"shape \(rows, classes\), got \(103,\)"
@@ -217,7 +221,7 @@ def broken(tmp_path, case):
 @pytest.mark.parametrize(
     "case",
     ["cut.npy", "cut.npz", "cut.safetensors", "cut.parquet", "cut.arrow", "mixed.parquet", "no_such_column.parquet",
-     "two_arrays.npz", "column_major.npy", "whole_numbers.npy", "one_axis.npy", "objects.npy", "text.npy", "no_rows.npy",
+     "two_arrays.npz", "column_major.npy", "whole_numbers.npy", "negative.npy", "one_axis.npy", "objects.npy", "text.npy", "no_rows.npy",
      "header.safetensors", "folder"],
 )  # fmt: skip
 def test_what_is_wrong_is_seen_when_the_file_is_opened(case, tmp_path):

@@ -79,6 +79,7 @@ def _score(options: argparse.Namespace) -> int:
     from pykd.scoring.statistics import summary
     from pykd.scoring.stream import score_files
 
+    _check_outputs(options)
     scores = score_files(
         options.teacher,
         options.student,
@@ -101,6 +102,21 @@ def _score(options: argparse.Namespace) -> int:
         write(options.report, as_html(report))
     print(_as_llama(options) if options.format == "llama" else as_text(report))
     return _judged(conditions, numbers_of(report))
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Nothing that is read is written over."""
+    from pykd.scoring.sources import path_of
+
+    inputs = [getattr(options, name) for name in ("teacher", "student", "labels", "group")]
+    taken = {os.path.realpath(path_of(where)) for where in inputs if where is not None}
+    for name in ("out", "report", "json"):
+        path = getattr(options, name)
+        if path is not None and os.path.realpath(path) in taken:
+            raise ValueError(
+                f"expected another file for --{name} than for what is read or written besides, got {path}; name another"
+            )
+        taken.add(os.path.realpath(path or "."))
 
 
 def _judged(conditions: list[Any], numbers: dict[str, float | None]) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from pykd import files
 from pykd._version import __version__
 from pykd.scoring.row_scores import OK, STATUSES
 from pykd.scoring.sources import Block, Source
@@ -30,6 +31,7 @@ _LENGTHS = struct.Struct("<II")  # of the header: bytes and CRC-32. Of a record:
 _WRITE_AT = 256 << 10  # bytes of records that are gathered before they are written
 _GROUP_ROWS = 1 << 17  # rows of a row group in the Parquet file
 METADATA = b"pykd.scores"
+_FACTS = {"settings", "losses", "classes", "temperature", "inputs"}
 
 Array = np.ndarray[Any, Any]
 
@@ -242,7 +244,11 @@ class Scores:
             raise ValueError(
                 f"expected scores that `pykd score` wrote at {path}, got another Parquet file; name the file of --out"
             )
-        self.facts: dict[str, Any] = json.loads(text)
+        self.facts: dict[str, Any] = files.parse_json(text, f"what {path} says of itself")
+        if not isinstance(self.facts, dict) or _FACTS - self.facts.keys():
+            raise ValueError(
+                f"expected {', '.join(sorted(_FACTS))} in what {path} says of itself, got others; score again"
+            )
         self.rows: int = self._file.metadata.num_rows
         self.names: list[str] = list(self._file.schema_arrow.names)
         self.has_group = "group" in self.names

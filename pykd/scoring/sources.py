@@ -146,6 +146,8 @@ def _shape(shape: tuple[int, ...], label: str, matrix: bool) -> tuple[int, int |
     if len(shape) < (2 if matrix else 1):
         wanted = "(rows, classes)" if matrix else "(rows,)"
         raise ValueError(f"expected {label} to have the shape {wanted}, got {shape}; reshape it")
+    if min(shape) < 0:
+        raise ValueError(f"expected lengths from 0 in {label}, got {shape}; write it again")
     count = 1
     for length in shape[:-1] if matrix else shape:
         count *= length
@@ -630,6 +632,11 @@ def _arrow(path: str, label: str, name: str | None, matrix: bool) -> Source:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def path_of(where: str | os.PathLike[str]) -> str:
+    """The path without the name of an array or column."""
+    return _split(os.fspath(where))[0]
 
 
 def fingerprint(where: str | os.PathLike[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -97,16 +98,12 @@ def _finished(path: Path, settings: dict[str, Any]) -> Scores | None:
         return None
     try:
         scores = Scores(path)
-    except ValueError:
-        return None  # another file, which this one is to replace
-    same = scores.facts["settings"] == _as_json(settings)
+    except ValueError as error:
+        raise ValueError(
+            f"expected no file at {path}, or scores to write over, got another file; remove it, or take another --out"
+        ) from error
+    same = scores.facts["settings"] == json.loads(json.dumps(settings))
     return scores if same else None
-
-
-def _as_json(value: Any) -> Any:
-    import json
-
-    return json.loads(json.dumps(value))
 
 
 def labels_of(teacher: Where, student: Where, labels: Where | None) -> Where | None:
