@@ -60,7 +60,8 @@ for call, feeds in calls.items():
     for item in compiled.inputs:
         feeds.setdefault(item.get_any_name(), np.array(1.0, np.float32))  # grad_scale
     got = compiled(feeds)
-    found |= {f"{call}.{output.get_any_name()}": got[output] for output in compiled.outputs}
+    for output in compiled.outputs:
+        found |= {f"{call}.{name}": got[output] for name in output.get_names()}  # that of a step left out is another
 np.savez(results, **found)
 """
 
