@@ -4,6 +4,7 @@ from pykd.losses.attention.attention_cross_entropy import AttentionCrossEntropy 
 from pykd.losses.attention.attention_map_mse import AttentionMapMSE as AttentionMapMSE
 from pykd.losses.attention.self_attention_relations import SelfAttentionRelations as SelfAttentionRelations
 from pykd.losses.dense.channel_wise import ChannelWise as ChannelWise
+from pykd.losses.dense.pixel_wise import PixelWise as PixelWise
 from pykd.losses.features.activation_boundaries import ActivationBoundaries as ActivationBoundaries
 from pykd.losses.features.attention_transfer import AttentionTransfer as AttentionTransfer
 from pykd.losses.features.attentive_features import AttentiveFeatures as AttentiveFeatures

@@ -266,6 +266,17 @@ def pearson_features(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def pixel_wise(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    form: str = "kl",
+    tau_squared: bool = False,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def prime_aware(
     student_features: Tensor,
     teacher_features: Tensor,
