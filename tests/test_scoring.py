@@ -612,6 +612,23 @@ def test_wrong_arguments_are_said_in_three_parts(arguments, message, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("package", ["pyarrow", "matplotlib", "jinja2"])
+def test_a_missing_package_is_said_before_anything_is_scored(package, monkeypatch, capsys):
+    draw()
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("pykd.scoring.row_scores.RowScores.__call__", None)
+    call = ["score", "--teacher", "teacher.npy", "--student", "student.npy", "--out", "o.parquet", "--report", "r.html"]
+    assert main(call) == 2
+    assert f"expected the package {package} for scoring, got none; pip install 'pykd[score]'" in capsys.readouterr().err
+
+
+def test_a_bar_shows_the_way_on_a_terminal(monkeypatch, capsys):
+    draw()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main(["score", "--teacher", "teacher.npy", "--student", "student.npy", "--out", "o.parquet"]) == 0
+    assert "700" in capsys.readouterr().err
+
+
 def test_scores_that_say_nothing_of_themselves_are_refused():
     draw()
     score_files("teacher.npy", "student.npy", "scores.parquet")

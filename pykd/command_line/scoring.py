@@ -76,10 +76,13 @@ def _score(options: argparse.Namespace) -> int:
             raise ValueError("expected --out FILE with --report, --json and --fail-if, got none; add it")
         print(_as_llama(options))
         return 0
+    from pykd.scoring.sources import require
     from pykd.scoring.statistics import summary
     from pykd.scoring.stream import score_files
 
     _check_outputs(options)
+    if options.report is not None:
+        require("jinja2", "matplotlib")
     scores = score_files(
         options.teacher,
         options.student,
@@ -197,6 +200,9 @@ def _progress() -> Callable[[int, int], None] | None:
     """A bar on stderr where somebody looks at it."""
     if not sys.stderr.isatty():
         return None
+    from pykd.scoring.sources import require
+
+    require("tqdm")
     from tqdm import tqdm
 
     bar: Any = None

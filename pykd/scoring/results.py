@@ -24,7 +24,7 @@ import numpy as np
 from pykd import files
 from pykd._version import __version__
 from pykd.scoring.row_scores import OK, STATUSES
-from pykd.scoring.sources import Block, Source
+from pykd.scoring.sources import Block, Source, require
 
 _MAGIC = b"pykd scores 1\n"
 _LENGTHS = struct.Struct("<II")  # of the header: bytes and CRC-32. Of a record: rows and CRC-32
@@ -229,6 +229,7 @@ class Scores:
     """A finished file of scores, read column by column."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        require("pyarrow")
         import pyarrow as pa
         import pyarrow.parquet as parquet
 

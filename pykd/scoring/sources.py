@@ -7,6 +7,7 @@ the process, and one that is cut off while it is read ends the process.
 
 from __future__ import annotations
 
+import importlib.util
 import mmap
 import os
 import struct
@@ -379,18 +380,24 @@ def from_bfloat16(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 # ---- Columns -----------------------------------------------------------------------------------------------------
 
 
-def _arrow_modules(label: str) -> tuple[Any, Any]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ImportError(f"expected pyarrow for {label}, got none; pip install 'pykd[score]'") from error
+def require(*packages: str) -> None:
+    """An ImportError that says what to install where one is missing; before any work is done."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"expected the package {package} for scoring, got none; pip install 'pykd[score]'")
+
+
+def _arrow_modules() -> tuple[Any, Any]:
+    require("pyarrow")
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
     return pa, parquet
 
 
 def _columns(schema: Any, name: str | None, label: str, matrix: bool) -> list[str]:
     """The column of lists, or the flat columns that make up a row."""
-    pa, _ = _arrow_modules(label)
+    pa, _ = _arrow_modules()
     listed = [f.name for f in schema if _list_kind(pa, f.type)]
     if not matrix:
         return [_choose([f.name for f in schema if f.name not in listed], name, label, "column")]
@@ -436,7 +443,7 @@ def _column_source(
     batches: Callable[[list[str], int, int], Iterator[tuple[Any, str]]],
 ) -> Source:
     """A source over batches of Arrow: ``batches(columns, first row, rows)`` gives them and where they lie."""
-    pa, _ = _arrow_modules(label)
+    pa, _ = _arrow_modules()
     import pyarrow.compute as compute
 
     columns = _columns(schema, name, label, matrix)
@@ -560,7 +567,7 @@ def _from_column(column: Any, dtype: np.dtype[Any]) -> Block:
 
 
 def _parquet(path: str, label: str, name: str | None, matrix: bool) -> Source:
-    pa, parquet = _arrow_modules(label)
+    pa, parquet = _arrow_modules()
 
     def opened() -> Any:
         # Without a buffer pyarrow holds a whole column of a row group.
@@ -599,7 +606,7 @@ def _parquet(path: str, label: str, name: str | None, matrix: bool) -> Source:
 
 
 def _arrow(path: str, label: str, name: str | None, matrix: bool) -> Source:
-    pa, _ = _arrow_modules(label)
+    pa, _ = _arrow_modules()
     import pyarrow.ipc as ipc
 
     def opened() -> tuple[Any, mmap.mmap]:

@@ -1,7 +1,7 @@
 """The numbers of a report, from the file of scores alone.
 
 They are computed in the order of the rows on one thread, whatever the number of threads that scored them: the same file and
-seed give the same bits. What is held does not grow with the number of rows, but for files of up to four million rows, whose
+seed give the same bits. What is held does not grow with the number of rows, but for files of up to two million rows, whose
 columns are kept between the passes.
 """
 
@@ -37,7 +37,7 @@ CALIBRATION_BINS = 15
 SEGMENTS = 48  # of the file, for its course
 HISTOGRAM_BINS = 60
 MOST_CLASSES = 100
-_KEPT_ROWS = 1 << 22
+_KEPT_ROWS = 1 << 21
 
 Array = np.ndarray[Any, Any]
 
@@ -82,6 +82,7 @@ class _Summary:
         if names in self.kept:
             yield from self.kept[names]
             return
+        self.kept = {}  # one set of columns at a time
         keep: list[dict[str, Array]] = []
         columns = [*names, "group"] if self.grouped else list(names)
         for block in self.scores.blocks(*columns):
@@ -91,7 +92,7 @@ class _Summary:
                 keep.append(block)
             yield block
         if self.scores.rows <= _KEPT_ROWS:
-            self.kept = {names: keep}  # one set of columns at a time
+            self.kept = {names: keep}
 
     def sums(self, *values: Array, batch: Array) -> Array:
         """Sums per batch, ``(values, batches)``."""

@@ -58,6 +58,7 @@ def score_files(
         ValueError: a file, a shape or a setting is wrong.
         OSError: the file of scores cannot be written; what was written is kept.
     """
+    sources.require("pyarrow")
     work = _Work(teacher, student, losses, labels, group, temperature, classes)
     path = Path(out)
     settings = {
