@@ -63,7 +63,8 @@ def mismatches(subject):
             base = dict.fromkeys(axes, 3) | {axis: others}
             right, wrong = draw(subject, base), draw(subject, base | {axis: own})
             for name in having if len(having) > 1 else ():
-                yield f"{name}: {axis} {own}, others {others}", right | {name: wrong[name]}
+                if right[name].shape != wrong[name].shape:  # some lengths follow from others
+                    yield f"{name}: {axis} {own}, others {others}", right | {name: wrong[name]}
         one = draw(subject, dict.fromkeys(axes, 1) | {axis: 2})
         empty = {
             name: tensor[tuple(slice(0, 0 if own == axis else None) for own in specs[name].names)]
@@ -75,6 +76,8 @@ def mismatches(subject):
         if len(names) > 1:
             base = dict.fromkeys(axes, 3) | {names[0]: 2}
             tensors = draw(subject, base)
+            if tensors[first].shape[0] == tensors[first].shape[1]:  # a length that follows from others
+                continue
             if any(first != name and spec.names[:2] == names[:2] for name, spec in specs.items()):
                 yield f"{first}: transposed", tensors | {first: tensors[first].transpose(0, 1).contiguous()}
 

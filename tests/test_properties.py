@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pykd.definition import Case, Properties, Scalar, Spec
-from pykd.definition.sizes import draw, example_sizes, trial_sizes
+from pykd.definition.sizes import draw, example_sizes, fitting, trial_sizes
 from tests.conftest import subjects
 
 NAMES = [field.name for field in dataclasses.fields(Properties) if field.name != "distils"]  # tests/test_distils.py
@@ -39,16 +39,16 @@ def shifted(subject, tensors):
 
 
 def with_a_masked_class(subject, tensors):
-    """One class more, the last, that no label means."""
-    specs = [subject.specs[name] for name in subject.inputs_of("logits")]
-    (axis,) = {spec.names[spec.class_axis] for spec in specs}
+    """One class more, the last, that no label means; in every vocabulary, where there are several."""
     fill = {"logits": -math.inf, "log_probabilities": -math.inf, "probabilities": 0.0, "weights": 1.0, "mask": 1.0}
     more = dict(tensors)
-    for name, spec in subject.specs.items():
-        if axis in spec.names:
-            at = spec.names.index(axis)
-            entry = torch.full_like(tensors[name].narrow(at, 0, 1), fill[spec.draw])
-            more[name] = torch.cat([tensors[name], entry], dim=at)
+    specs = [subject.specs[name] for name in subject.inputs_of("logits")]
+    for axis in {spec.names[spec.class_axis] for spec in specs}:
+        for name, spec in subject.specs.items():
+            if axis in spec.names:
+                at = spec.names.index(axis)
+                entry = torch.full_like(more[name].narrow(at, 0, 1), fill[spec.draw])
+                more[name] = torch.cat([more[name], entry], dim=at)
     return more
 
 
@@ -180,9 +180,10 @@ def test_no_length_is_below_the_least():
     assert example_sizes(["a", "b", "c"], {"a": 10, "c": 11}) == {"a": 10, "b": 11, "c": 12}  # none is another's
 
 
-@pytest.mark.parametrize(
-    "kind", ["logits", "features", "unit", "positive", "probabilities", "log_probabilities", "weights", "mask"]
-)
+KINDS = ["logits", "features", "unit", "positive", "probabilities", "log_probabilities", "partial_log_probabilities"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "weights", "mask"])
 def test_what_is_drawn_is_what_was_asked_for(kind):
     spec = Spec("batch classes", dtype="weight" if kind in ("weights", "mask") else "float", draw=kind)
     x = draw(spec, {"batch": 50, "classes": 7}, torch.Generator().manual_seed(0), torch.float64)
@@ -195,6 +196,7 @@ def test_what_is_drawn_is_what_was_asked_for(kind):
         "positive": lambda: (x > 0).all() and x.std() > 0.1,
         "probabilities": lambda: torch.allclose(x.sum(dim=-1), ones) and (x > 0).all(),
         "log_probabilities": lambda: torch.allclose(x.exp().sum(dim=-1), ones),
+        "partial_log_probabilities": lambda: (x.exp().sum(dim=-1) < 0.9999).all() and x.exp().sum(dim=-1).mean() > 0.5,
         "weights": lambda: x.dtype == torch.float32 and (x >= 0).all() and (x == 0).any() and x.unique().numel() > 10,
         "mask": lambda: x.dtype == torch.float32 and sorted(x.unique().tolist()) == [0.0, 1.0],
     }
@@ -208,9 +210,21 @@ def test_what_is_drawn_is_what_was_asked_for(kind):
     torch.testing.assert_close(twice, 2 * x)
 
 
+def test_different_indices_differ_and_leave_something_out():
+    spec = Spec("batch top_k", dtype="int64", index_of="classes", draw="different_indices")
+    for classes in (2, 5, 40):
+        sizes = fitting([spec], {"batch": 30, "classes": classes, "top_k": 9})
+        assert sizes == {"batch": 30, "classes": classes, "top_k": min(classes - 1, 9)}
+        x = draw(spec, sizes, torch.Generator().manual_seed(0), torch.float64)
+        assert x.shape == (30, sizes["top_k"]) and x.dtype == torch.int64
+        assert all(len(set(row)) == len(row) and min(row) >= 0 and max(row) < classes for row in x.tolist())
+        assert set(x.flatten().tolist()) == set(range(classes))
+
+
 def test_an_unknown_kind_is_an_error():
     with pytest.raises(
-        ValueError, match="expected draw to be one of indices, logits, .*, got 'normal'; correct the Spec"
+        ValueError,
+        match="expected draw to be one of indices, different_indices, logits, .*, got 'normal'; correct the Spec",
     ):
         draw(Spec("batch", draw="normal"), {"batch": 2}, torch.Generator(), torch.float32)
 

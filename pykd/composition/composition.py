@@ -23,7 +23,7 @@ from pykd.composition.terms import STUDENTS, Part, Term
 from pykd.definition import Loss, Spec, checks, routing
 from pykd.definition.plan import PlannedCall, Plans, key_of
 from pykd.definition.sizes import draw as draw_tensor
-from pykd.definition.sizes import example_sizes, trial_sizes
+from pykd.definition.sizes import example_sizes, fitting, trial_sizes
 from pykd.fused import eager
 from pykd.fused.linear import Linear
 from pykd.fused.point import Call
@@ -240,7 +240,7 @@ class Composition(nn.Module, Interface):
         """Random inputs for a graph with these Specs."""
         generator = torch.Generator().manual_seed(seed)
         axes = [axis for spec in specs.values() for axis in spec.names]
-        lengths = example_sizes(axes, self.least_lengths) | dict(sizes or {})
+        lengths = fitting(specs.values(), example_sizes(axes, self.least_lengths) | dict(sizes or {}))
         return {name: draw_tensor(spec, lengths, generator, dtype) for name, spec in specs.items()}
 
     def trial_sizes(self, specs: Mapping[str, Spec]) -> dict[str, dict[str, int]]:

@@ -66,18 +66,36 @@ def _by_position(axes: Iterable[str], lengths: Sequence[int]) -> dict[str, int]:
     }
 
 
+def fitting(specs: Iterable[Spec], sizes: Mapping[str, int]) -> dict[str, int]:
+    """The same lengths, of which those of different indices are below the number of what they count."""
+    lengths = dict(sizes)
+    for spec in specs:
+        if spec.draw == "different_indices":
+            limit = max(lengths[str(spec.index_of)] - 1, 1)
+            lengths[spec.names[-1]] = min(lengths[spec.names[-1]], limit)
+    return lengths
+
+
 def draw(spec: Spec, sizes: Mapping[str, int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """A random tensor as ``spec`` describes it; exact in ``dtype``."""
     shape = [sizes[axis] for axis in spec.names]
     if spec.draw == "indices":
         limit = sizes[spec.index_of] if spec.index_of else 2
         return torch.randint(limit, shape, generator=generator)
+    if spec.draw == "different_indices":
+        of_all = torch.rand((*shape[:-1], sizes[str(spec.index_of)]), generator=generator)
+        return of_all.argsort(dim=-1)[..., : shape[-1]].contiguous()
     normal = torch.randn(shape, generator=generator, dtype=torch.float64)
     if spec.draw not in _KINDS:
-        known = ", ".join(("indices", *_KINDS))
+        known = ", ".join(("indices", "different_indices", *_KINDS))
         raise ValueError(f"expected draw to be one of {known}, got {spec.draw!r}; correct the Spec")
     values = _KINDS[spec.draw](normal) * spec.scale
     return values.float() if spec.dtype == "weight" else values.to(dtype)
+
+
+def _partial_log_probabilities(normal: Tensor) -> Tensor:
+    with_others = torch.cat([2 * normal, torch.zeros_like(normal[..., :1])], dim=-1)
+    return torch.log_softmax(with_others, dim=-1)[..., :-1].contiguous()
 
 
 def _weights(normal: Tensor) -> Tensor:
@@ -100,6 +118,7 @@ _KINDS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "positive": lambda normal: torch.exp(normal / 2),
     "probabilities": lambda normal: torch.softmax(2 * normal, dim=-1),
     "log_probabilities": lambda normal: torch.log_softmax(2 * normal, dim=-1),
+    "partial_log_probabilities": _partial_log_probabilities,
     "weights": _weights,
     "mask": _mask,
 }

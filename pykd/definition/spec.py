@@ -25,8 +25,10 @@ class Spec:
         draw: what it holds, and so how examples and tests draw it. ``"logits"``: scores of classes along the axis
             ``"classes"``, or the last where none is called so; ``"features"``: any numbers; ``"unit"``: vectors of length 1
             along the last axis (embeddings, or a queue of them, with an axis of its own in the place of the batch);
-            ``"positive"``; ``"probabilities"``, which sum to 1 along the last axis; ``"log_probabilities"``; ``"indices"``; and
-            of the dtype ``"weight"``: ``"weights"``, at least 0 and some of them 0, or ``"mask"``, 0 or 1.
+            ``"positive"``; ``"probabilities"``, which sum to 1 along the last axis; ``"log_probabilities"``;
+            ``"partial_log_probabilities"``, those of some of the things that there are; ``"indices"``; ``"different_indices"``, of
+            which no two are equal along the last axis; and of the dtype ``"weight"``: ``"weights"``, at least 0 and some of
+            them 0, or ``"mask"``, 0 or 1.
         like: of the student's tensors: the name of the teacher's that it is compared with. Where that has axes of its own, the
             loss takes tensors of either shape for both.
         scale: a factor of what is drawn, where the loss is at home with other numbers.
