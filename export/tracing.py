@@ -147,8 +147,10 @@ def _keep_numbers_exact(traced: fx.GraphModule) -> None:
         if not isinstance(value, Tensor) or value.dtype != torch.float64:
             continue
         number = node.args[1]
+        if not isinstance(number, float) or torch.tensor(number).double() == number:
+            continue
         packet = node.target.overloadpacket
-        if isinstance(number, float) and torch.tensor(number).double() != number and "Tensor" in packet.overloads():
+        if "Tensor" in packet.overloads():
             name = f"number_{node.name}"
             traced.register_buffer(name, torch.tensor(number, dtype=torch.float64))
             with traced.graph.inserting_before(node):
