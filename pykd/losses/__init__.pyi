@@ -34,4 +34,10 @@ from pykd.losses.logits.soft_target import SoftTarget as SoftTarget
 from pykd.losses.logits.stronger_teacher import StrongerTeacher as StrongerTeacher
 from pykd.losses.logits.transformed_teacher_matching import TransformedTeacherMatching as TransformedTeacherMatching
 from pykd.losses.logits.weighted_soft_labels import WeightedSoftLabels as WeightedSoftLabels
+from pykd.losses.ranking.listwise_kl import ListwiseKL as ListwiseKL
+from pykd.losses.ranking.margin_mse import MarginMSE as MarginMSE
 from pykd.losses.relations.distribution_distillation import DistributionDistillation as DistributionDistillation
+from pykd.losses.tokens.skewed_kl import SkewedKL as SkewedKL
+from pykd.losses.tokens.top_k_kl import TopKKL as TopKKL
+from pykd.losses.tokens.total_variation import TotalVariation as TotalVariation
+from pykd.losses.tokens.universal_logit import UniversalLogit as UniversalLogit

@@ -179,6 +179,16 @@ def hint(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def listwise_kl(
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    tau_squared: bool = True,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def logit_mse(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -198,6 +208,14 @@ def logit_standardization(
     temperature: float = 2.0,
     unbiased: bool = False,
     tau_squared: bool = True,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def margin_mse(
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    sample_weight: Tensor | None = None,
     reduction: str = "mean",
     *,
     kernels: str | None = None,
@@ -312,6 +330,18 @@ def simple_recipe(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def skewed_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    alpha: float = 0.1,
+    direction: str = "forward",
+    tau_squared: bool = False,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def soft_target(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -336,12 +366,44 @@ def stronger_teacher(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def top_k_kl(
+    student_logits: Tensor,
+    teacher_log_probs: Tensor,
+    teacher_ids: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    convention: str = "tail",
+    tau_squared: bool = False,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def total_variation(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    tau_squared: bool = False,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def transformed_teacher_matching(
     student_logits: Tensor,
     teacher_logits: Tensor,
     sample_weight: Tensor | None = None,
     exponent: float = 0.5,
     weighted: bool = False,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def universal_logit(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
     reduction: str = "mean",
     *,
     kernels: str | None = None,

@@ -1,0 +1,98 @@
+"""List-wise KL divergence: how the student shares its preference among the candidates of a query, beside the teacher."""
+
+import torch
+from torch import Tensor
+
+from pykd.definition import Case, Loss, Properties, Spec, flag, ops, register, scalar
+from pykd.definition.reference import divergence, log_softmax, reduce_samples
+
+
+def listwise_kl(
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    tau_squared: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """KL divergence of softmaxes over candidates; see :class:`ListwiseKL`."""
+    weight = ops.optional_weight(sample_weight)
+    student = ops.without_left_out(student_scores, weight)
+    teacher = ops.without_left_out(teacher_scores.detach(), weight)
+    log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
+    log_p = torch.log_softmax(ops.soften(teacher, temperature), dim=-1)
+    values = ops.forward_kl(log_p, log_q, temperature)
+    if tau_squared:
+        values = values * (temperature * temperature)
+    return ops.reduce(values, weight, reduction)
+
+
+@register("listwise_kl")
+class ListwiseKL(Loss):
+    r"""KL divergence between the teacher's and the student's softmax over the candidates of a query.
+
+    .. math:: \ell_b = T^2 \sum_i p_{bi} \log \frac{p_{bi}}{q_{bi}}, \quad p = \mathrm{softmax}(t/T), \;
+              q = \mathrm{softmax}(s/T)
+
+    with the scores s and t of the candidates, such as passages: the positive one and negatives, in any order. It is the
+    divergence of soft targets, of scores in the place of logits.
+
+    Args:
+        temperature: T > 0; larger is softer.
+        tau_squared: whether to multiply by T².
+        reduction: ``"mean"``: Σ w·ℓ / Σ w with w = ``sample_weight`` or 1; ``"sum"``; ``"none"``: ``(batch,)``.
+
+    Inputs:
+        student_scores: ``(batch, candidates)``, any floating type; receives the gradient.
+        teacher_scores: the same shape and type; constant. −inf in both: a candidate that is not there, as in lists of different
+            lengths.
+        sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask (bool or integers); constant. A
+            sample of weight 0 has no part in value and gradient, whatever it holds.
+
+    Returns:
+        Nats (times T²), at least 0; 0 where the scores agree but for an offset; a scalar unless ``reduction="none"``. +inf
+        where the student alone rules out (−inf) a candidate. NaN in an input gives NaN.
+
+    Raises:
+        ValueError: for a temperature that is not positive, shapes that do not fit, an empty batch.
+
+    Who differs: sentence-transformers' ``DistillKLDivLoss`` is the same, from embeddings, and averages over the batch.
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+        >>> ListwiseKL(temperature=2.0)(student, teacher)
+        tensor(0.4438)
+
+    References:
+        Lin, Yang, Lin: Distilling Dense Representations for Ranking using Tightly-Coupled Teachers, 2020, arXiv:2010.11386.
+    """
+
+    inputs = {
+        "student_scores": Spec("batch candidates", grad=True, draw="logits", like="teacher_scores"),
+        "teacher_scores": Spec("batch candidates", draw="logits"),
+        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+    }
+    cases = (
+        Case({"temperature": 2.0}),
+        Case({"tau_squared": False, "reduction": "sum", "temperature": 3.0}, optional=("sample_weight",)),
+    )
+    aliases = ("DistillKLDivLoss", "DistillKLDiv")
+    paper = "Lin, Yang, Lin 2020, arXiv:2010.11386"
+
+    temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
+    tau_squared: bool = flag(default=True)
+
+    def properties(self) -> Properties:
+        return Properties(
+            logit_shift=True,
+            masked_classes=True,
+            zero_when_equal=True,
+            symmetric="the teacher weighs the logarithms",
+        )
+
+    def reference(self, student_scores, teacher_scores, sample_weight=None):
+        values = []
+        for s, t in zip(student_scores, teacher_scores, strict=True):
+            log_q, log_p = log_softmax(s / self.temperature), log_softmax(t / self.temperature)
+            values.append(divergence(log_p, log_q) * (self.temperature**2 if self.tau_squared else 1.0))
+        return reduce_samples(values, sample_weight, self.reduction)
