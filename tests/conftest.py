@@ -119,6 +119,11 @@ def forms_of_inputs() -> list[Subject]:
     return [*found.values(), *composed_subjects()]
 
 
+def one_per_loss() -> list[Subject]:
+    """The last case of every loss, which has most in it: for what neither settings nor forms change."""
+    return list({subject.loss.name: subject for subject in loss_subjects()}.values())
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--loss", metavar="NAME", action="append", default=[],
@@ -146,8 +151,8 @@ def losses_of(item: pytest.Item) -> set[str]:
     """The names of the losses that a test is made for; compositions are tests of the composition."""
     found = set()
     for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
-        if isinstance(value, Subject) and value.composition.single:
-            value = value.loss
+        if not isinstance(value, Subject) or value.composition.single:
+            value = getattr(value, "loss", value)  # of a case of any kind
         if isinstance(value, Loss) or (isinstance(value, type) and issubclass(value, Loss)):
             found.add(value.name)
     return found

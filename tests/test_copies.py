@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import pykd
 from pykd.composition import Composition
-from tests.conftest import subjects
+from tests.conftest import composed_subjects, one_per_loss, subjects
 
 
 def saved_and_loaded(loss):
@@ -47,9 +47,14 @@ def what_users_hold(subject):
     return subject.composition.named_terms[0].parts[0].loss if subject.composition.single else subject.composition
 
 
+ONE = pytest.mark.parametrize("one", [*one_per_loss(), *composed_subjects()], ids=str)
+
+
+@ONE
 @pytest.mark.parametrize("used", [False, True], ids=["unused", "used"])
 @pytest.mark.parametrize("way", COPIES)
-def test_copies_compute_the_same(subject, way, used):
+def test_copies_compute_the_same(one, way, used):
+    subject = one
     loss = copy.deepcopy(what_users_hold(subject))
     want = use(subject, what_users_hold(subject))
     if used:
@@ -61,8 +66,10 @@ def test_copies_compute_the_same(subject, way, used):
     torch.testing.assert_close(use(subject, COPIES[way](made)), want, rtol=0, atol=0)
 
 
+@ONE
 @pytest.mark.parametrize("way", ["deepcopy", "copy", "pickle", "save"])
-def test_copies_of_a_graph_compute_the_same(subject, way):
+def test_copies_of_a_graph_compute_the_same(one, way):
+    subject = one
     graph = subject.graph(check=True)
     tensors = subject.draw(seed=2)
     made = COPIES[way](graph)

@@ -1,6 +1,7 @@
 """Every formula's first and second derivative against differences, in float64. Generated from the registry: nothing here names a loss."""
 
 import numpy as np
+import pytest
 import torch
 
 
@@ -63,6 +64,7 @@ def test_gradcheck(loss_subject):
     assert torch.autograd.gradcheck(checked, students)
 
 
+@pytest.mark.slow
 def test_gradgradcheck(loss_subject):
     tensors = small(loss_subject, seed=2)
     formula, students = formula_of(loss_subject, tensors)

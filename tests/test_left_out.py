@@ -4,6 +4,7 @@ Every registered loss that weighs samples, in every form. The judge is the same 
 """
 
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
@@ -68,7 +69,8 @@ def ways():
     for cls in registry.registered().values():
         made = set()
         for case in cls.cases:
-            for reduction in REDUCTIONS if "sample_weight" in cls.inputs else ("mean",):
+            splits = "sample_weight" in cls.inputs and not cls.couples_batch
+            for reduction in REDUCTIONS if splits else ("mean",):
                 loss = cls(**{**case.settings, "reduction": reduction})
                 layouts = tuple(case.layouts.items())
                 others = tuple(name for name in case.optional if name != "sample_weight")
@@ -134,7 +136,10 @@ def test_in_the_class(way, dtype):
 
 
 def test_in_the_function(way):
-    check(way, lambda **tensors: getattr(pykd.functional, way.loss.name)(**tensors, **way.loss.settings()))
+    function = getattr(pykd.functional, way.loss.name)
+    known = inspect.signature(function).parameters
+    settings = {name: value for name, value in way.loss.settings().items() if name in known}
+    check(way, lambda **tensors: function(**way.loss.grouped(tensors), **settings))
 
 
 def test_in_torchscript(way):
@@ -171,7 +176,7 @@ def test_masks_and_weights_of_any_type_go_with_logits_of_any_type(loss_class, dt
     if "sample_weight" not in loss_class.inputs:
         pytest.skip("no weights")
     for layouts in {tuple(case.layouts.items()) for case in loss_class.cases}:
-        for reduction in REDUCTIONS:
+        for reduction in ("mean",) if loss_class.couples_batch else REDUCTIONS:
             way = Way(loss_class(reduction=reduction), layouts, "weight")
             tensors = way.draw(dtype)
             tensors["sample_weight"] = tensors["sample_weight"].to(by)

@@ -84,6 +84,7 @@ def test_both_routes_write_the_same_graph(one, dtype, monkeypatch):
     assert once == again
 
 
+@pytest.mark.slow
 def test_no_loss_needs_a_second_trace(loss_class, monkeypatch):
     """The last case of each, which has most in it."""
     monkeypatch.setattr(tracing, "retraced", not_called)

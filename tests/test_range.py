@@ -9,6 +9,7 @@ import torch
 
 from pykd import kernels
 from pykd.fused.point import value_and_gradient
+from tests.conftest import loss_subjects
 from tests.test_kernels import DTYPES, in_library, through, with_kernel
 
 FUSABLE = pytest.mark.parametrize("fusable", with_kernel(), ids=str)
@@ -26,6 +27,7 @@ def leaves(subject, tensors):
 
 # ---- Long and short rows ------------------------------------------------------------------------
 
+NORMALISING = pytest.mark.parametrize("normalising", [s for s in loss_subjects() if vectors(s)], ids=str)
 SCALES = {
     torch.float32: [1e-37, 1e-30, 1e-20, 1e-13, 1e13, 1e19, 1e30, 1e37],
     torch.float64: [1e-300, 1e-160, 1e-30, 1e-13, 1e30, 1e160, 1e300],
@@ -34,13 +36,14 @@ SCALES = {
 
 @pytest.mark.parametrize(("dtype", "scale"), [(d, s) for d, all_ in SCALES.items() for s in all_], ids=str)
 @pytest.mark.parametrize("side", ["both", "student", "teacher"])
-def test_lengths_do_not_matter(loss_subject, dtype, scale, side):
+@NORMALISING
+def test_lengths_do_not_matter(normalising, dtype, scale, side):
     """Neither value nor direction of the gradient: it is as much smaller as the row is longer."""
-    subject = loss_subject
+    subject = normalising
     tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in subject.draw(seed=1).items()}
     names = [name for name in vectors(subject) if side == "both" or side in name]
     if not names:
-        pytest.skip("nothing is normalised")
+        pytest.skip("nothing on this side is normalised")
     power = 2.0 ** round(np.log2(scale))  # exact
     results = []
     for factor in (1.0, power):
@@ -68,12 +71,11 @@ def test_lengths_do_not_matter(loss_subject, dtype, scale, side):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("what", ["zero", "subnormal", "infinite", "nan"])
-def test_rows_without_a_direction(loss_subject, dtype, what):
+@NORMALISING
+def test_rows_without_a_direction(normalising, dtype, what):
     """0 (and, in the type that is computed in, subnormal): direction and gradient 0; not finite: NaN."""
-    subject = loss_subject
+    subject = normalising
     names = vectors(subject)
-    if not names:
-        pytest.skip("nothing is normalised")
     tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in subject.draw(seed=2).items()}
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     fill = {"zero": 0.0, "subnormal": torch.finfo(compute).tiny / 64, "infinite": torch.inf, "nan": torch.nan}[what]

@@ -80,6 +80,7 @@ def test_a_call_says_which_name_is_wrong(loss_subject):
         loss(**tensors, colour=tensors["student_" + next(iter(tensors)).removeprefix("student_")])
 
 
+@pytest.mark.slow
 def test_script_compile_copies_and_positions_agree(loss_subject):
     torch.compiler.reset()  # it compiles one function for a few classes only
     loss = loss_subject.composition.named_terms[0].parts[0].loss

@@ -10,7 +10,7 @@ import torch
 
 import pykd
 from pykd.composition import Composition
-from tests.conftest import forms_of_inputs, subjects
+from tests.conftest import composed_subjects, one_per_loss, subjects
 
 
 class Named(torch.nn.Module):
@@ -71,7 +71,7 @@ def test_inductor(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [form for form in forms_of_inputs() if form.composition.single], ids=str)
+@pytest.mark.parametrize("form", one_per_loss(), ids=str)
 def test_functions_and_compositions_compile(form):
     """What calls the formula; the formula itself compiles in every case above."""
     loss = form.loss
@@ -103,12 +103,13 @@ def exports_with_a_free_batch(subject, strict):
         torch.testing.assert_close(program.module()(others), module(others))
 
 
+@pytest.mark.slow
 def test_exports_with_a_free_batch(subject):
     exports_with_a_free_batch(subject, strict=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", forms_of_inputs(), ids=str)
+@pytest.mark.parametrize("form", [*one_per_loss(), *composed_subjects()], ids=str)
 def test_exports_with_a_free_batch_by_its_source(form):
     exports_with_a_free_batch(form, strict=True)
 
