@@ -32,6 +32,7 @@ class Library:
 
 
 LIBRARIES = {
+    "axolotl": Library(("axolotl.integrations.kd.topk_logprob.forward_kl",)),
     "liger-kernel": Library(("liger_kernel",)),
     "mmrazor": Library(
         ("mmrazor.models.losses",),
@@ -40,6 +41,12 @@ LIBRARIES = {
     ),
     "nvidia-modelopt": Library(
         ("modelopt.torch.distill.losses", "modelopt.torch.distill.plugins.megatron"), ("megatron", "yaml")
+    ),
+    "sentence-transformers": Library(
+        (
+            "sentence_transformers.sentence_transformer.losses.margin_mse",
+            "sentence_transformers.sentence_transformer.losses.distill_kl_div",
+        )
     ),
     "textbrewer": Library(("textbrewer.losses", "textbrewer.compatibility", "textbrewer.schedulers")),
     "timm": Library(
