@@ -61,6 +61,10 @@ class Subject:
         """The one loss of a subject that is no composition."""
         return self.composition.named_terms[0].parts[0].loss
 
+    def has_kernel(self) -> bool:
+        """Whether a kernel computes some of it, under these settings and inputs."""
+        return self.composition.graph(self.layouts, self.optional, check=False, fused=True).kernel_point is not None
+
     def take(self, tensors: dict[str, Any], rows: Any) -> dict[str, Any]:
         """The tensors at these entries of the batch."""
         specs = self.graph().signature.inputs

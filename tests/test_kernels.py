@@ -28,12 +28,7 @@ def lengths_of(subject):
 
 
 def with_kernel():
-    return [
-        subject
-        for subject in (*loss_subjects(), *composed_subjects())
-        if subject.composition.graph(subject.layouts, subject.optional, check=False, fused=True).kernel_point
-        is not None
-    ]
+    return [subject for subject in (*loss_subjects(), *composed_subjects()) if subject.has_kernel()]
 
 
 def pytest_generate_tests(metafunc):
