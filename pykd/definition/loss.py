@@ -101,9 +101,11 @@ class Loss(_WithFields):
 
     @classmethod
     def _layouts_over(cls, samples: str, name: str) -> list[Spec]:
-        """The layouts of an input where these axes count the samples: those that have them, or else each of them with them."""
-        having = [spec for spec in cls.declared(name) if spec.has(samples)]
-        return having or [spec.over(samples) for spec in cls.declared(name)]
+        """The layouts of an input where these axes count the samples: those that have them, or else each of them with them; and
+        those that all samples share."""
+        declared = cls.declared(name)
+        having = any(spec.has(samples) for spec in declared)
+        return [s.over(samples) for s in declared if s.has(samples) or s.names[0] != "batch" or not having]
 
     @classmethod
     def _declare_settings(cls) -> None:

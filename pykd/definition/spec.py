@@ -145,6 +145,7 @@ def forms(samples: str, layouts: Mapping[str, Sequence[Spec]], optional: Set[str
     }
     known = {name: set().union(*every) for name, every in had.items()}
     varying = {axis for every in had.values() for axes in every for axis in axes if any(axis not in a for a in every)}
+    varying -= set(samples.split())  # what is given for every sample goes with what they all share
     found: dict[frozenset[str], Form] = {}
     nothing: frozenset[str] = frozenset()
     choices = [
