@@ -272,6 +272,22 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return (xx + yy.transpose(0, 1) - 2 * matmul(x, y.transpose(0, 1))).clamp(min=0.0)
 
 
+def distances(x: Tensor) -> Tensor:
+    """Euclidean distances ``[n, n]`` of the rows of a matrix from each other, by the Gram matrix.
+
+    Rows whose distance is lost in the rounding of their lengths coincide: their distance is 0, and so is its gradient.
+    Rows near 0 keep the most digits: take their mean off first.
+    """
+    squares = (x * x).sum(dim=-1)
+    sums = squares.unsqueeze(1) + squares.unsqueeze(0)
+    squared = sums - 2 * matmul(x, x.transpose(0, 1))
+    rounding = 1e-14 if x.dtype == torch.float64 else 4e-6
+    coincide = (squared.detach() <= sums.detach() * rounding) | (
+        distinct_pairs(x) == 0
+    )  # false for NaN off the diagonal
+    return torch.sqrt(squared.masked_fill(coincide, 1.0)).masked_fill(coincide, 0.0)
+
+
 def distinct_pairs(x: Tensor) -> Tensor:
     """``[n, n]`` with 0 on the diagonal and 1 elsewhere, for the n rows of ``x``."""
     rows = torch.arange(x.size(0), device=x.device)

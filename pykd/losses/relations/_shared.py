@@ -1,0 +1,120 @@
+"""What losses on the relations between the samples of a batch share; each is a loss in a file of its own.
+
+A sample of weight 0 leaves every relation. The weights of the others count in the averages over pairs alone: a mean distance or
+the norm of a row takes every sample that is kept alike.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pykd.definition import Case, Loss, Spec, ops
+
+COUPLES = "compares every sample of the batch with every other"
+
+
+def kept(x: Tensor, weight: Tensor | None) -> Tensor:
+    """1 for every row of ``x`` that counts, 0 for those whose weight is 0; in the type of ``x``."""
+    if weight is None:
+        return torch.ones_like(x[:, 0])
+    return (weight != 0).to(x.dtype)
+
+
+def centred(x: Tensor, weight: Tensor | None) -> Tensor:
+    """Rows whose distances have the ratios of those of ``x``: less their mean, over the largest entry that is left.
+
+    Near the centre the expansion of a distance keeps its digits; at this scale no square overflows or vanishes.
+    The result is constant in the factor, so only ratios of distances have the gradient of ``x``.
+    """
+    count = kept(x, weight)
+    middle = x.detach().sum(dim=0) / count.sum().clamp(min=1.0)  # what is left out is 0
+    moved = (x - middle) * count.unsqueeze(1)
+    largest = moved.detach().abs().amax(dim=[0, 1])
+    return moved / torch.where(largest == 0, torch.ones_like(largest), largest)
+
+
+def over_pairs(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean of ``[n, n]`` values, one per ordered pair, which weighs the product of its samples' weights; 0 where none is kept."""
+    if weight is None:
+        return values.mean()
+    shares = ops.shares(weight.to(values.dtype), "mean")
+    return (shares * ops.matmul(values, shares.unsqueeze(1)).squeeze(1)).sum()
+
+
+def smooth_l1(difference: Tensor) -> Tensor:
+    """x²/2 where |x| < 1, |x| − 1/2 elsewhere."""
+    inner = torch.nn.functional.hardtanh(difference)
+    return inner * (difference - 0.5 * inner)
+
+
+WEIGHT = Spec("batch", dtype="weight", optional=True, draw="weights")
+
+
+class Relation(Loss):
+    """Inputs of the losses that compare a batch of embeddings with itself; a subclass is the specification."""
+
+    inputs = {
+        "student_embeddings": Spec("batch channels", grad=True, like="teacher_embeddings"),
+        "teacher_embeddings": Spec("batch teacher_channels"),
+        "sample_weight": WEIGHT,
+    }
+    cases = (Case(), Case(optional=("sample_weight",)))
+    couples_batch = COUPLES
+
+
+class FeatureRelation(Loss):
+    """The same of features of any rank, which are flattened to one vector per sample."""
+
+    inputs = {
+        "student_features": (
+            Spec("batch channels", grad=True, like="teacher_features"),
+            Spec("batch tokens channels", grad=True, like="teacher_features"),
+            Spec("batch channels height width", grad=True, like="teacher_features"),
+        ),
+        "teacher_features": (
+            Spec("batch teacher_channels"),
+            Spec("batch teacher_tokens teacher_channels"),
+            Spec("batch teacher_channels teacher_height teacher_width"),
+        ),
+        "sample_weight": WEIGHT,
+    }
+    cases = (
+        Case(),
+        Case(
+            layouts={
+                "student_features": "batch tokens channels",
+                "teacher_features": "batch teacher_tokens teacher_channels",
+            }
+        ),
+        Case(
+            layouts={
+                "student_features": "batch channels height width",
+                "teacher_features": "batch teacher_channels teacher_height teacher_width",
+            },
+            optional=("sample_weight",),
+        ),
+    )
+    couples_batch = COUPLES
+
+
+# ---- References ---------------------------------------------------------------------------------
+
+
+def numpy_kept(sample_weight, *batches):
+    """The weights of the samples that are kept, 1 each where there are none, and these samples of every batch."""
+    weights = np.ones(len(batches[0])) if sample_weight is None else np.asarray(sample_weight, np.float64)
+    rows = [i for i in range(len(weights)) if weights[i] != 0]
+    return weights[rows], *([batch[i] for i in rows] for batch in batches)
+
+
+def numpy_over_pairs(value, weights):
+    """Σ w_i w_j · value(i, j) / Σ w_i w_j over all ordered pairs; 0 where there are none."""
+    n = len(weights)
+    pairs = [(i, j, weights[i] * weights[j]) for i in range(n) for j in range(n)]
+    return sum(w * value(i, j) for i, j, w in pairs) / sum(w for *_, w in pairs) if pairs else 0.0
+
+
+def numpy_smooth_l1(difference):
+    """x²/2 where |x| < 1, |x| − 1/2 elsewhere."""
+    x = abs(difference)
+    return x * x / 2 if x < 1 else x - 0.5

@@ -1,0 +1,89 @@
+"""Similarity-preserving distillation: which samples activate alike."""
+
+import numpy as np
+from torch import Tensor
+
+from pykd.definition import Properties, ops, register
+from pykd.definition.reference import unit
+from pykd.losses.relations._shared import FeatureRelation, numpy_kept, numpy_over_pairs, over_pairs
+
+
+def _similarities(features: Tensor, weight: Tensor | None) -> Tensor:
+    """Products of all pairs of flattened samples, every row divided by its length."""
+    x = ops.upcast(ops.without_left_out(features, weight)).flatten(1)
+    return ops.normalize(ops.matmul(x, x.transpose(0, 1)), dim=[1])
+
+
+def similarity_preserving(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Squared difference of similarities; see :class:`SimilarityPreserving`."""
+    weight = ops.optional_weight(sample_weight)
+    difference = _similarities(student_features, weight) - _similarities(teacher_features.detach(), weight)
+    return over_pairs(difference * difference, weight)
+
+
+@register("similarity_preserving")
+class SimilarityPreserving(FeatureRelation):
+    r"""Squared difference between the student's and the teacher's similarities of the samples in a batch (SP).
+
+    Each sample's features are flattened to one vector: x of the student, y of the teacher.
+
+    .. math:: \ell = \frac1{N^2} \sum_{ij} \big(\hat G_{ij}(x) - \hat G_{ij}(y)\big)^2, \quad
+              \hat G_{ij}(x) = \frac{x_i \cdot x_j}{\sqrt{\sum_k (x_i \cdot x_k)^2}}
+
+    Args:
+        reduction: ``"mean"`` alone; the mean over pairs is part of the definition.
+
+    Inputs:
+        student_features: ``(batch, channels)``, ``(batch, tokens, channels)`` or ``(batch, channels, height, width)``, any
+            floating type; receives the gradient.
+        teacher_features: of any of these shapes, with widths of its own, same type; constant.
+        sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask (bool or integers); constant. A pair
+            weighs the product of its samples' weights: Σ w_i w_j v_ij / Σ w_i w_j. The length of a row is that over all samples
+            whose weight is not 0; one of weight 0 has no part in value and gradient, whatever it holds.
+
+    Returns:
+        A scalar without unit, from 0 to 4 / N (rows have length 1); 0 where the similarities agree, and where no sample is
+        kept. float32 for half-precision inputs, which are computed in float32. A factor for all features of one side changes
+        nothing. A row of zeros stays 0, with the gradient 0. NaN in an input gives NaN.
+
+    Raises:
+        ValueError: for shapes that do not fit, an empty batch.
+
+    There is no value per sample: every sample is compared with every other. Memory is O(batch²) beside the features.
+
+    Who differs: RepDistiller, MDistiller, torchdistill and the Zoo agree. TFace takes cosines of the features and does not
+    divide the rows by their lengths.
+
+    Example:
+        >>> student = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+        >>> SimilarityPreserving()(student, teacher)
+        tensor(0.2929)
+
+    References:
+        Tung and Mori: Similarity-Preserving Knowledge Distillation, ICCV 2019, arXiv:1907.09682.
+    """
+
+    aliases = ("SP", "SPKD", "SPKDLoss", "Similarity")
+    paper = "Tung and Mori 2019, arXiv:1907.09682"
+
+    def properties(self) -> Properties:
+        return Properties(
+            feature_scale="a factor for all samples drops out, one for each does not",
+            zero_when_equal=True,
+            symmetric=True,
+        )
+
+    def reference(self, student_features, teacher_features, sample_weight=None):
+        """Pair by pair, from the definition."""
+        weights, student, teacher = numpy_kept(sample_weight, student_features, teacher_features)
+
+        def rows(samples):
+            return [unit([float(np.vdot(a, b)) for b in samples]) for a in samples]
+
+        g, h = rows(student), rows(teacher)
+        return numpy_over_pairs(lambda i, j: (g[i][j] - h[i][j]) ** 2, weights)
