@@ -1,0 +1,158 @@
+"""Correlation congruence: how samples correlate under a kernel."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pykd.definition import Case, Properties, choice, flag, number, ops, register, whole
+from pykd.definition.reference import unit
+from pykd.losses.relations._shared import Relation, kept, numpy_kept, numpy_over_pairs, over_pairs
+
+
+def _correlations(
+    embeddings: Tensor, weight: Tensor | None, kernel: str, gamma: float, order: int, normalized: bool
+) -> Tensor:
+    """The kernel of all pairs of samples."""
+    x = ops.upcast(ops.without_left_out(embeddings, weight))
+    if normalized:
+        x = ops.normalize(x, dim=[-1])
+    products = ops.matmul(x, x.transpose(0, 1))
+    if kernel == "bilinear":
+        return products
+    # The factors of the powers of the product, from the last on: Σ_p c_p zᵖ = c_0 + z (c_1 + z (…)).
+    factor = math.exp(-2.0 * gamma)
+    factors = [factor]
+    for p in range(1, order + 1):
+        factor = factor * 2.0 * gamma / p
+        factors.append(factor)
+    total = products * factors[order] + factors[order - 1]
+    for p in range(order - 2, -1, -1):
+        total = total * products + factors[p]
+    return total
+
+
+def correlation_congruence(
+    student_embeddings: Tensor,
+    teacher_embeddings: Tensor,
+    sample_weight: Tensor | None = None,
+    form: str = "mean_square",
+    kernel: str = "gaussian",
+    gamma: float = 0.4,
+    order: int = 2,
+    normalized: bool = True,
+) -> Tensor:
+    """Difference of correlations under a kernel; see :class:`CorrelationCongruence`."""
+    weight = ops.optional_weight(sample_weight)
+    student = _correlations(student_embeddings, weight, kernel, gamma, order, normalized)
+    difference = student - _correlations(teacher_embeddings.detach(), weight, kernel, gamma, order, normalized)
+    mean = over_pairs(difference * difference, weight)
+    if form == "mean_square":
+        return mean
+    zero = mean == 0
+    root = torch.where(zero, torch.zeros_like(mean), torch.sqrt(torch.where(zero, torch.ones_like(mean), mean)))
+    return root / kept(difference, weight).sum().clamp(min=1.0)
+
+
+@register("correlation_congruence")
+class CorrelationCongruence(Relation):
+    r"""Difference between the student's and the teacher's correlations of the samples in a batch under a kernel (CC).
+
+    .. math:: \ell = \frac1{N^2} \sum_{ij} \big(k(x_i, x_j) - k(y_i, y_j)\big)^2, \quad
+              k(u, v) = e^{-2\gamma} \sum_{p=0}^{P} \frac{(2\gamma)^p}{p!} \Big(\frac{u}{\lVert u\rVert} \cdot
+              \frac{v}{\lVert v\rVert}\Big)^p
+
+    with the student's embeddings x and the teacher's y; k is the start of the Taylor series of the Gaussian
+    :math:`\exp(-\gamma \lVert \hat u - \hat v\rVert^2)` of the embeddings over their lengths.
+
+    Four formulas have this name in libraries:
+
+    ============  ==================================================================================
+    the paper     the defaults; the Zoo has them
+    torchdistill  ``form="norm", normalized=False``: √(Σ_ij (…)²) / N², of embeddings as they are
+    TFace         ``order=1`` for its P = 2: its sum ends at P − 1
+    RepDistiller  not here: it has no correlation of samples, but Σ_c |x_ic − y_ic| · |x_i+1,c − y_i+1,c|
+                  of neighbours, which depends on the order of the batch
+    ============  ==================================================================================
+
+    Args:
+        form: ``"mean_square"``, as above, or ``"norm"``: the root of the sum of squares, divided by N².
+        kernel: ``"gaussian"``, as above, or ``"bilinear"``: the product u · v alone.
+        gamma: γ > 0, of the Gaussian.
+        order: P, from 1 to 10, of the Gaussian.
+        normalized: whether embeddings are divided by their lengths first.
+        reduction: ``"mean"`` alone; see ``form``.
+
+    Inputs:
+        student_embeddings: ``(batch, channels)``, any floating type; receives the gradient.
+        teacher_embeddings: ``(batch, teacher_channels)``, same type; constant. Only correlations are compared, so the
+            widths may differ; the paper embeds both in one width by layers of their own, before.
+        sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask (bool or integers); constant. A pair
+            weighs the product of its samples' weights: Σ w_i w_j v_ij / Σ w_i w_j. A sample of weight 0 has no part in
+            value and gradient, whatever it holds; N of ``"norm"`` does not count it.
+
+    Returns:
+        A scalar without unit, at least 0; 0 where the correlations agree, and where no sample is kept. float32 for
+        half-precision inputs, which are computed in float32. A normalised embedding of length 0 stays 0, with the gradient
+        0. NaN in an input gives NaN.
+
+    Raises:
+        ValueError: for another form or kernel, a gamma that is not positive, another order, shapes that do not fit, an
+            empty batch.
+
+    There is no value per sample: every sample is compared with every other. Memory is O(batch²) beside the embeddings.
+
+    Who differs: see the table. torchdistill's ``reduction`` other than ``"batchmean"`` leaves out the division by N².
+
+    Example:
+        >>> student = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> teacher = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+        >>> CorrelationCongruence()(student, teacher)
+        tensor(0.1266)
+
+    References:
+        Peng et al.: Correlation Congruence for Knowledge Distillation, ICCV 2019, arXiv:1904.01802.
+    """
+
+    cases = (
+        Case(),
+        Case(
+            {"form": "norm", "gamma": 0.1, "order": 1, "normalized": False},
+            optional=("sample_weight",),
+        ),
+        Case({"kernel": "bilinear", "order": 3}),
+        Case({"order": 4}),
+    )
+    aliases = ("CC", "CCKD", "CCKDLoss")
+    paper = "Peng et al. 2019, arXiv:1904.01802"
+
+    form: str = choice(("mean_square", "norm"), default="mean_square")
+    kernel: str = choice(("gaussian", "bilinear"), default="gaussian")
+    gamma: float = number(default=0.4, above=0.0)
+    order: int = whole(default=2, minimum=1, maximum=10)
+    normalized: bool = flag(default=True)
+
+    def properties(self) -> Properties:
+        return Properties(
+            feature_scale=self.normalized or "the kernel takes the embeddings as they are",
+            zero_when_equal=True,
+            symmetric=True,
+        )
+
+    def reference(self, student_embeddings, teacher_embeddings, sample_weight=None):
+        """Pair by pair, from the definition."""
+        weights, student, teacher = numpy_kept(sample_weight, student_embeddings, teacher_embeddings)
+
+        def correlation(u, v):
+            product = unit(u) @ unit(v) if self.normalized else u @ v
+            if self.kernel == "bilinear":
+                return product
+            powers = [(2 * self.gamma) ** p / math.factorial(p) * product**p for p in range(self.order + 1)]
+            return np.exp(-2 * self.gamma) * sum(powers)
+
+        def square(i, j):
+            return (correlation(student[i], student[j]) - correlation(teacher[i], teacher[j])) ** 2
+
+        mean = numpy_over_pairs(square, weights)
+        return mean if self.form == "mean_square" else np.sqrt(mean) / max(len(weights), 1)

@@ -1,0 +1,130 @@
+"""Probabilistic knowledge transfer: how probable each sample's neighbours are."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pykd.definition import Case, Properties, choice, flag, number, ops, register
+from pykd.definition.reference import unit
+from pykd.losses.relations._shared import Relation, kept, numpy_kept
+
+
+def _probabilities(embeddings: Tensor, weight: Tensor | None, own: bool) -> Tensor:
+    """Rows of probabilities: cosines, moved to between 0 and 1, over their sums; 0 in the columns of what is left out."""
+    x = ops.normalize(ops.upcast(ops.without_left_out(embeddings, weight)), dim=[-1])
+    affinities = (ops.matmul(x, x.transpose(0, 1)) + 1.0) / 2.0
+    strangers = affinities.detach() <= (
+        1e-14 if x.dtype == torch.float64 else 1e-6
+    )  # the rounding of opposite embeddings
+    if weight is not None:
+        strangers = strangers | (kept(x, weight) == 0)
+    if not own:
+        strangers = strangers | (ops.distinct_pairs(x) == 0)
+    affinities = affinities.masked_fill(strangers, 0.0)
+    sums = affinities.sum(dim=1, keepdim=True)
+    return affinities / torch.where(sums == 0, torch.ones_like(sums), sums)
+
+
+def probabilistic_transfer(
+    student_embeddings: Tensor,
+    teacher_embeddings: Tensor,
+    sample_weight: Tensor | None = None,
+    own: bool = False,
+    average: str = "samples",
+    epsilon: float = 1e-7,
+) -> Tensor:
+    """Divergence of the probabilities of neighbours; see :class:`ProbabilisticTransfer`."""
+    weight = ops.optional_weight(sample_weight)
+    q = _probabilities(student_embeddings, weight, own)
+    p = _probabilities(teacher_embeddings.detach(), weight, own)
+    scale = 1.0 / epsilon  # log(p + ε) is log(1 + p/ε), but for what both have
+    value = ops.reduce((p * (torch.log1p(p * scale) - torch.log1p(q * scale))).sum(dim=1), weight, "mean")
+    if average == "pairs":
+        value = value / kept(q, weight).sum().clamp(min=1.0)
+    return ops.at_least_0(value)
+
+
+@register("probabilistic_transfer")
+class ProbabilisticTransfer(Relation):
+    r"""Divergence between the teacher's and the student's probabilities of each sample's neighbours in the batch (PKT).
+
+    .. math:: \ell = \frac1N \sum_i \sum_{j \ne i} p_{ij} \log\frac{p_{ij} + \varepsilon}{q_{ij} + \varepsilon}, \quad
+              p_{ij} = \frac{1 + \cos(y_i, y_j)}{\sum_{k \ne i} (1 + \cos(y_i, y_k))}, \quad
+              q_{ij} = \frac{1 + \cos(x_i, x_j)}{\sum_{k \ne i} (1 + \cos(x_i, x_k))}
+
+    with the student's embeddings x and the teacher's y.
+
+    Args:
+        own: whether a sample is a neighbour of itself, as in the authors' code (j and k may be i); the paper leaves it out.
+        average: ``"samples"``: the mean over samples of the divergence of each; ``"pairs"``: that mean divided by the number of
+            samples, the mean over all N² pairs as code takes it.
+        epsilon: ε > 0; keeps the logarithm of opposite embeddings finite.
+        reduction: ``"mean"`` alone; see ``average``.
+
+    Inputs:
+        student_embeddings: ``(batch, channels)``, any floating type; receives the gradient.
+        teacher_embeddings: ``(batch, teacher_channels)``, same type; constant. Only their cosines are compared, so the
+            widths may differ.
+        sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask (bool or integers); constant. Weighs
+            the samples i of the mean: Σ w ℓ / Σ w. A sample of weight 0 is nobody's neighbour, either, and has no part in value
+            and gradient, whatever it holds.
+
+    Returns:
+        A scalar in nats, at least 0; 0 where all cosines agree, for a single sample, and where none is kept. float32 for
+        half-precision inputs, which are computed in float32. An embedding of length 0 has the cosine 0 with all others, and the
+        gradient 0. Embeddings that are opposite, but for rounding, are no neighbours. NaN in an input gives NaN.
+
+    Raises:
+        ValueError: for an epsilon that is not positive, another average, shapes that do not fit, an empty batch.
+
+    There is no value per sample: every sample is compared with every other. Memory is O(batch²) beside the embeddings.
+
+    Who differs: the paper sums over samples, N times this. The authors' code, RepDistiller, MDistiller and torchdistill have
+    ``own=True, average="pairs"`` and add ε to the lengths of embeddings, too; the Zoo has ε = 1e-6.
+
+    Example:
+        >>> student = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+        >>> teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        >>> ProbabilisticTransfer()(student, teacher)
+        tensor(0.1155)
+
+    References:
+        Passalis and Tefas: Learning Deep Representations with Probabilistic Knowledge Transfer, ECCV 2018, arXiv:1803.10837.
+    """
+
+    cases = (
+        Case(),
+        Case({"own": True, "average": "pairs", "epsilon": 1e-6}, optional=("sample_weight",)),
+    )
+    aliases = ("PKT", "PKTLoss")
+    paper = "Passalis and Tefas 2018, arXiv:1803.10837"
+
+    own: bool = flag(default=False)
+    average: str = choice(("samples", "pairs"), default="samples")
+    epsilon: float = number(default=1e-7, above=0.0)
+
+    def properties(self) -> Properties:
+        return Properties(
+            feature_scale=True,
+            zero_when_equal=True,
+            symmetric="the divergence goes from the teacher to the student",
+        )
+
+    def reference(self, student_embeddings, teacher_embeddings, sample_weight=None):
+        """Sample by sample, from the definition."""
+        weights, student, teacher = numpy_kept(sample_weight, student_embeddings, teacher_embeddings)
+        n = len(weights)
+        if n == 0:
+            return 0.0
+
+        def probabilities(points, i):
+            x = [unit(point) for point in points]
+            affinities = np.array([(x[i] @ x[j] + 1) / 2 if self.own or i != j else 0.0 for j in range(n)])
+            affinities[affinities < 1e-14] = 0.0  # rounding
+            return affinities / (affinities.sum() or 1.0)
+
+        total = 0.0
+        for i in range(n):
+            p, q = probabilities(teacher, i), probabilities(student, i)
+            total += weights[i] * sum(p * np.log((p + self.epsilon) / (q + self.epsilon)))
+        return total / weights.sum() / (n if self.average == "pairs" else 1)
