@@ -12,6 +12,15 @@ def activation_boundaries(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def affinity(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None = None,
+    per: str = "image",
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def attention_cross_entropy(
     student_attention: Tensor,
     teacher_attention: Tensor,
@@ -74,6 +83,30 @@ def channel_wise(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def contrastive_representation(
+    student_embeddings: Tensor,
+    teacher_embeddings: Tensor,
+    negatives: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 0.07,
+    log_normalizer: float = 0.0,
+    form: str = "noise_contrastive",
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def correlation_congruence(
+    student_embeddings: Tensor,
+    teacher_embeddings: Tensor,
+    sample_weight: Tensor | None = None,
+    form: str = "mean_square",
+    kernel: str = "gaussian",
+    gamma: float = 0.4,
+    order: int = 2,
+    normalized: bool = True,
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def cosine_features(
     student_features: Tensor,
     teacher_features: Tensor,
@@ -106,6 +139,7 @@ def distribution_distillation(
     bins: int = 1000,
     width: float = 0.1,
     negatives: str = "hardest",
+    convention: str = "paper",
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
@@ -149,6 +183,17 @@ def flow_of_solution(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def hard_dark_rank(
+    student_embeddings: Tensor,
+    teacher_embeddings: Tensor,
+    sample_weight: Tensor | None = None,
+    alpha: float = 3.0,
+    beta: float = 3.0,
+    length: int = 3,
+    normalized: bool = True,
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def hard_target(
     student_logits: Tensor,
     labels: Tensor,
@@ -175,6 +220,30 @@ def hint(
     distance: str = "mse",
     beta: float = 1.0,
     entry_reduction: str = "mean",
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def in_batch_contrastive(
+    student_embeddings: Tensor,
+    teacher_embeddings: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 0.07,
+    direction: str = "student",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def instance_relationship_graph(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None = None,
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def inter_channel_correlation(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None = None,
     reduction: str = "mean",
     *,
     kernels: str | None = None,
@@ -234,6 +303,20 @@ def multi_level_correlation(
     temperature: float = 4.0,
     class_level_weight: float = 1.0,
     batch_level_weight: float = 1.0,
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def mutual_information(
+    student_embeddings: Tensor,
+    teacher_embeddings: Tensor,
+    sample_weight: Tensor | None = None,
+    form: str = "difference",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def neighbour_differences(
+    student_embeddings: Tensor,
+    teacher_embeddings: Tensor,
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
@@ -306,6 +389,30 @@ def prime_aware(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def probabilistic_transfer(
+    student_embeddings: Tensor,
+    teacher_embeddings: Tensor,
+    sample_weight: Tensor | None = None,
+    own: bool = False,
+    average: str = "samples",
+    epsilon: float = 1e-07,
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def relational_angle(
+    student_embeddings: Tensor,
+    teacher_embeddings: Tensor,
+    sample_weight: Tensor | None = None,
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def relational_distance(
+    student_embeddings: Tensor,
+    teacher_embeddings: Tensor,
+    sample_weight: Tensor | None = None,
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def self_attention_relations(
     student_queries: Tensor,
     student_keys: Tensor,
@@ -319,6 +426,13 @@ def self_attention_relations(
     key_weight: float = 1.0,
     value_weight: float = 1.0,
     reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def similarity_preserving(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None = None,
     *,
     kernels: str | None = None,
 ) -> Tensor: ...

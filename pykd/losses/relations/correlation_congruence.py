@@ -72,8 +72,7 @@ class CorrelationCongruence(Relation):
     the paper     the defaults; the Zoo has them
     torchdistill  ``form="norm", normalized=False``: √(Σ_ij (…)²) / N², of embeddings as they are
     TFace         ``order=1`` for its P = 2: its sum ends at P − 1
-    RepDistiller  not here: it has no correlation of samples, but Σ_c |x_ic − y_ic| · |x_i+1,c − y_i+1,c|
-                  of neighbours, which depends on the order of the batch
+    RepDistiller  :class:`pykd.NeighbourDifferences`, which has no correlation of samples at all
     ============  ==================================================================================
 
     Args:
