@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from pykd.definition import ops
+
 
 def within(ids: Tensor, classes: int) -> Tensor:
     """Ids of the vocabulary, and 0 in the place of any other (which a GPU, since it is not waited for, may meet)."""
@@ -14,3 +16,32 @@ def take(x: Tensor, ids: Tensor) -> Tensor:
     axis = x.dim() - 1  # counted from the front: the onnx package's reference evaluator does not gather along -1
     index = within(ids, x.size(axis))
     return torch.where(index == ids, torch.gather(x, axis, index), float("nan"))
+
+
+def preferred_pairs(log_p: Tensor) -> Tensor:
+    """Whether the teacher prefers entry i to entry j, ``[…, i, j]``; of those that are there, and are not equally likely to it."""
+    return (log_p.unsqueeze(-1) > log_p.unsqueeze(-2)) & (log_p.unsqueeze(-2) != float("-inf"))
+
+
+def reduce_pairs(
+    terms: Tensor, pairs: Tensor, log_p: Tensor, weight: Tensor | None, average: str, reduction: str
+) -> Tensor:
+    """The terms of these pairs, averaged in each sample, or over all pairs of all samples; NaN where the teacher is.
+
+    Args:
+        terms: of every pair, ``[…, i, j]``.
+        pairs: which of them count.
+        log_p: of the teacher's entries.
+        weight: of the samples.
+        average: ``"pairs"`` or ``"samples"``.
+        reduction: that of the loss.
+    """
+    count = pairs.to(terms.dtype).sum(dim=(-2, -1))
+    values = torch.where(pairs, terms, 0.0).sum(dim=(-2, -1))
+    unknown = torch.isnan(log_p).any(dim=-1)
+    values = torch.where(unknown, float("nan"), values)
+    if average == "samples":
+        return ops.reduce(values / count.clamp(min=1.0), weight, reduction)
+    count = torch.where(unknown, 1.0, count)
+    weight = torch.ones_like(count) if weight is None else weight.to(count.dtype)
+    return ops.reduce(values, weight, reduction, weight * count)
