@@ -50,6 +50,12 @@ from pykd.losses.relations.probabilistic_transfer import ProbabilisticTransfer a
 from pykd.losses.relations.relational_angle import RelationalAngle as RelationalAngle
 from pykd.losses.relations.relational_distance import RelationalDistance as RelationalDistance
 from pykd.losses.relations.similarity_preserving import SimilarityPreserving as SimilarityPreserving
+from pykd.losses.tokens.adaptive_kl import AdaptiveKL as AdaptiveKL
+from pykd.losses.tokens.alpha_beta_divergence import AlphaBetaDivergence as AlphaBetaDivergence
+from pykd.losses.tokens.balanced_kl import BalancedKL as BalancedKL
+from pykd.losses.tokens.logistic_ranking import LogisticRanking as LogisticRanking
+from pykd.losses.tokens.pairwise_hinge import PairwiseHinge as PairwiseHinge
+from pykd.losses.tokens.sampled_reverse_kl import SampledReverseKL as SampledReverseKL
 from pykd.losses.tokens.skewed_kl import SkewedKL as SkewedKL
 from pykd.losses.tokens.top_k_kl import TopKKL as TopKKL
 from pykd.losses.tokens.total_variation import TotalVariation as TotalVariation

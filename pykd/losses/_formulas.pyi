@@ -12,11 +12,36 @@ def activation_boundaries(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def adaptive_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    head_mass: float = 0.5,
+    boundary: str = "head",
+    tau_squared: bool = False,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def affinity(
     student_features: Tensor,
     teacher_features: Tensor,
     sample_weight: Tensor | None = None,
     per: str = "image",
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def alpha_beta_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    alpha: float = 0.2,
+    beta: float = 0.7,
+    limits: str = "exact",
+    tau_squared: bool = False,
     reduction: str = "mean",
     *,
     kernels: str | None = None,
@@ -60,6 +85,17 @@ def attentive_features(
     teacher_features: Tensor,
     channel_scores: Tensor,
     sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def balanced_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    emphasis: float = 3.0,
+    tau_squared: bool = False,
     reduction: str = "mean",
     *,
     kernels: str | None = None,
@@ -258,6 +294,16 @@ def listwise_kl(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def logistic_ranking(
+    student_logits: Tensor,
+    teacher_log_probs: Tensor,
+    teacher_ids: Tensor,
+    sample_weight: Tensor | None = None,
+    average: str = "pairs",
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def logit_mse(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -352,6 +398,18 @@ def overhaul(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def pairwise_hinge(
+    student_logits: Tensor,
+    teacher_log_probs: Tensor,
+    teacher_ids: Tensor,
+    sample_weight: Tensor | None = None,
+    margins: str = "teacher",
+    margin: float = 0.1,
+    average: str = "pairs",
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def patient_kd(
     student_features: list[Tensor],
     teacher_features: list[Tensor],
@@ -410,6 +468,16 @@ def relational_distance(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
     sample_weight: Tensor | None = None,
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def sampled_reverse_kl(
+    student_logits: Tensor,
+    teacher_log_probs: Tensor,
+    sampled_ids: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    reduction: str = "mean",
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
