@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, choice, ops, register
+from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, ops, register
 from pykd.definition.reference import reduce_samples, unit
 from pykd.losses.relations._shared import WEIGHT
 
@@ -104,7 +104,7 @@ class Affinity(Loss):
         Case(),
         Case({"per": "channel", "reduction": "sum"}, optional=("sample_weight",)),
     )
-    aliases = ("KTAAD", "AffinityLoss")
+    aliases = ("KTAAD", Alias("AffinityLoss", per="channel"))
     paper = "He et al. 2019, arXiv:1903.04688"
 
     per: str = choice(("image", "channel"), default="image")

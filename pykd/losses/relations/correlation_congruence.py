@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Properties, choice, flag, number, ops, register, whole
+from pykd.definition import Alias, Case, Properties, choice, flag, number, ops, register, whole
 from pykd.definition.reference import unit
 from pykd.losses.relations._shared import Relation, kept, numpy_kept, numpy_over_pairs, over_pairs
 
@@ -123,7 +123,7 @@ class CorrelationCongruence(Relation):
         Case({"kernel": "bilinear", "order": 3}),
         Case({"order": 4}),
     )
-    aliases = ("CC", "CCKD", "CCKDLoss")
+    aliases = ("CC", "CCKD", Alias("CCKDLoss", form="norm", normalized=False))
     paper = "Peng et al. 2019, arXiv:1904.01802"
 
     form: str = choice(("mean_square", "norm"), default="mean_square")

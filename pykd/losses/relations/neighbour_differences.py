@@ -40,7 +40,7 @@ class NeighbourDifferences(Loss):
     There is no value per sample, and no sample can be left out: it would make neighbours of others. The value depends on the order
     of the batch.
 
-    Who differs: nobody else has it.
+    Who differs: RepDistiller's ``Correlation`` is this; nobody else has it.
 
     Example:
         >>> NeighbourDifferences()(torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3, 1))

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Properties, choice, flag, number, ops, register
+from pykd.definition import Alias, Case, Properties, choice, flag, number, ops, register
 from pykd.definition.reference import unit
 from pykd.losses.relations._shared import Relation, kept, numpy_kept
 
@@ -96,7 +96,7 @@ class ProbabilisticTransfer(Relation):
         Case(),
         Case({"own": True, "average": "pairs", "epsilon": 1e-6}, optional=("sample_weight",)),
     )
-    aliases = ("PKT", "PKTLoss")
+    aliases = ("PKT", Alias("PKTLoss", own=True, average="pairs"))
     paper = "Passalis and Tefas 2018, arXiv:1803.10837"
 
     own: bool = flag(default=False)

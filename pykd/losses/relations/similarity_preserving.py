@@ -55,8 +55,8 @@ class SimilarityPreserving(FeatureRelation):
 
     There is no value per sample: every sample is compared with every other. Memory is O(batch²) beside the features.
 
-    Who differs: RepDistiller, MDistiller, torchdistill and the Zoo agree. TFace takes cosines of the features and does not
-    divide the rows by their lengths.
+    Who differs: RepDistiller, MDistiller and the Zoo agree. torchdistill's ``SPKDLoss`` divides a row by the sum of its absolute
+    entries, not by its length. TFace takes cosines of the features and does not divide the rows at all.
 
     Example:
         >>> student = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
