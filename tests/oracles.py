@@ -42,6 +42,7 @@ LIBRARIES = {
     "nvidia-modelopt": Library(
         ("modelopt.torch.distill.losses", "modelopt.torch.distill.plugins.megatron"), ("megatron", "yaml")
     ),
+    "pytorch-metric-learning": Library(("pytorch_metric_learning",), ("scipy", "sklearn", "tqdm")),
     "sentence-transformers": Library(
         (
             "sentence_transformers.sentence_transformer.losses.margin_mse",
