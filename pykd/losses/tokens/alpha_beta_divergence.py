@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, choice, flag, number, ops, register, scalar
+from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, flag, number, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples, rows
 
 
@@ -145,7 +145,7 @@ class AlphaBetaDivergence(Loss):
             optional=("sample_weight",),
         ),
     )
-    aliases = ("ABKD", "ab_div", "ABDivergence")
+    aliases = ("ABKD", Alias("ab_div", limits="authors"), "ABDivergence")
     paper = "Wang et al. 2025, arXiv:2505.04560"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, choice, number, ops, register
+from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, number, ops, register
 from pykd.definition.reference import log_softmax, reduce_samples, rows
 from pykd.losses.tokens._shared import preferred_pairs, reduce_pairs, take
 
@@ -99,7 +99,7 @@ class PairwiseHinge(Loss):
             optional=("sample_weight",),
         ),
     )
-    aliases = ("HingeLoss", "sparse_hinge_loss")
+    aliases = (Alias("HingeLoss", margins="constant"), "sparse_hinge_loss")
     paper = "Goddard et al. 2024, DistillKit"
 
     margins: str = choice(("teacher", "constant"), default="teacher")
