@@ -54,7 +54,7 @@ SAME = {
     "smooth_l1": (pykd.Hint(distance="smooth_l1", beta=0.7), lambda x, y: F.smooth_l1_loss(x, y, beta=0.7)),
     "fitnets": (pykd.Hint(entry_reduction="sum"), lambda x, y: (x - y).pow(2).sum() / 3),
     "attention, code": (
-        pykd.AttentionTransfer(form="code"),
+        pykd.get("ATLoss")(),
         lambda x, y: (unit_attention(x) - unit_attention(y)).pow(2).mean(),
     ),
     "attention, paper": (
@@ -67,6 +67,10 @@ SAME = {
         lambda x, y: (F.mse_loss(x, y) + pooled(x, y, 4) / 2 + pooled(x, y, 2) / 4 + pooled(x, y, 1) / 8) / 1.875,
     ),
     "selectivity": (pykd.NeuronSelectivity(), broadcast_selectivity),
+    "variance of 1, mean over entries": (
+        lambda x, y: pykd.get("VIDLoss")()(x, y, 0 * ONES),
+        lambda x, y: F.mse_loss(x, y) / 2,
+    ),
     "variance of 1 is half the squares": (
         lambda x, y: pykd.VariationalInformation()(x, y, 0 * ONES),
         lambda x, y: (x - y).pow(2).sum() / 6,
@@ -88,7 +92,7 @@ SAME = {
         lambda x, y: ((x + 1) ** 2 * ((x > -1) & (y <= 0)) + (x - 1) ** 2 * ((x <= 1) & (y > 0))).sum() / 3,
     ),
     "factors": (
-        pykd.FactorTransfer(entry_reduction="mean"),
+        pykd.get("FTLoss")(),
         lambda x, y: F.l1_loss(F.normalize(x.flatten(1)), F.normalize(y.flatten(1))),
     ),
     "adaptation": (

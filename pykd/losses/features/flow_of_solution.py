@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, choice, ops, register
+from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, ops, register
 from pykd.definition.reference import reduce_samples
 from pykd.losses.features._shared import WEIGHTS, channel_maps, kept_features, per_sample
 
@@ -116,7 +116,7 @@ class FlowOfSolution(Loss):
         ),
         Case({"entry_reduction": "mean"}),
     )
-    aliases = ("FSP", "FSPLoss")
+    aliases = ("FSP", Alias("fsp_loss", entry_reduction="mean"))
     paper = "Yim et al. 2017"
 
     entry_reduction: str = choice(("sum", "mean"), default="sum")

@@ -61,7 +61,7 @@ class SimpleRecipe(Loss):
     inputs = compared(VECTORS, MAPS)
     cases = (Case(), Case({"power": 2.5, "epsilon": 1e-3}, layouts={"student_features": MAPS}))
     couples_batch = "takes the logarithm of a sum over the whole batch"
-    aliases = ("SRD", "SRDLoss")
+    aliases = ("SRD",)
     paper = "Miles, Mikolajczyk 2024, arXiv:2303.11098"
 
     power: float = number(default=4.0, minimum=1.0)
