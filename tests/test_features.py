@@ -214,7 +214,7 @@ def test_extreme_numbers_stay_finite():
         assert value.isfinite() and value.backward() is None and log_variance.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("power", [1.0, 2.0, 8.0])
+@pytest.mark.parametrize("power", [1.0, 2.0, 20.0])
 def test_attention_keeps_small_powers(power):
     """Many places with one strength: their powers are small, their attention is not."""
     student = torch.full((1, 1, 300, 300), 1e-3)

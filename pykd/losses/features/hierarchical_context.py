@@ -36,9 +36,8 @@ def hierarchical_context(
     share = torch.ones_like(last_row, dtype=difference.dtype)
     total = share
     for count in [4, 2, 1]:
-        larger = (
-            last_row >= count
-        )  # the map is higher than the number of windows; in tensors, for a file serves every size
+        # Whether the map is higher than there are windows: as a tensor, since one file serves every size.
+        larger = last_row >= count
         share = torch.where(larger, share / 2, share)
         part = torch.where(larger, share, 0.0)
         pooled = ops.matmul(difference, _windows(count, difference, 3)).transpose(2, 3)
