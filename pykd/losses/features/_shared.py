@@ -37,9 +37,15 @@ def axis_of_channels(features: Tensor) -> int:
     return 1 if features.dim() == 4 else -1
 
 
-def channel_maps(features: Tensor) -> Tensor:
-    """Maps or tokens as ``(batch, channels, places)``."""
-    return features.flatten(2) if features.dim() == 4 else features.transpose(1, 2)
+def products_of_channels(x: Tensor, y: Tensor) -> Tensor:
+    """``(batch, channels of x, channels of y)``: sums over the places of flattened maps ``(batch, channels, places)``."""
+    return ops.matmul(x, y.transpose(1, 2))
+
+
+def products_of_tokens(x: Tensor, y: Tensor) -> Tensor:
+    """The same of ``(batch, tokens, channels)``, over the tokens. No axis is moved before it has to be: ONNX Runtime would move
+    it elsewhere in the value file than in the gradient file, and round otherwise."""
+    return ops.matmul(x.transpose(1, 2), y)
 
 
 def of_channels(values: Tensor, features: Tensor) -> Tensor:

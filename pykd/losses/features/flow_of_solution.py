@@ -5,12 +5,14 @@ from torch import Tensor
 
 from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, ops, register
 from pykd.definition.reference import reduce_samples
-from pykd.losses.features._shared import WEIGHTS, channel_maps, kept_features, per_sample
+from pykd.losses.features._shared import WEIGHTS, kept_features, per_sample, products_of_channels, products_of_tokens
 
 
 def _flow(first: Tensor, later: Tensor) -> Tensor:
-    """``(batch, first channels, later channels)``: mean products over the places."""
-    return ops.matmul(first, later.transpose(1, 2)) / first.size(2)
+    """``(batch, channels, later channels)``: mean products over the places."""
+    if first.dim() == 4:
+        return products_of_channels(first.flatten(2), later.flatten(2)) / (first.size(2) * first.size(3))
+    return products_of_tokens(first, later) / first.size(1)
 
 
 def flow_of_solution(
@@ -24,12 +26,12 @@ def flow_of_solution(
 ) -> Tensor:
     """Squared difference of the matrices of mean products; see :class:`FlowOfSolution`."""
     weight = ops.optional_weight(sample_weight)
-    student = channel_maps(kept_features(student_features, weight))
-    teacher = channel_maps(kept_features(teacher_features.detach(), weight))
+    student = kept_features(student_features, weight)
+    teacher = kept_features(teacher_features.detach(), weight)
     student_later, teacher_later = student, teacher
     if student_later_features is not None and teacher_later_features is not None:
-        student_later = channel_maps(kept_features(student_later_features, weight))
-        teacher_later = channel_maps(kept_features(teacher_later_features.detach(), weight))
+        student_later = kept_features(student_later_features, weight)
+        teacher_later = kept_features(teacher_later_features.detach(), weight)
     elif student_later_features is not None or teacher_later_features is not None:
         raise ValueError(
             "expected student_later_features and teacher_later_features, or neither, got one of them; pass the other one, too"

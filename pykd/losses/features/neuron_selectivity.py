@@ -6,21 +6,21 @@ from torch import Tensor
 
 from pykd.definition import Case, Loss, Properties, Spec, choice, ops, register
 from pykd.definition.reference import reduce_samples, unit
-from pykd.losses.features._shared import WEIGHTS, channel_maps, kept_features
+from pykd.losses.features._shared import WEIGHTS, kept_features, products_of_channels, products_of_tokens
 
 KERNELS = ("polynomial", "linear", "gaussian")
 
 
-def _products(x: Tensor, y: Tensor) -> Tensor:
-    """``(batch, channels of x, channels of y)``: the inner products of channel maps."""
-    return ops.matmul(x, y.transpose(1, 2))
+def _products(x: Tensor, y: Tensor, places: int) -> Tensor:
+    """``(batch, channels of x, channels of y)``: the inner products of channel maps; ``places`` is the axis of their places."""
+    return products_of_tokens(x, y) if places == 1 else products_of_channels(x, y)
 
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
+def _distances(x: Tensor, y: Tensor, places: int) -> Tensor:
     """The squared distances of channel maps."""
-    xx = (x * x).sum(dim=-1).unsqueeze(2)
-    yy = (y * y).sum(dim=-1).unsqueeze(1)
-    return (xx + yy - 2 * _products(x, y)).clamp(min=0.0)
+    xx = (x * x).sum(dim=places).unsqueeze(2)
+    yy = (y * y).sum(dim=places).unsqueeze(1)
+    return (xx + yy - 2 * _products(x, y, places)).clamp(min=0.0)
 
 
 def _sums(entries: Tensor) -> Tensor:
@@ -31,15 +31,24 @@ def _means(entries: Tensor) -> Tensor:
     return entries.flatten(1).mean(dim=-1)
 
 
-def _gaussian(x: Tensor, y: Tensor) -> Tensor:
+def _gaussian(x: Tensor, y: Tensor, places: int) -> Tensor:
     """MMD² with Gaussian kernels, per sample."""
-    one = x.detach()[:, :1]  # Distances are the same seen from one of the maps, and 0 where all maps are this one.
+    channels = 3 - places
+    one = x.detach().narrow(
+        channels, 0, 1
+    )  # Distances are the same seen from one of the maps, and 0 where all are this one.
     x, y = x - one, y - one
-    xx, yy, xy = _distances(x, x), _distances(y, y), _distances(x, y)
-    maps = x.size(1) + y.size(1)
+    xx, yy, xy = _distances(x, x, places), _distances(y, y, places), _distances(x, y, places)
+    maps = x.size(channels) + y.size(channels)
     width = (_sums(xx) + _sums(yy) + 2 * _sums(xy)).detach() / (maps * (maps - 1))
     factor = -0.5 / width.clamp(min=1e-20).unsqueeze(-1).unsqueeze(-1)
     return _means(torch.exp(xx * factor)) + _means(torch.exp(yy * factor)) - 2 * _means(torch.exp(xy * factor))
+
+
+def _polynomial(x: Tensor, y: Tensor, places: int) -> Tensor:
+    """MMD² with squared products, per sample."""
+    xx, yy, xy = _products(x, x, places), _products(y, y, places), _products(x, y, places)
+    return _means(xx * xx) + _means(yy * yy) - 2 * _means(xy * xy)
 
 
 def neuron_selectivity(
@@ -51,19 +60,16 @@ def neuron_selectivity(
 ) -> Tensor:
     """Squared maximum mean discrepancy of channel maps; see :class:`NeuronSelectivity`."""
     weight = ops.optional_weight(sample_weight)
-    x = ops.normalize(channel_maps(kept_features(student_features, weight)), dim=[-1])
-    y = ops.normalize(channel_maps(kept_features(teacher_features.detach(), weight)), dim=[-1])
+    x = kept_features(student_features, weight)
+    y = kept_features(teacher_features.detach(), weight)
+    places = 1
+    if x.dim() == 4:
+        x, y, places = x.flatten(2), y.flatten(2), 2
+    x, y = ops.normalize(x, dim=[places]), ops.normalize(y, dim=[places])
     if kernel == "linear":  # the squared distance of the means
-        difference = x.mean(dim=1) - y.mean(dim=1)
+        difference = x.mean(dim=3 - places) - y.mean(dim=3 - places)
         return ops.reduce((difference * difference).sum(dim=-1), weight, reduction)
-    if kernel == "gaussian":
-        values = _gaussian(x, y)
-    else:
-        values = (
-            _means(torch.square(_products(x, x)))
-            + _means(torch.square(_products(y, y)))
-            - 2 * _means(torch.square(_products(x, y)))
-        )
+    values = _gaussian(x, y, places) if kernel == "gaussian" else _polynomial(x, y, places)
     return ops.reduce(ops.at_least_0(values), weight, reduction)
 
 

@@ -44,7 +44,7 @@ class Overhaul(Loss):
         student_features: x, mapped to the teacher's channels (a 1×1 convolution with batch normalisation in the paper), before
             the ReLU: ``(batch, channels, height, width)`` or ``(batch, channels)``, any floating type; receives the gradient.
         teacher_features: t, the same shape and type, before the ReLU; constant.
-        margin: m, ``(channels,)``, same type; constant. The paper's is the mean of a channel's negative features, from the
+        margin: m, ``(channels,)``, at most 0, same type; constant. The paper's is the mean of a channel's negative features, from the
             running mean and variance of the batch normalisation before it.
         sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask (bool or integers); constant. A
             sample of weight 0 has no part in value and gradient, whatever it holds.
