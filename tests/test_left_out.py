@@ -149,7 +149,7 @@ def test_in_torchscript(way):
 def test_in_the_graph(way):
     optional = way.optional
     output = "loss_per_sample" if way.loss.reduction == "none" else "loss"
-    graph = way.composition().graph(dict(way.layouts), optional, per_sample=True)
+    graph = way.composition().graph(dict(way.layouts), optional, per_sample=not way.loss.couples_batch)
     check(way, lambda **tensors: graph(**tensors)[output])
 
 
