@@ -3,7 +3,14 @@
 from pykd.losses.attention.attention_cross_entropy import AttentionCrossEntropy as AttentionCrossEntropy
 from pykd.losses.attention.attention_map_mse import AttentionMapMSE as AttentionMapMSE
 from pykd.losses.attention.self_attention_relations import SelfAttentionRelations as SelfAttentionRelations
+from pykd.losses.dense.category_similarity import CategorySimilarity as CategorySimilarity
 from pykd.losses.dense.channel_wise import ChannelWise as ChannelWise
+from pykd.losses.dense.cross_image_relations import CrossImageRelations as CrossImageRelations
+from pykd.losses.dense.focal_distillation import FocalDistillation as FocalDistillation
+from pykd.losses.dense.intra_class_variation import IntraClassVariation as IntraClassVariation
+from pykd.losses.dense.localization_distillation import LocalizationDistillation as LocalizationDistillation
+from pykd.losses.dense.pair_wise import PairWise as PairWise
+from pykd.losses.dense.pixel_similarity import PixelSimilarity as PixelSimilarity
 from pykd.losses.dense.pixel_wise import PixelWise as PixelWise
 from pykd.losses.features.activation_boundaries import ActivationBoundaries as ActivationBoundaries
 from pykd.losses.features.attention_transfer import AttentionTransfer as AttentionTransfer

@@ -100,6 +100,15 @@ def balanced_kl(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def category_similarity(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 4.0,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def channel_distillation(
     student_features: list[Tensor],
     teacher_features: list[Tensor],
@@ -148,6 +157,13 @@ def cosine_features(
     teacher_features: Tensor,
     sample_weight: Tensor | None = None,
     reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def cross_image_relations(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    temperature: float = 0.1,
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
@@ -219,6 +235,19 @@ def flow_of_solution(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def focal_distillation(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    foreground: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 0.5,
+    foreground_weight: float = 0.001,
+    background_weight: float = 0.0005,
+    attention_weight: float = 0.001,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def hard_dark_rank(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
@@ -284,12 +313,34 @@ def inter_channel_correlation(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def intra_class_variation(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None = None,
+    classes: int = 19,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def listwise_kl(
     student_scores: Tensor,
     teacher_scores: Tensor,
     sample_weight: Tensor | None = None,
     temperature: float = 1.0,
     tau_squared: bool = True,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def localization_distillation(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 10.0,
+    tau_squared: bool = True,
+    over_bins: str = "sum",
     reduction: str = "mean",
     *,
     kernels: str | None = None,
@@ -398,6 +449,14 @@ def overhaul(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def pair_wise(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def pairwise_hinge(
     student_logits: Tensor,
     teacher_log_probs: Tensor,
@@ -422,6 +481,16 @@ def patient_kd(
 def pearson_features(
     student_features: Tensor,
     teacher_features: Tensor,
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def pixel_similarity(
+    student_features: Tensor,
+    student_later_features: Tensor,
+    teacher_features: Tensor,
+    teacher_later_features: Tensor,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
