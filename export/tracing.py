@@ -140,21 +140,30 @@ def _tidy(traced: fx.GraphModule) -> None:
 
 def _keep_numbers_exact(traced: fx.GraphModule) -> None:
     """Numbers in a float64 graph become tensors: the exporter would write 0.3 as a float32, 1e-8 away from itself."""
-    for node in traced.graph.nodes:
-        if len(node.args) != 2 or not isinstance(node.args[0], fx.Node):
+    for node in list(traced.graph.nodes):
+        alone = node.target is _aten.scalar_tensor.default  # as torch.where takes a number
+        if not alone and (len(node.args) != 2 or not isinstance(node.args[0], fx.Node)):
             continue
-        value = node.args[0].meta.get("val")  # not the node's own: a comparison with a number is no float64
-        if not isinstance(value, Tensor) or value.dtype != torch.float64:
+        # Beside a tensor, what counts is its type, not the node's own: a comparison with a number is no float64.
+        value = (node if alone else node.args[0]).meta.get("val")
+        number = node.args[-1]
+        if not isinstance(value, Tensor) or value.dtype != torch.float64 or not isinstance(number, float):
             continue
-        number = node.args[1]
-        if not isinstance(number, float) or torch.tensor(number).double() == number:
+        if torch.tensor(number).double() == number:
             continue
         packet = node.target.overloadpacket
-        if "Tensor" in packet.overloads():
-            name = f"number_{node.name}"
-            traced.register_buffer(name, torch.tensor(number, dtype=torch.float64))
-            with traced.graph.inserting_before(node):
-                node.args = (node.args[0], traced.graph.get_attr(name))
+        if not alone and "Tensor" not in packet.overloads():
+            continue
+        name = f"number_{node.name}"
+        traced.register_buffer(name, torch.tensor(number, dtype=torch.float64))
+        with traced.graph.inserting_before(node):
+            exact = traced.graph.get_attr(name)
+        if alone:
+            exact.meta["val"] = value
+            node.replace_all_uses_with(exact)
+            traced.graph.erase_node(node)
+        else:
+            node.args = (node.args[0], exact)
             node.target = packet.Tensor
 
 
