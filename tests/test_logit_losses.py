@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import kl_div, log_softmax, softmax
 
 import pykd
+from pykd.definition import registry
 
 
 def drawn(*shape, seed=0, dtype=torch.float64):
@@ -99,3 +100,121 @@ def test_predictions_that_differ_by_rounding_alone_have_no_direction(dtype):
     loss = pykd.StrongerTeacher(inter_class_weight=0.0)
     assert loss(student, teacher) == 1
     assert (gradient(loss, student, teacher) == 0).all()
+
+
+# ---- Losses that are others under certain settings -----------------------------------------------
+
+
+def kl(temperature=1.0, **settings):
+    return pykd.SoftTarget(temperature, form="kl", **settings)
+
+
+def test_the_divergence_of_hot_targets_is_a_squared_difference():
+    """T² KL tends to half the mean square of logits whose mean is 0 (Hinton et al., section 2.1)."""
+    student, teacher, _ = (x - x.double().mean(-1, keepdim=True) for x in drawn(6, 5))
+    want = pykd.LogitMSE()(student, teacher) / 2
+    torch.testing.assert_close(kl(1e4, tau_squared=True)(student, teacher), want, rtol=1e-3, atol=0)
+    torch.testing.assert_close(pykd.LogitMSE(5.0, tau_squared=True)(student, teacher), 2 * want)
+
+
+def test_a_transformed_teacher_is_a_softened_one():
+    student, teacher, _ = drawn(6, 5)
+    plain = pykd.TransformedTeacherMatching(0.25)(student, teacher)
+    torch.testing.assert_close(plain, kl(4.0, soften_student=False)(student, teacher))
+    weighted = pykd.TransformedTeacherMatching(1.0, weighted=True)(student, teacher)
+    torch.testing.assert_close(weighted, kl()(student, teacher))
+
+
+def test_a_student_as_good_as_the_teacher_counts_by_1_less_1_over_e():
+    _, teacher, labels = drawn(6, 5)
+    want = pykd.SoftTarget(2.0, tau_squared=True)(teacher, teacher) * (1 - torch.exp(torch.tensor(-1.0)))
+    torch.testing.assert_close(pykd.WeightedSoftLabels()(teacher, teacher, labels), want, rtol=1e-5, atol=0)
+
+
+def test_decisions_are_labels():
+    student, teacher, _ = drawn(6, 5)
+    want = pykd.HardTarget()(student, teacher.argmax(-1))
+    torch.testing.assert_close(pykd.HardLabelDistillation()(student, teacher), want)
+
+
+def test_a_virtual_teacher_is_a_teacher():
+    student, _, labels = drawn(6, 5)
+    virtual = torch.full((6, 5), 0.04, dtype=torch.float64).scatter(1, labels.unsqueeze(1), 0.84)
+    got = pykd.VirtualTeacher(2.0, label_probability=0.84, soften_student=True)(student, labels)
+    torch.testing.assert_close(got, kl(2.0)(student, virtual))
+
+
+def test_a_teacher_that_is_right_is_not_adjusted():
+    student, teacher, labels = drawn(6, 5)
+    want = kl(4.0, tau_squared=True)(student, teacher)
+    for adjustment in ("probability_shift", "label_smoothing"):
+        loss = pykd.KnowledgeAdjustment(adjustment=adjustment)
+        torch.testing.assert_close(loss(student, teacher, teacher.argmax(-1)), want)
+        assert not torch.isclose(loss(student, teacher, labels), want)
+    one, other = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[3.0, 2.0, 1.0]])  # of which two change places
+    assert pykd.KnowledgeAdjustment()(other, one, torch.tensor([0])) == 0
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_corrected_label_leads(label):
+    """By the threshold where the teacher was wrong; by as much more as the threshold says where it was right."""
+    p, threshold = torch.tensor([[0.2, 0.5, 0.3]]), 0.1
+    share = (0.3 + threshold) / 1.3 if label == 0 else threshold / 0.5
+    corrected = (1 - share) * p + share * torch.eye(3)[label]
+    assert corrected[0, label] == pytest.approx(corrected[0, 1] + threshold if label == 0 else 0.6)
+    loss = pykd.MiniFinetuning(threshold=threshold)
+    assert loss(corrected.log(), p.log(), torch.tensor([label])) == pytest.approx(0, abs=1e-7)
+    certain = pykd.MiniFinetuning(threshold=1.0)(p.log(), p.log(), torch.tensor([label]))
+    torch.testing.assert_close(certain, -p[0, label].log())
+    sure = torch.tensor([[0.0, 500.0, 0.0]])
+    for unmoved in (0.0, 0.2):
+        assert pykd.MiniFinetuning(threshold=unmoved)(sure, sure, torch.tensor([1])) == 0
+
+
+def test_without_strength_every_sample_has_one_temperature():
+    student, teacher, _ = drawn(6, 5)
+    for weights in ("flsw", "cwsm"):
+        still = pykd.DynamicTemperature(3.0, strength=0.0, weights=weights)
+        torch.testing.assert_close(still(student, teacher), pykd.SoftTarget(3.0)(student, teacher))
+
+
+def test_a_sigmoid_is_a_softmax_of_two():
+    student, teacher, _ = drawn(6, 5)
+    pairs = (torch.stack([x, torch.zeros_like(x)], -1).flatten(0, 1) for x in (student, teacher))
+    got = pykd.SigmoidKD(3.0, over_classes="mean", tau_squared=True)(student, teacher)
+    torch.testing.assert_close(got, kl(3.0, tau_squared=True)(*pairs))
+    want = torch.nn.functional.binary_cross_entropy_with_logits(student, teacher.sigmoid())
+    torch.testing.assert_close(pykd.SigmoidKD(form="cross_entropy", over_classes="mean")(student, teacher), want)
+
+
+def test_views_have_no_order():
+    views = [drawn(6, 5, seed=seed)[0] for seed in range(3)]
+    loss = pykd.AugMixJSD(reduction="none")
+    mixture = sum(softmax(x, -1) for x in views) / 3
+    want = sum(kl_div(mixture.log(), softmax(x, -1), reduction="none").sum(-1) for x in views) / 3
+    for order in ((0, 1, 2), (2, 0, 1), (1, 0, 2)):
+        torch.testing.assert_close(loss(*(views[i] for i in order)), want)
+    assert (loss(views[0], views[0], views[0]) == 0).all()
+
+
+# ---- Labels --------------------------------------------------------------------------------------
+
+
+def labelled():
+    registry.load_all()
+    every = [cls for cls in registry.registered().values() if cls.family == "logits" and "labels" in cls.inputs]
+    return [(cls, case) for cls in every for case in cls.cases if case.layouts.get("labels") != "batch tokens"]
+
+
+@pytest.mark.parametrize(("cls", "case"), labelled(), ids=str)
+def test_a_label_out_of_range_that_nobody_checks_is_nan(cls, case):
+    """It must not pass for a class; one that is ignored is none."""
+    loss = cls(**{**case.settings, "reduction": "none"})
+    student, teacher, _ = drawn(4, 5)
+    given = {"student_logits": student, "labels": torch.tensor([0, 7, -3, loss.ignore_index])}
+    if "teacher_logits" in cls.inputs:
+        given["teacher_logits"] = teacher
+    values = getattr(pykd.functional, cls.name)(**given, **loss.settings())
+    assert torch.isnan(values).tolist() == [False, True, True, False], values
+    if loss.ignore_index < 0:
+        assert values[3] == 0

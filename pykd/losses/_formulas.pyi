@@ -89,6 +89,15 @@ def attentive_features(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def augmix_jsd(
+    student_logits: Tensor,
+    first_augmented_logits: Tensor,
+    second_augmented_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def balanced_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -195,6 +204,18 @@ def distribution_distillation(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def dynamic_temperature(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 4.0,
+    strength: float = 1.0,
+    weights: str = "flsw",
+    exponent: float = 1.0,
+    form: str = "cross_entropy",
+    minimum_temperature: float = 1.0,
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def factor_transfer(
     student_features: Tensor,
     teacher_features: Tensor,
@@ -256,6 +277,14 @@ def hard_dark_rank(
     beta: float = 3.0,
     length: int = 3,
     normalized: bool = True,
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def hard_label_distillation(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
@@ -324,6 +353,20 @@ def intra_class_variation(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def knowledge_adjustment(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 4.0,
+    adjustment: str = "probability_shift",
+    label_smoothing: float = 0.1,
+    tau_squared: bool = True,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def listwise_kl(
     student_scores: Tensor,
     teacher_scores: Tensor,
@@ -382,6 +425,20 @@ def margin_mse(
     student_scores: Tensor,
     teacher_scores: Tensor,
     sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def mini_finetuning(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    threshold: float = 0.2,
+    raise_right: bool = True,
+    tau_squared: bool = True,
+    ignore_index: int = -100,
     reduction: str = "mean",
     *,
     kernels: str | None = None,
@@ -566,6 +623,18 @@ def self_attention_relations(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def sigmoid_kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    form: str = "kl",
+    over_classes: str = "sum",
+    tau_squared: bool = False,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def similarity_preserving(
     student_features: Tensor,
     teacher_features: Tensor,
@@ -665,6 +734,19 @@ def variational_information(
     student_log_variance: Tensor,
     sample_weight: Tensor | None = None,
     entry_reduction: str = "sum",
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
+def virtual_teacher(
+    student_logits: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 20.0,
+    label_probability: float = 0.99,
+    soften_student: bool = False,
+    tau_squared: bool = False,
+    ignore_index: int = -100,
     reduction: str = "mean",
     *,
     kernels: str | None = None,
