@@ -84,7 +84,7 @@ def test_equal_logits_have_no_direction(dtype, constant):
     """Their mean is not quite themselves, and what is left would be a row like any other."""
     _, teacher, _ = drawn(3, 7, dtype=dtype)
     student = torch.full((3, 7), constant, dtype=dtype)
-    for loss in (pykd.LogitStandardization(),):
+    for loss in (pykd.LogitStandardization(), pykd.SphericalKD()):
         torch.testing.assert_close(loss(student, teacher), loss(torch.zeros_like(student), teacher), rtol=0, atol=0)
         assert (gradient(loss, student, teacher) == 0).all()
 
@@ -135,6 +135,14 @@ def test_decisions_are_labels():
     student, teacher, _ = drawn(6, 5)
     want = pykd.HardTarget()(student, teacher.argmax(-1))
     torch.testing.assert_close(pykd.HardLabelDistillation()(student, teacher), want)
+
+
+def test_on_the_sphere_lengths_do_not_matter():
+    student, teacher, _ = drawn(6, 5)
+    loss = pykd.SphericalKD(3.0)
+    scaled = student / student.std(-1, keepdim=True) * teacher.std(-1, keepdim=True)
+    torch.testing.assert_close(loss(student, teacher), kl(3.0, tau_squared=True)(scaled, teacher))
+    torch.testing.assert_close(loss(1e-12 * student - 1, teacher), loss(student, teacher), rtol=1e-3, atol=0)
 
 
 def test_a_virtual_teacher_is_a_teacher():

@@ -44,6 +44,7 @@ from pykd.losses.logits.multi_level_correlation import MultiLevelCorrelation as 
 from pykd.losses.logits.normalized_kd import NormalizedKD as NormalizedKD
 from pykd.losses.logits.sigmoid_kd import SigmoidKD as SigmoidKD
 from pykd.losses.logits.soft_target import SoftTarget as SoftTarget
+from pykd.losses.logits.spherical_kd import SphericalKD as SphericalKD
 from pykd.losses.logits.stronger_teacher import StrongerTeacher as StrongerTeacher
 from pykd.losses.logits.transformed_teacher_matching import TransformedTeacherMatching as TransformedTeacherMatching
 from pykd.losses.logits.virtual_teacher import VirtualTeacher as VirtualTeacher

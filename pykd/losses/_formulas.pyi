@@ -675,6 +675,16 @@ def soft_target(
     *,
     kernels: str | None = None,
 ) -> Tensor: ...
+def spherical_kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sample_weight: Tensor | None = None,
+    temperature: float = 4.0,
+    tau_squared: bool = True,
+    reduction: str = "mean",
+    *,
+    kernels: str | None = None,
+) -> Tensor: ...
 def stronger_teacher(
     student_logits: Tensor,
     teacher_logits: Tensor,
