@@ -46,6 +46,7 @@ class Gathered(nn.Module):
 
     Raises:
         RuntimeError: in a call, where ``torch.distributed`` has no process group yet.
+        ValueError: in a call, in a process that is not of ``group``.
         ValueError: in a call, in every process: where the processes pass different tensors (names, types, lengths but for that of
             the batch), or the tensors of one have different batches.
 
@@ -116,12 +117,18 @@ def gather(
         raise RuntimeError(
             "expected a process group of torch.distributed, got none; call torch.distributed.init_process_group first"
         )
+    if dist.get_rank(group) < 0:
+        raise ValueError(
+            "expected a process of the group, got one outside of it; call it in those of the group alone, or pass each its own group"
+        )
     lengths = _lengths(tensors, group)
     scale = 1.0 if gradients == "averaged" else 1.0 / len(lengths)
-    return {
+    # By name: the order of keywords may be another in every process.
+    joined = {
         name: _Joined.apply(tensor, lengths, scale, group)  # type: ignore[no-untyped-call]
-        for name, tensor in tensors.items()
+        for name, tensor in sorted(tensors.items())
     }
+    return {name: joined[name] for name in tensors}
 
 
 def _checked(gradients: str) -> str:

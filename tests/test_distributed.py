@@ -97,8 +97,13 @@ def work(rank, processes, folder):
         error_of(lambda: Gathered(pykd.MKMMD(), gradients="mean")),
         error_of(lambda: Gathered(torch.nn.Linear(1, 1))),
     ]
+    # Keywords in another order in every second process, and a group that not all are in.
+    both = {"x": torch.full((rows[rank],), 1.0), "y": torch.full((rows[rank],), 2.0)}
+    ordered = gather(both if rank % 2 else dict(reversed(both.items())))
+    first = torch.distributed.new_group([0])
+    alone = error_of(lambda: gather(both, first))
     own = [p.grad for p in model.parameters()]
-    torch.save((found, own, halves, errors), f"{folder}/{rank}")
+    torch.save((found, own, halves, ordered, alone, errors), f"{folder}/{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -150,9 +155,20 @@ def test_a_model_in_data_parallel_has_the_gradients_of_one_process(processes):
 def test_every_type_travels(processes):
     rows = ROWS[len(processes)]
     want = torch.cat([torch.full((n, 2), float(rank), dtype=torch.bfloat16) for rank, n in enumerate(rows)])
-    for _, _, joined, _ in processes:
+    for _, _, joined, *_ in processes:
         assert joined["x"].dtype == torch.bfloat16 and torch.equal(joined["x"], want)
         assert joined["mask"].dtype == torch.bool and joined["mask"].all() and len(joined["mask"]) == sum(rows)
+
+
+def test_the_order_of_the_keywords_does_not_matter(processes):
+    for _, _, _, joined, *_ in processes:
+        assert (joined["x"] == 1).all() and (joined["y"] == 2).all()
+
+
+def test_a_process_outside_of_the_group_is_told(processes):
+    first, *others = (alone for *_, alone, _ in processes)
+    assert first == "none"
+    assert all(text.startswith("ValueError: expected a process of the group, got one outside") for text in others)
 
 
 def test_all_processes_say_what_is_wrong(processes):
