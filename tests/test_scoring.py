@@ -401,6 +401,29 @@ def test_a_condition_sets_the_exit_code(text, code, capsys):
     assert ("FAILED" in capsys.readouterr().out) == bool(code)
 
 
+@pytest.mark.parametrize("text", ["kl.p99 > 1e999", "kl.p99 < -1e400"])
+def test_a_limit_that_nothing_passes_is_no_condition(text):
+    with pytest.raises(ValueError, match="expected a limit that a float64 can hold"):
+        Condition.of(text)
+
+
+def test_a_perplexity_beyond_float64_is_said_to_be_so(capsys):
+    logits = np.zeros((40, 3), np.float32)
+    np.save("teacher.npy", logits)
+    logits[:, 0] = 5000
+    np.save("student.npy", logits)
+    np.save("labels.npy", np.ones(40, np.int64))
+    call = ["score", "--teacher", "teacher.npy", "--student", "student.npy", "--labels", "labels.npy"]
+    call += ["--out", "o.parquet", "--json", "o.json", "--report", "o.html"]
+    assert main(call) == 0
+    assert "above 1e308" in capsys.readouterr().out and "above 1e308" in Path("o.html").read_text()
+    report = json.loads(Path("o.json").read_text())["perplexity"]
+    assert report["student"]["value"] is None and report["student"]["interval"] == [None, None]
+    assert report["teacher"]["value"] == pytest.approx(3)
+    assert main([*call, "--fail-if", "perplexity.student > 10"]) == 2  # never: passed
+    assert "float64 cannot hold it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["kl.p99", "kl.p99 > x", "__import__('os') > 0", "kl.p99 > 0.1; 1", "kl.p99 == 1", ""])
 def test_what_is_no_condition_is_seen_before_anything_runs(text, capsys):
     assert main(["score", "--teacher", "none", "--student", "none", "--out", "o", "--fail-if", text]) == 2

@@ -198,7 +198,7 @@ def _as_llama(options: argparse.Namespace) -> str:
 
 def _progress() -> Callable[[int, int], None] | None:
     """A bar on stderr where somebody looks at it."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return None
     from pykd.scoring.sources import require
 
@@ -256,7 +256,8 @@ def as_text(report: dict[str, Any]) -> str:
     for part in ("agreement", "accuracy", "perplexity", "calibration_error"):
         for name, entry in report.get(part, {}).items():
             title = f"{part} {name}".replace("_", " ")
-            rows.append((title, f"{entry['value']:.5g}", _interval(entry["interval"])))
+            value = "above 1e308" if entry["value"] is None else f"{entry['value']:.5g}"
+            rows.append((title, value, _interval(entry["interval"])))
     return "\n".join(lines + ([""] if rows else []) + _table(rows))
 
 

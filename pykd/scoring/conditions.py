@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import operator
 import re
 from dataclasses import dataclass
@@ -32,7 +33,12 @@ class Condition:
                 f"expected a condition such as 'kl.p99 > 0.1' (a name, one of {' '.join(_OPERATORS)}, a number), got "
                 f"{text[:80]!r}; correct --fail-if"
             )
-        return Condition(match["name"], match["operator"], float(match["limit"]))
+        limit = float(match["limit"])
+        if not math.isfinite(limit):
+            raise ValueError(
+                f"expected a limit that a float64 can hold, got {match['limit'][:80]!r}, which no number passes; correct --fail-if"
+            )
+        return Condition(match["name"], match["operator"], limit)
 
     def holds(self, numbers: dict[str, float | None]) -> bool:
         """Whether it does for these numbers of :func:`numbers_of`."""
@@ -44,8 +50,8 @@ class Condition:
         value = numbers[self.name]
         if value is None:
             raise ValueError(
-                f"expected {self.name} to have a value for --fail-if, got none: too few rows tell it; score more rows, or use "
-                "another number"
+                f"expected {self.name} to have a value for --fail-if, got none: too few rows tell it, or float64 cannot hold it; score more rows, "
+                "or use another number"
             )
         return bool(_OPERATORS[self.operator](value, self.limit))
 

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from pykd._version import __version__
 from pykd.scoring import charts
 
+_ABOVE = "above 1e308"  # what float64 cannot hold
 MEANINGS = {
     "nan": "NaN in the logits",
     "infinite": "+∞, or nothing but −∞, in the logits",
@@ -76,7 +77,8 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     for (part, name), (title, form) in named.items():
         entry = report.get(part, {}).get(name)
         if entry is not None:
-            tiles.append((title, form.format(entry["value"]), interval(entry["interval"], form)))
+            value = _ABOVE if entry["value"] is None else form.format(entry["value"])
+            tiles.append((title, value, interval(entry["interval"], form)))
     return tiles
 
 
@@ -107,10 +109,11 @@ def _tables(report: dict[str, Any]) -> list[dict[str, Any]]:
         for name, s in report["scores"].items()
     ]  # fmt: skip
     shares = [
-        [f"{part} {name}".replace("_", " "), f"{entry['value']:.4g}", interval(entry["interval"])]
+        [f"{part} {name}".replace("_", " "), _ABOVE if entry["value"] is None else _number(entry["value"]),
+         interval(entry["interval"])]
         for part in ("agreement", "accuracy", "perplexity", "calibration_error")
         for name, entry in report.get(part, {}).items()
-    ]
+    ]  # fmt: skip
     classes = report["by_class"]
     by = "label" if classes["by"] == "label" else "the teacher's best class"
     listed = [

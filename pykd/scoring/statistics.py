@@ -216,8 +216,8 @@ class _Summary:
 
         def perplexity(total: Array) -> dict[str, Any]:
             ends = mean_interval(total, counts)
-            raised = None if ends is None else [math.exp(e) for e in ends if e is not None]
-            return {"value": math.exp(total.sum() / self.count), "interval": raised, "count": self.count}
+            raised = None if ends is None else [_exp(e) for e in ends]
+            return {"value": _exp(total.sum() / self.count), "interval": raised, "count": self.count}
 
         return {
             "accuracy": {name: self._share(right[i], counts) for i, name in enumerate(("teacher", "student"))},
@@ -354,3 +354,11 @@ class _Summary:
 def _bin(share: Array, bins: int) -> Array:
     """The bin, from 0, of shares from 0 to 1."""
     return np.clip((np.asarray(share, np.float64) * bins).astype(np.int64), 0, bins - 1)
+
+
+def _exp(exponent: float | None) -> float | None:
+    """None of None, and of what float64 cannot hold."""
+    try:
+        return None if exponent is None else math.exp(exponent)
+    except OverflowError:
+        return None
