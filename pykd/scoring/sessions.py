@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from pykd.scoring import merge as merging
 from pykd.scoring.merge import ROLES
@@ -60,6 +61,16 @@ class Sessions:
 
         self._models = {role: session(self._parts.models[role].path) for role in ROLES}
         self._loss = session(merging.loss_path(Path(loss)), ours=True)
+        # By a session as well: NumPy has no bfloat16.
+        self._widened = {
+            name: onnxruntime.InferenceSession(
+                _cast(self._parts.models[place[0]].outputs[place[1]], self._parts.loss_inputs[name]),
+                made(),
+                providers=list(providers),
+            )
+            for name, place in self._connections.items()
+            if merging.is_widened(self._parts, name, place)
+        }
 
     @property
     def inputs(self) -> list[str]:
@@ -75,8 +86,6 @@ class Sessions:
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         """The scores of a batch, by name."""
-        import onnxruntime
-
         known = {*self.inputs, *self._parts.parameters}
         if wrong := {*(set(self.inputs) - inputs.keys()), *(inputs.keys() - known)}:
             raise ValueError(
@@ -88,9 +97,7 @@ class Sessions:
             binding = model.io_binding()
             for (owner, name), fed in self._fed.items():
                 if owner == role:
-                    binding.bind_ortvalue_input(
-                        name, onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(inputs[fed]))
-                    )
+                    binding.bind_ortvalue_input(name, _value(inputs[fed]))
             for name in wanted:
                 binding.bind_output(name)
             model.run_with_iobinding(binding)
@@ -98,14 +105,32 @@ class Sessions:
         binding = self._loss.io_binding()
         for name, place in self._connections.items():
             value = returned[place]
-            if merging.is_widened(self._parts, name, place):
-                value = onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy().astype(np.float32))
+            if name in self._widened:
+                (value,) = self._widened[name].run_with_ort_values(["to"], {"from": value})
             binding.bind_ortvalue_input(name, value)
         for name in inputs.keys() - set(self._fed.values()):
-            binding.bind_ortvalue_input(
-                name, onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(inputs[name]))
-            )
+            binding.bind_ortvalue_input(name, _value(inputs[name]))
         for name in self.outputs:
             binding.bind_output(name)
         self._loss.run_with_iobinding(binding)
         return {name: value.numpy() for name, value in zip(self.outputs, binding.get_outputs(), strict=True)}
+
+
+def _value(array: Any) -> Any:
+    """ONNX Runtime's value of an array; of one number, too, which np.ascontiguousarray would give an axis."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
+
+
+def _cast(value: Any, wanted: Any) -> bytes:
+    """A model that gives a value another type."""
+    types = value.type.tensor_type.elem_type, wanted.type.tensor_type.elem_type
+    ends = [
+        onnx.helper.make_tensor_value_info(name, type, None) for name, type in zip(("from", "to"), types, strict=True)
+    ]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Cast", ["from"], ["to"], to=types[1])], "cast", ends[:1], ends[1:]
+    )
+    opset = [onnx.helper.make_opsetid("", merging.LEAST_OPSET)]
+    return bytes(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString())
