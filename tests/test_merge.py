@@ -264,6 +264,88 @@ def test_functions_of_one_name_that_differ_stay_apart(tmp_path, losses):
     np.testing.assert_allclose(got["teacher/logits"] - got["student/logits"], 2.5, rtol=1e-5)
 
 
+def nested(path, factor, seed=0):
+    """A classifier whose function, alike in all of them, calls another one, which multiplies by the factor."""
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("here", 1)]
+    outer = helper.make_function(
+        "here", "outer", ["x"], ["y"], [helper.make_node("inner", ["x"], ["y"], domain="here")], opsets
+    )
+    body = [
+        helper.make_node("Constant", [], ["factor"], value=numpy_helper.from_array(np.float32(factor))),
+        helper.make_node("Mul", ["x", "factor"], ["y"]),
+    ]
+    inner = helper.make_function("here", "inner", ["x"], ["y"], body, opsets[:1])
+    loaded = onnx.load(model(path, seed=seed))
+    loaded.graph.node.insert(1, helper.make_node("outer", ["products"], ["multiplied"], domain="here"))
+    loaded.graph.node[2].input[0] = "multiplied"
+    loaded.functions.extend([outer, inner])
+    loaded.opset_import.append(opsets[1])
+    onnx.save(loaded, path)
+    return path
+
+
+def test_functions_that_call_others_of_one_name_stay_apart(tmp_path, losses):
+    teacher, student = nested(tmp_path / "t.onnx", 1.0), nested(tmp_path / "s.onnx", 3.0, seed=1)
+    feeds = {"pixels": PIXELS}
+    want = divergence(logits_of(teacher, feeds), logits_of(student, feeds))
+    check(tmp_path / "scorer.onnx", teacher, student, losses / "soft", feeds, want)
+
+
+def with_weights_at(path, location, seed=0):
+    loaded = onnx.load(model(path, seed=seed))
+    onnx.save_model(loaded, path, save_as_external_data=True, location=location, size_threshold=0)
+    return path
+
+
+def test_nothing_that_is_read_is_written_over(tmp_path, models, losses):
+    teacher = with_weights_at(tmp_path / "big.onnx", "scorer.onnx.data")
+    weights = (tmp_path / "scorer.onnx.data").read_bytes()
+    with pytest.raises(ValueError, match="expected another file than the models, the loss and their weights"):
+        merge(teacher, models[1], losses / "soft", tmp_path / "scorer.onnx")
+    assert (tmp_path / "scorer.onnx.data").read_bytes() == weights
+    with pytest.raises(ValueError, match="expected another file than the models, the loss and their weights"):
+        merge(*models, losses / "soft", losses / "soft" / "loss.onnx")
+    with pytest.raises(FileNotFoundError, match="expected a folder for the scorer, got none at .*nowhere; make it"):
+        merge(*models, losses / "soft", tmp_path / "nowhere" / "scorer.onnx")
+
+
+def test_weights_of_the_scorer_before_do_not_stay_behind(tmp_path, models, losses):
+    out, data = tmp_path / "scorer.onnx", tmp_path / "scorer.onnx.data"
+    data.write_bytes(b"of somebody else")
+    merge(*models, losses / "soft", out)
+    merge(*models, losses / "soft", out)
+    assert data.read_bytes() == b"of somebody else"
+    merge(with_weights_at(tmp_path / "big.onnx", "big.bin"), models[1], losses / "soft", out)
+    assert data.stat().st_size >= WIDTH * CLASSES * 4
+    merge(*models, losses / "soft", out)
+    assert not data.exists()
+    scored(out, {"pixels": PIXELS})
+
+
+def test_an_empty_weight_outside_of_the_file(tmp_path, models, losses):
+    path = model(tmp_path / "empty.onnx")
+    loaded = onnx.load(path)
+    loaded.graph.node.append(helper.make_node("Concat", ["all", "none"], ["logits"], axis=0))
+    loaded.graph.node[1].output[0] = "all"
+    none = loaded.graph.initializer.add(name="none", data_type=TensorProto.FLOAT, dims=[0, CLASSES])
+    none.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "none.bin"), ("offset", "0"), ("length", "0")):
+        none.external_data.add(key=key, value=value)
+    (tmp_path / "none.bin").touch()
+    onnx.save(loaded, path)
+    feeds = {"pixels": PIXELS}
+    want = divergence(logits_of(path, feeds), logits_of(models[1], feeds))
+    check(tmp_path / "scorer.onnx", path, models[1], losses / "soft", feeds, want)
+
+
+def test_three_sessions_take_parameters_and_widen_bfloat16(tmp_path, models, losses):
+    half = model(tmp_path / "half.onnx", dtype=TensorProto.BFLOAT16, seed=1)
+    feeds = {"pixels": PIXELS, "temperature": np.array(3.0, np.float32)}
+    got = Sessions(models[0], half, losses / "soft")(feeds)["loss_per_sample"]
+    out = merge(models[0], half, losses / "soft", tmp_path / "scorer.onnx")
+    np.testing.assert_array_equal(got, scored(out, feeds)["loss_per_sample"])
+
+
 def test_halves_are_widened(tmp_path, models, losses):
     half = model(tmp_path / "half.onnx", dtype=TensorProto.FLOAT16, seed=1)
     feeds = {"pixels": PIXELS}
@@ -346,7 +428,7 @@ def test_what_does_not_fit_says_what_to_write(tmp_path, models, losses):
         ),
         ("expected the names of inputs that both models have \\(pixels\\), got images", {"separate": ["images"]}),
         ("expected an input of a model", {"share": {"student:images": "teacher:pixels"}}),
-        ("expected another file than the models for the scorer", {"out": models[0]}),
+        ("expected another file than the models, the loss and", {"out": models[0]}),
     ):
         with pytest.raises(ValueError, match=message):
             merge(*models, losses / "soft", **{"out": out, **arguments})

@@ -65,10 +65,11 @@ def merge(
     """
     parts = read(teacher, student, loss)
     _check_versions(parts)
+    _check_out(Path(out), parts)
     connected = connections(parts, dict(connect or {}))
     inputs = inputs_of_models(parts, dict(share or {}), set(separate))
     model = _assemble(parts, connected, inputs, list(keep))
-    _write(model, Path(out), parts)
+    _write(model, Path(out))
     return Path(out)
 
 
@@ -96,6 +97,7 @@ class _Model:
 class _Parts:
     models: dict[str, _Model]
     loss: ModelProto
+    loss_file: Path
 
     def __post_init__(self) -> None:
         self.described = json.loads(_metadata(self.loss, "pykd") or "{}")
@@ -129,7 +131,7 @@ def _load(path: Path, what: str) -> ModelProto:
 def read(teacher: str | Path, student: str | Path, loss: str | Path) -> _Parts:
     """The three files, without weights that lie elsewhere."""
     models = {role: _Model(role, Path(path)) for role, path in zip(ROLES, (teacher, student), strict=True)}
-    return _Parts(models, _load(loss_path(Path(loss)), "the loss"))
+    return _Parts(models, _load(loss_path(Path(loss)), "the loss"), loss_path(Path(loss)))
 
 
 def loss_path(loss: Path) -> Path:
@@ -301,8 +303,7 @@ def inputs_of_models(parts: _Parts, share: dict[str, str], separate: set[str]) -
                 )
         if fed in {value.name for value in (*parts.loss.graph.input, *parts.loss.graph.output)}:
             raise ValueError(
-                f"expected names of inputs that the loss does not have, got {fed!r} in the {role} and in the loss; rename that of the model, or "
-                "score with three sessions (pykd.scoring.sessions.Sessions)"
+                f"expected names of inputs that the loss does not have, got {fed!r} in the {role} and in the loss; rename that of the model"
             )
     return names
 
@@ -469,14 +470,23 @@ def _needed(nodes: Sequence[NodeProto], outputs: Iterable[str]) -> list[NodeProt
 
 
 def _rename_functions(model: ModelProto, known: dict[tuple[str, str, str], FunctionProto], role: str) -> None:
-    """Adds a model's functions to the known ones; one that is another under the same name gets the role in front."""
-    renamed: dict[tuple[str, str, str], str] = {}
-    for function in model.functions:
-        key = (function.domain, function.name, function.overload)
-        if key in known and known[key].SerializeToString(deterministic=True) != function.SerializeToString(
-            deterministic=True
-        ):
-            renamed[key] = f"{role}_{function.name}"
+    """Adds a model's functions to the known ones; one that is another under the same name gets the role in front, and so do those
+    that call it."""
+    own = {(function.domain, function.name, function.overload): function for function in model.functions}
+    both = own.keys() & known.keys()
+    differ = {
+        key
+        for key in both
+        if own[key].SerializeToString(deterministic=True) != known[key].SerializeToString(deterministic=True)
+    }
+    while callers := {key for key in both - differ if differ & _calls(own[key].node)}:
+        differ |= callers
+    renamed = {key: f"{role}_{key[1]}" for key in differ}
+    if taken := {name for (domain, _, overload), name in renamed.items() if (domain, name, overload) in own | known}:
+        raise ValueError(
+            f"expected no functions of the names {', '.join(sorted(taken))} in the models, got some; rename them, or score with three "
+            "sessions (pykd.scoring.sessions.Sessions)"
+        )
 
     def call_by_new_name(nodes: Iterable[NodeProto]) -> None:
         for node in nodes:
@@ -486,11 +496,21 @@ def _rename_functions(model: ModelProto, known: dict[tuple[str, str, str], Funct
                     call_by_new_name(graph.node)
 
     call_by_new_name(model.graph.node)
-    for function in model.functions:
+    for key, function in own.items():
         call_by_new_name(function.node)
-        key = (function.domain, function.name, function.overload)
         function.name = renamed.get(key, function.name)
         known[function.domain, function.name, function.overload] = function
+
+
+def _calls(nodes: Iterable[NodeProto]) -> set[tuple[str, str, str]]:
+    """What these nodes and those of the graphs inside them call."""
+    found = set()
+    for node in nodes:
+        found.add((node.domain, node.op_type, node.overload))
+        for attribute in node.attribute:
+            for graph in _graphs(attribute):
+                found |= _calls(graph.node)
+    return found
 
 
 # ---- The loss at another opset -------------------------------------------------------------------
@@ -592,12 +612,52 @@ def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
                 yield from _tensors(inner)
 
 
-def _write(model: ModelProto, out: Path, parts: _Parts) -> None:
+def _check_out(out: Path, parts: _Parts) -> None:
+    """Nothing that is read is written over: neither the parts, nor the files of their weights."""
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"expected a folder for the scorer, got none at {out.parent}; make it")
+    read = {parts.loss_file.resolve()}
+    for model in parts.models.values():
+        read |= {model.path.resolve(), *_weight_files(model.graph, model.path.parent)}
+    for path in (out, _beside(out)):
+        if path.resolve() in read:
+            raise ValueError(
+                f"expected another file than the models, the loss and their weights for the scorer, got {out}, which writes {path}; pass "
+                "another name"
+            )
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(out.name + ".data")
+
+
+def _weight_files(graph: GraphProto, folder: Path) -> set[Path]:
+    """Where the weights lie that lie beside a model."""
+    return {
+        (folder / entry.value).resolve()
+        for tensor in _tensors(graph)
+        if external_data_helper.uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def _own_weights(out: Path, data: Path) -> bool:
+    """Whether there is a scorer that has its weights there, which will be of no use without it."""
+    if not (out.is_file() and data.is_file()):
+        return False
+    try:
+        old = onnx.load(str(out), load_external_data=False)
+    except Exception:  # of protobuf: no scorer
+        return False
+    return bool(_metadata(old, METADATA)) and data.resolve() in _weight_files(old.graph, out.parent)
+
+
+def _write(model: ModelProto, out: Path) -> None:
     """The file, and the one beside it with the weights that do not lie in it; both whole, or none."""
-    data = out.with_name(out.name + ".data")
+    data = _beside(out)
     beside = [path.with_name(path.name + ".writing") for path in (out, data)]
-    if out.resolve() in {m.path.resolve() for m in parts.models.values()}:
-        raise ValueError(f"expected another file than the models for the scorer, got {out}; pass another name")
+    old = _own_weights(out, data)
     try:
         moved = _move_weights(model, beside[1], data.name)
         with open(beside[0], "wb") as file:
@@ -605,6 +665,8 @@ def _write(model: ModelProto, out: Path, parts: _Parts) -> None:
         if moved:
             os.replace(beside[1], data)
         os.replace(beside[0], out)
+        if old and not moved:
+            data.unlink(missing_ok=True)
     finally:
         for path in beside:
             path.unlink(missing_ok=True)
@@ -613,7 +675,7 @@ def _write(model: ModelProto, out: Path, parts: _Parts) -> None:
 def _move_weights(model: ModelProto, beside: Path, name: str) -> bool:
     """Weights outside of the models' files, and large ones where one file would not hold them, to a file; whether there are any."""
     large = model.ByteSize() > INLINE_LIMIT
-    position = 0
+    position, moved = 0, False
     with open(beside, "wb") as file:
         for tensor in _tensors(model.graph):
             outside = external_data_helper.uses_external_data(tensor)
@@ -631,7 +693,8 @@ def _move_weights(model: ModelProto, beside: Path, name: str) -> bool:
             for key, value in (("location", name), ("offset", position), ("length", length)):
                 tensor.external_data.add(key=key, value=str(value))
             position += length
-    return position > 0
+            moved = True
+    return moved
 
 
 def _outside(tensor: TensorProto) -> Iterator[bytes]:
