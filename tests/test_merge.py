@@ -338,6 +338,44 @@ def test_an_empty_weight_outside_of_the_file(tmp_path, models, losses):
     check(tmp_path / "scorer.onnx", path, models[1], losses / "soft", feeds, want)
 
 
+def test_links_to_files_beside_each_other(tmp_path, models, losses):
+    for folder in ("blobs", "snapshot"):
+        (tmp_path / folder).mkdir()
+    with_weights_at(tmp_path / "blobs" / "a.onnx", "weights.bin")
+    teacher = tmp_path / "snapshot" / "model.onnx"
+    teacher.symlink_to(tmp_path / "blobs" / "a.onnx")
+    (tmp_path / "snapshot" / "weights.bin").symlink_to(tmp_path / "blobs" / "weights.bin")
+    feeds = {"pixels": PIXELS}
+    want = divergence(logits_of(teacher, feeds), logits_of(models[1], feeds))
+    check(tmp_path / "scorer.onnx", teacher, models[1], losses / "soft", feeds, want)
+    # Elsewhere is elsewhere.
+    (tmp_path / "snapshot" / "weights.bin").unlink()
+    (tmp_path / "blobs" / "weights.bin").rename(tmp_path / "weights.bin")
+    (tmp_path / "snapshot" / "weights.bin").symlink_to(tmp_path / "weights.bin")
+    with pytest.raises(ValueError, match="expected the weight weights in a file beside its model"):
+        merge(teacher, models[1], losses / "soft", tmp_path / "scorer.onnx")
+
+
+def test_an_input_named_as_a_tensor_with_its_prefix(tmp_path, models, losses):
+    teacher = model(tmp_path / "prefixed.onnx", inputs="teacher/logits")
+    with pytest.raises(
+        ValueError, match="expected models without inputs named as their tensors .* got teacher/logits; rename"
+    ):
+        merge(teacher, models[1], losses / "soft", tmp_path / "scorer.onnx")
+
+
+def test_an_output_that_is_no_tensor(tmp_path, models, losses):
+    loaded = onnx.load(model(tmp_path / "sequence.onnx"))
+    loaded.graph.node.append(helper.make_node("SequenceConstruct", ["logits"], ["list"]))
+    del loaded.graph.output[:]
+    loaded.graph.output.append(helper.make_tensor_sequence_value_info("list", TensorProto.FLOAT, None))
+    onnx.save(loaded, tmp_path / "sequence.onnx")
+    with pytest.raises(
+        ValueError, match="expected teacher:list to be a tensor, as teacher_logits is, got sequence; connect"
+    ):
+        merge(tmp_path / "sequence.onnx", models[1], losses / "soft", tmp_path / "scorer.onnx")
+
+
 def test_three_sessions_take_parameters_and_widen_bfloat16(tmp_path, models, losses):
     half = model(tmp_path / "half.onnx", dtype=TensorProto.BFLOAT16, seed=1)
     feeds = {"pixels": PIXELS, "temperature": np.array(3.0, np.float32)}

@@ -7,6 +7,7 @@ small, is written at their version of the operators.
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,6 +253,10 @@ _WIDENED = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def _check_types(place: str, value: Any, name: str, wanted: Any) -> None:
+    kind = value.type.WhichOneof("value")
+    if kind != "tensor_type":
+        got = "no type" if kind is None else kind.removesuffix("_type").replace("_", " ")
+        raise ValueError(f"expected {place} to be a tensor, as {name} is, got {got}; connect another output")
     got, expected = value.type.tensor_type.elem_type, wanted.type.tensor_type.elem_type
     if got != expected and not (got in _WIDENED and expected == TensorProto.FLOAT):
         raise ValueError(
@@ -353,7 +358,7 @@ def _assemble(
         def name_of(name: str, role: str = role, model: _Model = model) -> str:
             return inputs[role, name] if name in model.inputs else f"{role}/{name}"
 
-        _point_outside(own.graph, model.path.parent)
+        _point_outside(own.graph, model.path)
         _rename(own.graph, name_of)
         merged.graph.node.extend(own.graph.node)
         merged.graph.initializer.extend(own.graph.initializer)
@@ -372,6 +377,7 @@ def _assemble(
     versions |= {domain: version for domain, version in _versions(loss).items() if domain not in versions}
     given = {name: (renamed_outputs[place], is_widened(parts, name, place)) for name, place in connected.items()}
     _add_loss(merged, loss, parts, given, functions)
+    _check_names(merged.graph)
     merged.functions.extend(functions.values())
     merged.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in versions.items())
     described = {
@@ -384,6 +390,20 @@ def _assemble(
     }
     merged.metadata_props.add(key=METADATA, value=json.dumps(described, sort_keys=True))
     return merged
+
+
+def _check_names(graph: GraphProto) -> None:
+    """A prefix may make a name that an input of a model has already."""
+    weights = [tensor.name for tensor in graph.initializer] + [
+        tensor.values.name for tensor in graph.sparse_initializer
+    ]
+    inputs = [value.name for value in graph.input if value.name not in weights]
+    counts = Counter([*inputs, *weights, *(name for node in graph.node for name in node.output if name)])
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(
+            f"expected models without inputs named as their tensors are in the merged file, got {', '.join(twice[:5])}; rename the input, or "
+            "score with three sessions (pykd.scoring.sessions.Sessions)"
+        )
 
 
 def _add_loss(
@@ -714,13 +734,18 @@ def _outside(tensor: TensorProto) -> Iterator[bytes]:
             left -= len(chunk)
 
 
-def _point_outside(graph: GraphProto, folder: Path) -> None:
-    """Weights that lie beside a model get the whole path of their file."""
+def _point_outside(graph: GraphProto, model: Path) -> None:
+    """Weights that lie beside a model get the whole path of their file.
+
+    A cache may have links in place of the model and its weights, to files that lie beside each other.
+    """
+    folder = model.parent
+    allowed = folder.resolve(), model.resolve().parent
     for tensor in _tensors(graph):
         if external_data_helper.uses_external_data(tensor):
             (location,) = [entry for entry in tensor.external_data if entry.key == "location"]
             path = (folder / location.value).resolve()
-            if not path.is_relative_to(folder.resolve()) or not path.is_file():
+            if not any(path.is_relative_to(each) for each in allowed) or not path.is_file():
                 raise ValueError(
                     f"expected the weight {tensor.name} in a file beside its model, got {location.value!r} in {folder}; put the file there"
                 )
