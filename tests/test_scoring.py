@@ -401,6 +401,15 @@ def test_a_condition_sets_the_exit_code(text, code, capsys):
     assert ("FAILED" in capsys.readouterr().out) == bool(code)
 
 
+@pytest.mark.parametrize("option", ["--json", "--report"])
+def test_a_folder_that_is_not_there_is_seen_before_anything_runs(option, capsys):
+    draw()
+    call = ["score", "--teacher", "teacher.npy", "--student", "student.npy", "--out", "scores.parquet"]
+    assert main([*call, option, "nowhere/file"]) == 2
+    assert f"expected a folder for {option}, got none at nowhere; make it" in capsys.readouterr().err
+    assert not Path("scores.parquet").exists()
+
+
 @pytest.mark.parametrize("text", ["kl.p99 > 1e999", "kl.p99 < -1e400"])
 def test_a_limit_that_nothing_passes_is_no_condition(text):
     with pytest.raises(ValueError, match="expected a limit that a float64 can hold"):
@@ -621,7 +630,7 @@ def test_torch_is_not_imported():
         ),
         (["--json", "o.parquet"], "expected another file for --json than for what is read or written besides"),
         (["--out", "other.npy"], "expected no file at other.npy, or scores to write over, got another file"),
-        (["--out", "no/such/folder.parquet"], "expected to write no/such/folder.parquet.partial"),
+        (["--out", "no/such/folder.parquet"], "expected a folder for --out, got none at no/such; make it"),
     ],
 )
 def test_wrong_arguments_are_said_in_three_parts(arguments, message, capsys):

@@ -115,6 +115,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
     taken = {os.path.realpath(path_of(where)) for where in inputs if where is not None}
     for name in ("out", "report", "json"):
         path = getattr(options, name)
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"expected a folder for --{name}, got none at {path.parent}; make it")
         if path is not None and os.path.realpath(path) in taken:
             raise ValueError(
                 f"expected another file for --{name} than for what is read or written besides, got {path}; name another"
