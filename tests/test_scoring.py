@@ -401,6 +401,20 @@ def test_a_condition_sets_the_exit_code(text, code, capsys):
     assert ("FAILED" in capsys.readouterr().out) == bool(code)
 
 
+@pytest.mark.parametrize("name", ["row", "group", "teacher_nll"])
+def test_a_loss_named_as_another_column_is_refused(name, capsys):
+    draw()
+    term = pykd.SoftTarget(form="kl")
+    pykd.export(pykd.compose({name: (term, 1.0)}), "loss", per_sample=True, progress=lambda line: None)
+    np.save("labels.npy", np.zeros(700, np.int64))
+    call = ["score", "--teacher", "teacher.npy", "--student", "student.npy", "--labels", "labels.npy"]
+    assert main([*call, "--out", "scores.parquet", "--loss", "loss"]) == 2
+    assert (
+        f"expected losses whose names differ from each other and from the other columns, got {name}"
+        in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("option", ["--json", "--report"])
 def test_a_folder_that_is_not_there_is_seen_before_anything_runs(option, capsys):
     draw()

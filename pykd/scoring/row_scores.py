@@ -71,7 +71,7 @@ class RowScores:
             fields += [("label", "<i8"), ("teacher_nll", "<f4"), ("student_nll", "<f4")]
             fields += [("label_probability_change", "<f4")]
         fields += [(f"{side}_mass_cut", "<f4") for side, is_cut in self.cut.items() if is_cut]
-        if len({name for name, _ in fields}) < len(fields):
+        if len({"row", "group", *(name for name, _ in fields)}) < len(fields) + 2:
             raise ValueError(
                 f"expected losses whose names differ from each other and from the other columns, got "
                 f"{', '.join(self.losses)}; export them under other names"
