@@ -34,7 +34,8 @@ def constant(value: float) -> Schedule:
 def linear(start: float, end: float, steps: float) -> Schedule:
     """In a straight line from ``start`` at step 0 to ``end`` at ``steps``, and ``end`` from there on."""
     start, end, steps = _finite("start", start), _finite("end", end), _positive("steps", steps)
-    return lambda step: start + (end - start) * _progress(step, steps)
+    # The end itself: the sum may be beside it by a rounding.
+    return lambda step: end if step >= steps else start + (end - start) * _progress(step, steps)
 
 
 def cosine(start: float, end: float, steps: float) -> Schedule:

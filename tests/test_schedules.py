@@ -28,6 +28,7 @@ def test_shapes():
         numbers = [falls(step) for step in range(11)]
         assert numbers == sorted(numbers, reverse=True) and math.isclose(falls(5), 2.5)
     assert linear(4.0, 1.0, 10)(1) == 3.7
+    assert linear(4.0, 0.1, 10)(10) == linear(4.0, 0.1, 10)(11) == 0.1
     assert math.isclose(cosine(4.0, 1.0, 10)(1), 1 + 3 * (1 + math.cos(math.pi / 10)) / 2, rel_tol=1e-15)
     assert [constant(2.0)(step) for step in STEPS] == [2.0] * len(STEPS)
     warmed = warm_up(linear(4.0, 1.0, steps=10), steps=4, start=2.0)
@@ -37,6 +38,7 @@ def test_shapes():
 
 # The same in both languages.
 WRITTEN = {
+    "linear(4.0, 0.1, 10)": "pykd::linear(4.0, 0.1, 10)",
     "constant(2.5)": "pykd::constant(2.5)",
     "linear(4.0, 1.0, 10)": "pykd::linear(4.0, 1.0, 10)",
     "cosine(0.1, 0.7, 7)": "pykd::cosine(0.1, 0.7, 7)",

@@ -48,7 +48,8 @@ inline Schedule constant(double value) {
 // In a straight line from `start` at step 0 to `end` at `steps`, and `end` from there on.
 inline Schedule linear(double start, double end, double steps) {
   internal::finite("start", start), internal::finite("end", end), internal::positive("steps", steps);
-  return [=](double step) { return start + (end - start) * internal::progress(step, steps); };
+  // The end itself: the sum may be beside it by a rounding.
+  return [=](double step) { return step >= steps ? end : start + (end - start) * internal::progress(step, steps); };
 }
 
 // Along half a wave of the cosine: slow at both ends, fast in between.
