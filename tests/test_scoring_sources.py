@@ -292,3 +292,12 @@ def test_memory_does_not_grow_with_the_file(kind, tmp_path):
     rows, megabytes = map(int, done.stdout.split())
     assert rows == len(array)
     assert megabytes < 100, f"{megabytes} MB"
+
+
+@pytest.mark.parametrize("length", ["1e400", "NaN", "null", "[2]"])
+def test_a_length_that_is_no_number_is_told(tmp_path, length):
+    header = f'{{"x": {{"dtype": "F32", "shape": [1, {length}], "data_offsets": [0, 8]}}}}'.encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match=r"expected a tensor of F16, .* convert it"):
+        open_matrix(path, "teacher")

@@ -346,7 +346,7 @@ def _safetensors(path: str, label: str, name: str | None, matrix: bool) -> Sourc
         count = int(np.prod(shape, dtype=object))
         dtype = np.dtype(_SAFETENSORS[kind])
         fits = 0 <= first <= last and last - first == count * dtype.itemsize and min(shape, default=0) >= 0
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"expected a tensor of {', '.join(_SAFETENSORS)} in {label}, got {entry!r:.200}; convert it"
         ) from error
