@@ -415,6 +415,15 @@ def test_a_loss_named_as_another_column_is_refused(name, capsys):
     )
 
 
+def test_a_comparison_does_not_write_over_what_it_compares(capsys):
+    draw()
+    assert main(["score", "--teacher", "teacher.npy", "--student", "student.npy", "--out", "scores.parquet"]) == 0
+    before = Path("scores.parquet").read_bytes()
+    assert main(["score", "--compare", "scores.parquet", "scores.parquet", "--json", "scores.parquet"]) == 2
+    assert "expected another file for --json" in capsys.readouterr().err
+    assert Path("scores.parquet").read_bytes() == before
+
+
 @pytest.mark.parametrize("option", ["--json", "--report"])
 def test_a_folder_that_is_not_there_is_seen_before_anything_runs(option, capsys):
     draw()

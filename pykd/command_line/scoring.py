@@ -111,7 +111,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
     """Nothing that is read is written over."""
     from pykd.scoring.sources import path_of
 
-    inputs = [getattr(options, name) for name in ("teacher", "student", "labels", "group")]
+    inputs = [*(getattr(options, name) for name in ("teacher", "student", "labels", "group")), *(options.compare or ())]
     taken = {os.path.realpath(path_of(where)) for where in inputs if where is not None}
     for name in ("out", "report", "json"):
         path = getattr(options, name)
@@ -138,6 +138,7 @@ def _compare(options: argparse.Namespace, conditions: list[Any]) -> int:
     for name in ("teacher", "student", "labels", "group", "loss", "out", "report"):
         if getattr(options, name) is not None:
             raise ValueError(f"expected no --{name} with --compare, which scores nothing, got one; leave it out")
+    _check_outputs(options)
     first, second = options.compare
     report = compare(Scores(first), Scores(second), options.seed)
     if options.json is not None:
