@@ -77,6 +77,9 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, monkeypatch):
             if subject.loss.reduction == "sum":  # the processes' gradients are averaged
                 want = [gradient / PROCESSES for gradient in want]
         for rank, found in enumerate(processes):
+            largest = max(
+                wanted.abs().max().item() for wanted in want
+            )  # beside which one that is 0 by symmetry is rounding
             for got, wanted in zip(found, want, strict=True):
-                limit = 1e-5 * wanted.abs().max().item() + 1e-4 * wanted.abs()
+                limit = 1e-6 * largest + 1e-5 * wanted.abs().max().item() + 1e-4 * wanted.abs()
                 assert ((got - wanted).abs() <= limit).all(), f"{subject}, kernels={kernels}, process {rank}"

@@ -97,7 +97,7 @@ def poisoned(way, tensors, value):
     for name, spec in way.specs().items():
         if spec.dtype == "float" and spec.names[0] == "batch":
             changed[name][LEFT_OUT[0]] = value
-            changed[name].flatten(1)[LEFT_OUT[1], 0] = value
+            changed[name].reshape(len(changed[name]), -1)[LEFT_OUT[1], 0] = value
     return changed
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import pykd
+from pykd.definition import registry
 from pykd.export import tracing
 from tests import conftest, make_vectors
 from tests.conftest import subjects
@@ -43,7 +44,10 @@ def test_a_change_of_a_loss_makes_its_own_files_again(cls):
 
 def test_a_change_of_a_formula_in_a_file_that_is_no_loss_reaches_those_that_use_it():
     shared = Path(inspect.getsourcefile(pykd.FeatureL1)).with_name("_shared.py")
-    assert made_again(shared) == with_a_loss(pykd.FeatureL1, pykd.FeatureL2)
+    module = pykd.FeatureL1.__module__.rpartition(".")[0] + "._shared"
+    users = [cls for cls in registry.registered().values() if module in used_by([cls.__module__])]
+    assert pykd.FeatureL2 in users and pykd.SoftTarget not in users
+    assert made_again(shared) == with_a_loss(*users)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ def _channels(features: Tensor) -> Tensor:
 
 
 def _correlations(features: Tensor) -> Tensor:
-    x = _channels(features)
+    x = ops.normalize(
+        _channels(features), dim=[1, 2]
+    )  # which changes no correlation; products of long ones would not fit
     return ops.normalize(ops.matmul(x, x.transpose(1, 2)), dim=[2])
 
 
@@ -109,6 +111,7 @@ class InterChannelCorrelation(Loss):
         """Image by image, from the definition."""
 
         def correlations(features):
+            features = unit(features.ravel()).reshape(features.shape)  # products of long ones would not fit
             rows = features.reshape(len(features), -1) if features.ndim == 3 else features.T
             return np.array([unit([f @ other for other in rows]) for f in rows])
 
