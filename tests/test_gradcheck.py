@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import forms_of_inputs
+
 
 def students_of(subject):
     return [name for name, spec in subject.specs.items() if spec.grad]
@@ -65,7 +67,9 @@ def test_gradcheck(loss_subject):
 
 
 @pytest.mark.slow
-def test_gradgradcheck(loss_subject):
+@pytest.mark.parametrize("form", [f for f in forms_of_inputs() if f.composition.single], ids=str)
+def test_gradgradcheck(form):
+    loss_subject = form
     tensors = small(loss_subject, seed=2)
     formula, students = formula_of(loss_subject, tensors)
     if not held(loss_subject, tensors):

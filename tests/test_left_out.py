@@ -13,7 +13,7 @@ import torch
 import pykd
 from pykd.composition import as_composition
 from pykd.definition import REDUCTIONS, Loss, registry
-from tests.conftest import subjects
+from tests.conftest import forms_of_inputs, subjects
 
 KEPT = [0, 2, 3, 5]
 LEFT_OUT = [1, 4]
@@ -189,13 +189,20 @@ def test_masks_and_weights_of_any_type_go_with_logits_of_any_type(loss_class, dt
             assert all(gradient.dtype == dtype for gradient in gradients.values())
 
 
+def weighted():
+    """What is exported with weights per row, and whether with kernels, where there are any."""
+    for form in forms_of_inputs():
+        if "sample_weight" in form.optional and not form.composition.students:
+            for kernels in ("auto", "off") if form.has_kernel() else ("off",):
+                yield pytest.param(form, kernels, id=f"{form}-{kernels}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-@pytest.mark.parametrize("kernels", ["auto", "off"])
 @pytest.mark.parametrize("engine", ["onnxruntime", "torchscript"])
-def test_in_every_exported_form(subject, engine, kernels, dtype, exported):
-    if "sample_weight" not in subject.optional or subject.composition.students:
-        pytest.skip("no weight per row")
+@pytest.mark.parametrize(("form", "kernels"), list(weighted()))
+def test_in_every_exported_form(form, kernels, engine, dtype, exported):
+    subject = form
     loss = pykd.load(str(exported(subject, dtype)), engine=engine, kernels=kernels)
     specs = subject.graph().signature.inputs
     tensors = subject.draw({"batch": 6}, dtype=getattr(torch, dtype))

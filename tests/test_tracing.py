@@ -10,7 +10,9 @@ import torch
 
 import pykd
 from pykd.composition import Composition
-from tests.conftest import composed_subjects, one_per_loss, subjects
+from tests.conftest import composed_subjects, forms_of_inputs, one_per_loss, subjects
+
+FORM = pytest.mark.parametrize("form", forms_of_inputs(), ids=str)
 
 
 class Named(torch.nn.Module):
@@ -48,8 +50,10 @@ def _fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
-def test_compiles_to_one_graph(subject):
+@pytest.mark.slow  # test_settings.py compiles every loss under every setting
+@FORM
+def test_compiles_to_one_graph(form):
+    subject = form
     module = Named(subject)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for seed, sizes in enumerate(({}, {"batch": 4})):
@@ -104,8 +108,9 @@ def exports_with_a_free_batch(subject, strict):
 
 
 @pytest.mark.slow
-def test_exports_with_a_free_batch(subject):
-    exports_with_a_free_batch(subject, strict=False)
+@FORM
+def test_exports_with_a_free_batch(form):
+    exports_with_a_free_batch(form, strict=False)
 
 
 @pytest.mark.slow
