@@ -41,7 +41,9 @@ def _gaussian(x: Tensor, y: Tensor, places: int) -> Tensor:
     xx, yy, xy = _distances(x, x, places), _distances(y, y, places), _distances(x, y, places)
     maps = x.size(channels) + y.size(channels)
     width = (_sums(xx) + _sums(yy) + 2 * _sums(xy)).detach() / (maps * (maps - 1))
-    factor = -0.5 / width.clamp(min=1e-20).unsqueeze(-1).unsqueeze(-1)
+    # Maps that differ by rounding alone are one: a width made of it would blow it up.
+    apart = width > (1e-20 if width.dtype == torch.float64 else 1e-12)
+    factor = torch.where(apart, -0.5 / torch.where(apart, width, 1.0), 0.0).unsqueeze(-1).unsqueeze(-1)
     return _means(torch.exp(xx * factor)) + _means(torch.exp(yy * factor)) - 2 * _means(torch.exp(xy * factor))
 
 
