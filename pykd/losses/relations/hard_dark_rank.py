@@ -75,7 +75,7 @@ class HardDarkRank(Relation):
     Inputs:
         student_embeddings: ``(batch, channels)``, any floating type; receives the gradient.
         teacher_embeddings: ``(batch, teacher_channels)``, same type; constant. Only the order of its distances counts, so
-            the widths may differ.
+            the widths may differ. At least two channels: of one, normalised, there are two places, and no order.
         sample_weight: optional ``(batch,)``, at least 0, of any floating type, or a mask (bool or integers); constant. Weighs
             the samples i of the mean: Σ w ℓ / Σ w. A sample of weight 0 is nobody's neighbour, either, and has no part in value
             and gradient, whatever it holds.
@@ -87,7 +87,8 @@ class HardDarkRank(Relation):
         NaN in an input gives NaN.
 
     Raises:
-        ValueError: for an alpha below 0, a beta below 1, another length, shapes that do not fit, an empty batch.
+        ValueError: for an alpha below 0, a beta below 1, another length, one channel of the teacher, shapes that do not fit, an
+            empty batch.
 
     There is no value per sample: every sample is compared with every other. Memory is O(batch²) beside the embeddings.
 
@@ -107,6 +108,7 @@ class HardDarkRank(Relation):
         arXiv:1707.01220.
     """
 
+    least_lengths = {"teacher_channels": 2}
     cases = (
         Case(),
         Case(
