@@ -141,6 +141,9 @@ def _tidy(traced: fx.GraphModule) -> None:
 def _keep_numbers_exact(traced: fx.GraphModule) -> None:
     """Numbers in a float64 graph become tensors: the exporter would write 0.3 as a float32, 1e-8 away from itself."""
     for node in list(traced.graph.nodes):
+        if node.target in (_aten.full_like.default, _aten.full.default):
+            _fill_exactly(traced, node)
+            continue
         alone = node.target is _aten.scalar_tensor.default  # as torch.where takes a number
         if not alone and (len(node.args) != 2 or not isinstance(node.args[0], fx.Node)):
             continue
@@ -154,10 +157,7 @@ def _keep_numbers_exact(traced: fx.GraphModule) -> None:
         packet = node.target.overloadpacket
         if not alone and "Tensor" not in packet.overloads():
             continue
-        name = f"number_{node.name}"
-        traced.register_buffer(name, torch.tensor(number, dtype=torch.float64))
-        with traced.graph.inserting_before(node):
-            exact = traced.graph.get_attr(name)
+        exact = _exact(traced, node, number)
         if alone:
             exact.meta["val"] = value
             node.replace_all_uses_with(exact)
@@ -165,6 +165,29 @@ def _keep_numbers_exact(traced: fx.GraphModule) -> None:
         else:
             node.args = (node.args[0], exact)
             node.target = packet.Tensor
+
+
+def _exact(traced: fx.GraphModule, node: fx.Node, number: float) -> fx.Node:
+    """A float64 number as a node before another one."""
+    name = f"number_{node.name}"
+    traced.register_buffer(name, torch.tensor(number, dtype=torch.float64))
+    with traced.graph.inserting_before(node):
+        return traced.graph.get_attr(name)
+
+
+def _fill_exactly(traced: fx.GraphModule, node: fx.Node) -> None:
+    """Makes a float64 tensor full of a number one of ones, times the number."""
+    number, value = node.args[1], node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dtype != torch.float64 or not isinstance(number, float):
+        return
+    if torch.tensor(number).double() == number or number != number:
+        return
+    node.args = (node.args[0], 1.0)
+    exact = _exact(traced, node, number)
+    with traced.graph.inserting_after(node):
+        filled = traced.graph.call_function(_aten.mul.Tensor, (node, exact))
+    filled.meta["val"] = value
+    node.replace_all_uses_with(filled, delete_user_cb=lambda user: user is not filled)
 
 
 def _read_lengths_from_inputs(traced: fx.GraphModule) -> None:

@@ -157,8 +157,9 @@ def test_numbers_in_float64_files_are_those_of_the_formula():
 
     def formula(x):
         chosen = torch.where(x < 2.2e-308, 0.3 * x + 0.7, 0.6).masked_fill(x == 0.1, 0.4)
-        return (chosen.sum() + (x >= 0.9).to(x.dtype).sum(),)
+        filled = torch.full_like(x, 0.2) + torch.full((3,), 0.8, dtype=x.dtype)
+        return (chosen.sum() + (x >= 0.9).to(x.dtype).sum() + filled.sum(),)
 
     model = tracing.to_onnx(formula, {"x": torch.ones(3, dtype=torch.float64)}, ["loss"])
     found = [float(number) for each in model.graph.initializer for number in numpy_helper.to_array(each).ravel()]
-    assert {2.2e-308, 0.1, 0.3, 0.4, 0.6, 0.7, 0.9} <= set(found), found
+    assert {2.2e-308, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9} <= set(found), found
