@@ -110,7 +110,7 @@ def newcomers(tmp_path):
         (
             "every_loss forms properties left_out range autocast copies tracing tokens names_of_losses",
             ("-m", "not slow"),
-            80,
+            60,
         ),
         ("engines", ("-k", "float32 or changing_shapes or every_reduction"), 3),
     ],
