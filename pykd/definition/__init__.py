@@ -15,6 +15,7 @@ from pykd.definition.settings import flag as flag
 from pykd.definition.settings import number as number
 from pykd.definition.settings import scalar as scalar
 from pykd.definition.settings import whole as whole
+from pykd.definition.spec import SAMPLE_WEIGHT as SAMPLE_WEIGHT
 from pykd.definition.spec import Alias as Alias
 from pykd.definition.spec import Case as Case
 from pykd.definition.spec import Layouts as Layouts

@@ -91,6 +91,10 @@ class Spec:
         )
 
 
+# The weights that a loss takes wherever it splits over samples.
+SAMPLE_WEIGHT = Spec("batch", dtype="weight", optional=True, draw="weights")
+
+
 @dataclasses.dataclass(frozen=True)
 class Properties:
     """What changes nothing, under the settings of a loss: True, or the reason why it does; tests assert the one or the other.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, Spec, ops, register, scalar
+from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples
 
 
@@ -80,7 +80,7 @@ class Template(Loss):
     inputs = {
         "student_logits": Spec("batch classes", grad=True, draw="logits", like="teacher_logits"),
         "teacher_logits": Spec("batch classes", draw="logits"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (
         Case(),

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, choice, ops, register
 from pykd.definition.reference import divergence, expectation, log_softmax, reduce_samples
 from pykd.losses.attention._shared import kept_scores, mean_over_queries, query_weights, with_heads
 
@@ -96,7 +96,7 @@ class AttentionCrossEntropy(Loss):
             Spec("batch heads queries keys", draw="logits"),
             Spec("batch queries keys", draw="logits"),
         ),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
         "query_mask": Spec("batch queries", dtype="weight", optional=True, draw="mask"),
         "key_mask": Spec("batch keys", dtype="weight", optional=True, draw="mask"),
     }

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, number, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, choice, number, ops, register
 from pykd.definition.reference import reduce_samples
 from pykd.losses.attention._shared import with_heads
 
@@ -101,7 +101,7 @@ class AttentionMapMSE(Loss):
             Spec("batch queries keys", grad=True, like="teacher_attention"),
         ),
         "teacher_attention": (Spec("batch heads queries keys"), Spec("batch queries keys")),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
         "query_mask": Spec("batch queries", dtype="weight", optional=True, draw="mask"),
         "key_mask": Spec("batch keys", dtype="weight", optional=True, draw="mask"),
     }

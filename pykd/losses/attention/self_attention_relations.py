@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, ops, register, scalar
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, ops, register, scalar
 from pykd.definition.reference import divergence, log_softmax, reduce_samples
 from pykd.losses.attention._shared import kept_scores, mean_over_queries, query_weights
 
@@ -111,7 +111,7 @@ class SelfAttentionRelations(Loss):
             f"teacher_{kind}": Spec("batch relation_heads tokens teacher_channels")
             for kind in ("queries", "keys", "values")
         },
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
         "token_mask": Spec("batch tokens", dtype="weight", optional=True, draw="mask"),
     }
     cases = (

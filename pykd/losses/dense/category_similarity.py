@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, ops, register, scalar
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples
 
 
@@ -74,7 +74,7 @@ class CategorySimilarity(Loss):
     inputs = {
         "student_logits": Spec("batch classes height width", grad=True, like="teacher_logits"),
         "teacher_logits": Spec("batch classes height width"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (Case(), Case({"temperature": 0.75, "reduction": "sum"}, optional=("sample_weight",)))
     aliases = ("CSD", "CriterionCSD")

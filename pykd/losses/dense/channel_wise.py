@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, Spec, flag, ops, register, scalar
+from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, flag, ops, register, scalar
 from pykd.definition.reference import divergence, log_softmax, reduce_samples
 
 
@@ -68,7 +68,7 @@ class ChannelWise(Loss):
     inputs = {
         "student_features": Spec("batch channels height width", grad=True, like="teacher_features"),
         "teacher_features": Spec("batch channels height width"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (
         Case({"temperature": 2.0}),

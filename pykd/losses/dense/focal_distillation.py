@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, ops, register, scalar
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples
 
 
@@ -102,7 +102,7 @@ class FocalDistillation(Loss):
         "student_features": Spec("batch channels height width", grad=True, like="teacher_features"),
         "teacher_features": Spec("batch channels height width"),
         "foreground": Spec("batch height width", dtype="weight", draw="weights"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (
         Case(),

@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, flag, ops, register, scalar
+from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, choice, flag, ops, register, scalar
 from pykd.definition.reference import divergence, log_softmax, reduce_samples, rows
 
 BINS = ("sum", "mean")
@@ -80,7 +80,7 @@ class LocalizationDistillation(Loss):
     inputs = {
         "student_logits": Spec("batch bins", grad=True, draw="logits", like="teacher_logits"),
         "teacher_logits": Spec("batch bins", draw="logits"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     sample_axes = ("batch", "batch edges")
     cases = (

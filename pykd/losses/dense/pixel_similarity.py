@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, ops, register
 from pykd.definition.reference import reduce_samples, unit
 
 
@@ -84,7 +84,7 @@ class PixelSimilarity(Loss):
         "student_later_features": Spec("batch later_channels height width", grad=True, like="teacher_later_features"),
         "teacher_features": Spec("batch teacher_channels height width"),
         "teacher_later_features": Spec("batch teacher_later_channels height width"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (Case(), Case({"reduction": "sum"}, optional=("sample_weight",)))
     aliases = ("PSD", "CriterionPSD")

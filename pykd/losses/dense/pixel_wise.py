@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, flag, ops, register, scalar
+from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, choice, flag, ops, register, scalar
 from pykd.definition.reference import divergence, expectation, log_softmax, reduce_samples
 
 FORMS = ("kl", "cross_entropy")
@@ -83,7 +83,7 @@ class PixelWise(Loss):
     inputs = {
         "student_logits": Spec("batch classes height width", grad=True, draw="logits", like="teacher_logits"),
         "teacher_logits": Spec("batch classes height width", draw="logits"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     sample_axes = ("batch", "batch height width")
     cases = (

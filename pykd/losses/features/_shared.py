@@ -7,14 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Layouts, Loss, Properties, Spec, choice, ops
+from pykd.definition import SAMPLE_WEIGHT, Case, Layouts, Loss, Properties, Spec, choice, ops
 from pykd.definition.reference import reduce_samples, rows, unit
 from pykd.fused.description import Argument, Kernel, KernelPoint
 
 VECTORS, TOKENS, MAPS = "batch channels", "batch tokens channels", "batch channels height width"
-
-
-WEIGHTS: Mapping[str, Spec] = {"sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights")}
 
 
 def compared(*layouts: str, layers: str | None = None) -> Mapping[str, Layouts]:
@@ -137,7 +134,7 @@ def feature_distance(
 class FeatureDistance(Loss):
     """Inputs, settings and kernel of the distances; a subclass says which power, and is the specification."""
 
-    inputs = {**compared(TOKENS), **WEIGHTS}
+    inputs = {**compared(TOKENS), "sample_weight": SAMPLE_WEIGHT}
     cases = (
         Case(),
         Case({"spatial_avg": "mean"}),

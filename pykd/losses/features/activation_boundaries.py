@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, choice, ops, register, scalar
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, choice, ops, register, scalar
 from pykd.definition.reference import reduce_samples
-from pykd.losses.features._shared import MAPS, VECTORS, WEIGHTS, compared, kept_features, per_sample
+from pykd.losses.features._shared import MAPS, VECTORS, compared, kept_features, per_sample
 
 
 def activation_boundaries(
@@ -65,7 +65,7 @@ class ActivationBoundaries(Loss):
         arXiv:1811.03233.
     """
 
-    inputs = {**compared(MAPS, VECTORS), **WEIGHTS}
+    inputs = {**compared(MAPS, VECTORS), "sample_weight": SAMPLE_WEIGHT}
     cases = (
         Case({"reduction": "sum"}, optional=("sample_weight",)),
         Case({"margin": 0.5, "entry_reduction": "mean"}, layouts={"student_features": VECTORS}),

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, number, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, choice, number, ops, register
 from pykd.definition.reference import reduce_samples, unit
-from pykd.losses.features._shared import WEIGHTS, axis_of_channels, kept_features, length
+from pykd.losses.features._shared import axis_of_channels, kept_features, length
 
 
 def _attention(features: Tensor, weight: Tensor | None, power: float) -> Tensor:
@@ -88,7 +88,7 @@ class AttentionTransfer(Loss):
             Spec("batch tokens channels", grad=True, like="teacher_features"),
         ),
         "teacher_features": (Spec("batch teacher_channels height width"), Spec("batch tokens teacher_channels")),
-        **WEIGHTS,
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (
         Case(),

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, ops, register
 from pykd.definition.reference import log_softmax, reduce_samples, unit
-from pykd.losses.features._shared import MAPS, WEIGHTS, compared, kept_features
+from pykd.losses.features._shared import MAPS, compared, kept_features
 
 
 def attentive_features(
@@ -68,7 +68,7 @@ class AttentiveFeatures(Loss):
     inputs = {
         **compared(MAPS),
         "channel_scores": Spec("batch channels", grad=True),
-        **WEIGHTS,
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (Case(), Case({"reduction": "sum"}, optional=("sample_weight",)))
     aliases = ("AFD", "AFDS")

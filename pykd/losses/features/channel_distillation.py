@@ -3,9 +3,9 @@
 import numpy as np
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, ops, register, whole
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, ops, register, whole
 from pykd.definition.reference import reduce_samples
-from pykd.losses.features._shared import MAPS, WEIGHTS, compared, kept_features
+from pykd.losses.features._shared import MAPS, compared, kept_features
 
 
 def channel_distillation(
@@ -64,7 +64,7 @@ class ChannelDistillation(Loss):
         Zhou et al.: Channel Distillation: Channel-Wise Attention for Knowledge Distillation, 2020, arXiv:2006.01683.
     """
 
-    inputs = {**compared(MAPS, layers="layers"), **WEIGHTS}
+    inputs = {**compared(MAPS, layers="layers"), "sample_weight": SAMPLE_WEIGHT}
     cases = (Case(), Case({"layers": 2, "reduction": "sum"}, optional=("sample_weight",)))
     aliases = ("CDLoss",)
     paper = "Zhou et al. 2020, arXiv:2006.01683"

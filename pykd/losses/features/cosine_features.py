@@ -3,13 +3,12 @@
 import numpy as np
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, ops, register
 from pykd.definition.reference import rows, unit
 from pykd.losses.features._shared import (
     MAPS,
     TOKENS,
     VECTORS,
-    WEIGHTS,
     axis_of_channels,
     compared,
     kept_features,
@@ -80,7 +79,7 @@ class CosineFeatures(Loss):
         Sanh et al.: DistilBERT, 2019, arXiv:1910.01108.
     """
 
-    inputs = {**compared(TOKENS, VECTORS, MAPS), **WEIGHTS}
+    inputs = {**compared(TOKENS, VECTORS, MAPS), "sample_weight": SAMPLE_WEIGHT}
     sample_axes = ("batch", "batch tokens", "batch height width")
     cases = (
         Case({"reduction": "sum"}, layouts={"sample_weight": "batch tokens"}, optional=("sample_weight",)),

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, choice, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, choice, ops, register
 from pykd.definition.reference import reduce_samples, unit
-from pykd.losses.features._shared import MAPS, VECTORS, WEIGHTS, compared, kept_features, length, per_sample
+from pykd.losses.features._shared import MAPS, VECTORS, compared, kept_features, length, per_sample
 
 
 def _normalised(factors: Tensor, norm: str) -> Tensor:
@@ -85,7 +85,7 @@ class FactorTransfer(Loss):
         He et al.: Knowledge Adaptation for Efficient Semantic Segmentation, CVPR 2019, arXiv:1903.04688.
     """
 
-    inputs = {**compared(MAPS, VECTORS), **WEIGHTS}
+    inputs = {**compared(MAPS, VECTORS), "sample_weight": SAMPLE_WEIGHT}
     cases = (
         Case({"reduction": "sum"}, optional=("sample_weight",)),
         Case(

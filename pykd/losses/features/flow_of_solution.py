@@ -3,9 +3,9 @@
 import numpy as np
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, choice, ops, register
 from pykd.definition.reference import reduce_samples
-from pykd.losses.features._shared import WEIGHTS, kept_features, per_sample, products_of_channels, products_of_tokens
+from pykd.losses.features._shared import kept_features, per_sample, products_of_channels, products_of_tokens
 
 
 def _flow(first: Tensor, later: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class FlowOfSolution(Loss):
             Spec("batch later_channels teacher_height teacher_width", optional=True),
             Spec("batch teacher_tokens later_channels", optional=True),
         ),
-        **WEIGHTS,
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (
         Case(optional=("student_later_features", "teacher_later_features")),

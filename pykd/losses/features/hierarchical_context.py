@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, ops, register
 from pykd.definition.reference import reduce_samples
-from pykd.losses.features._shared import MAPS, WEIGHTS, compared, kept_features
+from pykd.losses.features._shared import MAPS, compared, kept_features
 
 
 def _windows(count: int, like: Tensor, axis: int) -> Tensor:
@@ -87,7 +87,7 @@ class HierarchicalContext(Loss):
         Chen et al.: Distilling Knowledge via Knowledge Review, CVPR 2021, arXiv:2104.09044.
     """
 
-    inputs = {**compared(MAPS), **WEIGHTS}
+    inputs = {**compared(MAPS), "sample_weight": SAMPLE_WEIGHT}
     cases = (Case(), Case({"reduction": "sum"}, optional=("sample_weight",)))
     aliases = ("HCL", "ReviewKD", "HierarchicalContextLoss")
     paper = "Chen et al. 2021, arXiv:2104.09044"

@@ -3,12 +3,11 @@
 import numpy as np
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, choice, number, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, choice, number, ops, register
 from pykd.losses.features._shared import (
     MAPS,
     TOKENS,
     VECTORS,
-    WEIGHTS,
     compared,
     kept_features,
     one_by_one,
@@ -90,7 +89,7 @@ class Hint(Loss):
         arXiv:1504.08083 (smooth L1).
     """
 
-    inputs = {**compared(VECTORS, TOKENS, MAPS), **WEIGHTS}
+    inputs = {**compared(VECTORS, TOKENS, MAPS), "sample_weight": SAMPLE_WEIGHT}
     sample_axes = ("batch", "batch tokens", "batch height width")
     cases = (
         Case(),

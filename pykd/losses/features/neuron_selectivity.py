@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, choice, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, choice, ops, register
 from pykd.definition.reference import reduce_samples, unit
-from pykd.losses.features._shared import WEIGHTS, kept_features, products_of_channels, products_of_tokens
+from pykd.losses.features._shared import kept_features, products_of_channels, products_of_tokens
 
 KERNELS = ("polynomial", "linear", "gaussian")
 
@@ -129,7 +129,7 @@ class NeuronSelectivity(Loss):
             Spec("batch tokens channels", grad=True, like="teacher_features"),
         ),
         "teacher_features": (Spec("batch teacher_channels height width"), Spec("batch tokens teacher_channels")),
-        **WEIGHTS,
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (
         Case(),

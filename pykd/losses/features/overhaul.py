@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, choice, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, choice, ops, register
 from pykd.definition.reference import reduce_samples
-from pykd.losses.features._shared import MAPS, VECTORS, WEIGHTS, compared, kept_features, of_channels, per_sample
+from pykd.losses.features._shared import MAPS, VECTORS, compared, kept_features, of_channels, per_sample
 
 
 def overhaul(
@@ -71,7 +71,7 @@ class Overhaul(Loss):
     inputs = {
         **compared(MAPS, VECTORS),
         "margin": Spec("channels", draw="positive", scale=-1.0),
-        **WEIGHTS,
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (
         Case({"reduction": "sum"}, optional=("sample_weight",)),

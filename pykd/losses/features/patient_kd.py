@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, ops, register, whole
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, ops, register, whole
 from pykd.definition.reference import reduce_samples, unit
-from pykd.losses.features._shared import VECTORS, WEIGHTS, compared, kept_features
+from pykd.losses.features._shared import VECTORS, compared, kept_features
 
 
 def patient_kd(
@@ -68,7 +68,7 @@ class PatientKD(Loss):
         Sun et al.: Patient Knowledge Distillation for BERT Model Compression, EMNLP 2019, arXiv:1908.09355.
     """
 
-    inputs = {**compared(VECTORS, layers="layers"), **WEIGHTS}
+    inputs = {**compared(VECTORS, layers="layers"), "sample_weight": SAMPLE_WEIGHT}
     cases = (
         Case(),
         Case(

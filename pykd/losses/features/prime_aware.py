@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, choice, number, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, choice, number, ops, register
 from pykd.definition.reference import reduce_samples
-from pykd.losses.features._shared import VECTORS, WEIGHTS, compared, kept_features, per_sample
+from pykd.losses.features._shared import VECTORS, compared, kept_features, per_sample
 
 
 def prime_aware(
@@ -69,7 +69,7 @@ class PrimeAware(Loss):
     inputs = {
         **compared(VECTORS),
         "student_log_variance": Spec(VECTORS, grad=True),
-        **WEIGHTS,
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (
         Case(),

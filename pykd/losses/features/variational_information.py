@@ -4,12 +4,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, choice, ops, register
 from pykd.losses.features._shared import (
     MAPS,
     TOKENS,
     VECTORS,
-    WEIGHTS,
     compared,
     kept_features,
     of_channels,
@@ -81,7 +80,7 @@ class VariationalInformation(Loss):
     inputs = {
         **compared(MAPS, TOKENS, VECTORS),
         "student_log_variance": Spec("channels", grad=True, draw="log_probabilities", scale=0.2),
-        **WEIGHTS,
+        "sample_weight": SAMPLE_WEIGHT,
     }
     sample_axes = ("batch", "batch tokens", "batch height width")
     cases = (

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, ops, register
 from pykd.definition.reference import divergence, log_softmax, reduce_samples, rows
 
 
@@ -79,7 +79,7 @@ class AugMixJSD(Loss):
         "student_logits": Spec("batch classes", grad=True, draw="logits"),
         "first_augmented_logits": Spec("batch classes", grad=True, draw="logits", like="student_logits"),
         "second_augmented_logits": Spec("batch classes", grad=True, draw="logits", like="student_logits"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     sample_axes = ("batch", "batch tokens")
     cases = (

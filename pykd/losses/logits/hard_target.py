@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, number, ops, register, whole
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, number, ops, register, whole
 from pykd.definition.reference import labelled, log_softmax, reduce_samples, rows
 from pykd.fused.description import KernelPoint
 from pykd.losses.logits._shared import KERNEL, at_label, kept_weight
@@ -136,7 +136,7 @@ class HardTarget(Loss):
             Spec("batch classes", draw="probabilities"),
             Spec("batch", dtype="int64", index_of="classes", draw="indices"),
         ),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
         "class_weight": Spec("classes", dtype="weight", optional=True, draw="weights"),
     }
     sample_axes = ("batch", "batch tokens")

@@ -4,7 +4,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, flag, number, ops, register, scalar, whole
+from pykd.definition import (
+    SAMPLE_WEIGHT,
+    Alias,
+    Case,
+    Loss,
+    Properties,
+    Spec,
+    choice,
+    flag,
+    number,
+    ops,
+    register,
+    scalar,
+    whole,
+)
 from pykd.definition.reference import divergence, labelled, log_softmax, reduce_samples, rows
 from pykd.losses.logits._shared import at_label, is_label, kept_weight
 
@@ -112,7 +126,7 @@ class KnowledgeAdjustment(Loss):
         "student_logits": Spec("batch classes", grad=True, draw="logits", like="teacher_logits"),
         "teacher_logits": Spec("batch classes", draw="logits"),
         "labels": Spec("batch", dtype="int64", index_of="classes", draw="indices"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     sample_axes = ("batch", "batch tokens")
     cases = (

@@ -6,7 +6,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, flag, number, ops, register, scalar
+from pykd.definition import (
+    SAMPLE_WEIGHT,
+    Alias,
+    Case,
+    Loss,
+    Properties,
+    Spec,
+    choice,
+    flag,
+    number,
+    ops,
+    register,
+    scalar,
+)
 from pykd.definition.reference import divergence, expectation, log_softmax, reduce_samples, rows
 from pykd.fused.description import KernelPoint
 from pykd.losses.logits._shared import KERNEL
@@ -136,7 +149,7 @@ class SoftTarget(Loss):
     inputs = {
         "student_logits": Spec("batch classes", grad=True, draw="logits", like="teacher_logits"),
         "teacher_logits": Spec("batch classes", draw="logits"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     sample_axes = ("batch", "batch tokens")
     cases = (

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, flag, ops, register, scalar, whole
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, ops, register, scalar, whole
 from pykd.definition.reference import expectation, labelled, log_softmax, reduce_samples, rows
 from pykd.losses.logits._shared import at_label, kept_weight
 
@@ -88,7 +88,7 @@ class WeightedSoftLabels(Loss):
         "student_logits": Spec("batch classes", grad=True, draw="logits", like="teacher_logits"),
         "teacher_logits": Spec("batch classes", draw="logits"),
         "labels": Spec("batch", dtype="int64", index_of="classes", draw="indices"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     sample_axes = ("batch", "batch tokens")
     cases = (

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, flag, ops, register, scalar
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, ops, register, scalar
 from pykd.definition.reference import divergence, log_softmax, reduce_samples
 
 
@@ -70,7 +70,7 @@ class ListwiseKL(Loss):
     inputs = {
         "student_scores": Spec("batch candidates", grad=True, draw="logits", like="teacher_scores"),
         "teacher_scores": Spec("batch candidates", draw="logits"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (
         Case({"temperature": 2.0}),

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, ops, register
 from pykd.definition.reference import reduce_samples
 
 
@@ -74,7 +74,7 @@ class MarginMSE(Loss):
     inputs = {
         "student_scores": Spec("batch candidates", grad=True, draw="logits", like="teacher_scores"),
         "teacher_scores": Spec("batch candidates", draw="logits"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     least_lengths = {"candidates": 2}
     cases = (Case(), Case({"reduction": "sum"}, optional=("sample_weight",)))

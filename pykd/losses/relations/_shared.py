@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Spec, ops
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Spec, ops
 
 COUPLES = "compares every sample of the batch with every other"
 
@@ -47,16 +47,13 @@ def smooth_l1(difference: Tensor) -> Tensor:
     return inner * (difference - 0.5 * inner)
 
 
-WEIGHT = Spec("batch", dtype="weight", optional=True, draw="weights")
-
-
 class Relation(Loss):
     """Inputs of the losses that compare a batch of embeddings with itself; a subclass is the specification."""
 
     inputs = {
         "student_embeddings": Spec("batch channels", grad=True, like="teacher_embeddings"),
         "teacher_embeddings": Spec("batch teacher_channels"),
-        "sample_weight": WEIGHT,
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (Case(), Case(optional=("sample_weight",)))
     couples_batch = COUPLES
@@ -76,7 +73,7 @@ class FeatureRelation(Loss):
             Spec("batch teacher_tokens teacher_channels"),
             Spec("batch teacher_channels teacher_height teacher_width"),
         ),
-        "sample_weight": WEIGHT,
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (
         Case(),

@@ -4,9 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, choice, ops, register
 from pykd.definition.reference import reduce_samples, unit
-from pykd.losses.relations._shared import WEIGHT
 
 
 def _root(squares: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class Affinity(Loss):
     inputs = {
         "student_features": Spec("batch channels height width", grad=True, like="teacher_features"),
         "teacher_features": Spec("batch channels height width"),
-        "sample_weight": WEIGHT,
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (
         Case(),

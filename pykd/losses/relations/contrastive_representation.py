@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pykd.definition import Case, Loss, Properties, Spec, choice, number, ops, register, scalar
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, choice, number, ops, register, scalar
 from pykd.definition.reference import reduce_samples, unit
-from pykd.losses.relations._shared import WEIGHT
 
 
 def contrastive_representation(
@@ -94,7 +93,7 @@ class ContrastiveRepresentation(Loss):
         "student_embeddings": Spec("batch channels", grad=True, like="teacher_embeddings"),
         "teacher_embeddings": Spec("batch channels"),
         "negatives": (Spec("entries channels", draw="unit"), Spec("batch entries channels", draw="unit")),
-        "sample_weight": WEIGHT,
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (
         Case(),

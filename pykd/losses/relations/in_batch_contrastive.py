@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, choice, ops, register, scalar
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, choice, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples, unit
-from pykd.losses.relations._shared import COUPLES, WEIGHT, kept, numpy_kept
+from pykd.losses.relations._shared import COUPLES, kept, numpy_kept
 
 
 def _negative_log_probability(scores: Tensor, own: Tensor, weight: Tensor | None, dim: int) -> Tensor:
@@ -88,7 +88,7 @@ class InBatchContrastive(Loss):
     inputs = {
         "student_embeddings": Spec("batch channels", grad=True, like="teacher_embeddings"),
         "teacher_embeddings": Spec("batch channels"),
-        "sample_weight": WEIGHT,
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (
         Case(),

@@ -3,9 +3,8 @@
 import numpy as np
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, ops, register
 from pykd.definition.reference import reduce_samples, unit
-from pykd.losses.relations._shared import WEIGHT
 
 
 def _channels(features: Tensor) -> Tensor:
@@ -88,7 +87,7 @@ class InterChannelCorrelation(Loss):
             Spec("batch channels teacher_height teacher_width"),
             Spec("batch teacher_tokens channels"),
         ),
-        "sample_weight": WEIGHT,
+        "sample_weight": SAMPLE_WEIGHT,
     }
     cases = (
         Case(),

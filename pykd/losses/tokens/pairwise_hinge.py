@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, number, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, choice, number, ops, register
 from pykd.definition.reference import log_softmax, reduce_samples, rows
 from pykd.losses.tokens._shared import preferred_pairs, reduce_pairs, take
 
@@ -88,7 +88,7 @@ class PairwiseHinge(Loss):
         "student_logits": Spec("batch classes", grad=True, draw="logits"),
         "teacher_log_probs": Spec("batch top_k", draw="partial_log_probabilities"),
         "teacher_ids": Spec("batch top_k", dtype="int64", index_of="classes", draw="different_indices"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     sample_axes = ("batch", "batch tokens")
     least_lengths = {"classes": 2}

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, ops, register, scalar
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples, rows
 from pykd.losses.tokens._shared import take
 
@@ -78,7 +78,7 @@ class SampledReverseKL(Loss):
         "student_logits": Spec("batch classes", grad=True, draw="logits"),
         "teacher_log_probs": Spec("batch", draw="partial_log_probabilities"),
         "sampled_ids": Spec("batch", dtype="int64", index_of="classes", draw="indices"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     sample_axes = ("batch", "batch tokens")
     cases = (

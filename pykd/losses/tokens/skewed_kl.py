@@ -4,7 +4,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Alias, Case, Loss, Properties, Spec, choice, flag, number, ops, register, scalar
+from pykd.definition import (
+    SAMPLE_WEIGHT,
+    Alias,
+    Case,
+    Loss,
+    Properties,
+    Spec,
+    choice,
+    flag,
+    number,
+    ops,
+    register,
+    scalar,
+)
 from pykd.definition.reference import log_softmax, reduce_samples, rows
 
 DIRECTIONS = ("forward", "reverse")
@@ -91,7 +104,7 @@ class SkewedKL(Loss):
     inputs = {
         "student_logits": Spec("batch classes", grad=True, draw="logits", like="teacher_logits"),
         "teacher_logits": Spec("batch classes", draw="logits"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     sample_axes = ("batch", "batch tokens")
     cases = (

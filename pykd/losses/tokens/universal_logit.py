@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd.definition import Case, Loss, Properties, Spec, ops, register, scalar
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples, rows
 
 
@@ -79,7 +79,7 @@ class UniversalLogit(Loss):
     inputs = {
         "student_logits": Spec("batch classes", grad=True, draw="logits", like="teacher_logits"),
         "teacher_logits": Spec("batch teacher_classes", draw="logits"),
-        "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
+        "sample_weight": SAMPLE_WEIGHT,
     }
     sample_axes = ("batch", "batch tokens")
     cases = (
