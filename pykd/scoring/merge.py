@@ -83,7 +83,6 @@ class _Model:
 
     def __post_init__(self) -> None:
         self.proto = _load(self.path, f"the {self.role}")
-        self.digest = _digest(self.path)
         given = {tensor.name for tensor in self.graph.initializer}
         # Of old files, which list their weights among the inputs.
         self.inputs = {value.name: value for value in self.graph.input if value.name not in given}
@@ -384,7 +383,7 @@ def _assemble(
         "format_version": FORMAT_VERSION,
         "loss": parts.described,
         "connections": {name: ":".join(place) for name, place in connected.items()},
-        "models": {role: {"file": m.path.name, "sha256": m.digest} for role, m in parts.models.items()},
+        "models": {role: {"file": m.path.name, "sha256": _digest(m.path)} for role, m in parts.models.items()},
         "outputs": [value.name for value in merged.graph.output],
         "pykd": __version__,
     }
