@@ -1,0 +1,152 @@
+"""Columns of Arrow's types, whatever file they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from pykd.scoring.formats.source import Block, Source, choose, exact, in_turn, require
+
+
+def arrow_modules() -> tuple[Any, Any]:
+    require("pyarrow")
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    return pa, parquet
+
+
+def _columns(schema: Any, name: str | None, label: str, matrix: bool) -> list[str]:
+    """The column of lists, or the flat columns that make up a row."""
+    pa, _ = arrow_modules()
+    listed = [f.name for f in schema if _list_kind(pa, f.type)]
+    if not matrix:
+        return [choose([f.name for f in schema if f.name not in listed], name, label, "column")]
+    if name is not None and name in schema.names:
+        return [name]
+    if name is not None and any(sign in name for sign in "*?["):
+        chosen = [f.name for f in schema if fnmatchcase(f.name, name)]
+    elif name is None and not listed:
+        chosen = [f.name for f in schema if pa.types.is_floating(f.type)]
+    else:
+        return [choose(listed, name, label, "column")]
+    if not chosen:
+        raise ValueError(
+            f"expected columns of {label}, got none that fit (there: {', '.join(schema.names[:20])}); write a column of "
+            "lists, or a pattern such as logit_*, after the path and a #"
+        )
+    kinds = {str(schema.field(column).type): column for column in reversed(chosen)}
+    if len(kinds) > 1:
+        got = ", ".join(f"{kind} ({column})" for kind, column in sorted(kinds.items()))
+        raise ValueError(f"expected one type for all columns of {label}, got {got}; convert them to one")
+    return chosen
+
+
+def _list_kind(pa: Any, kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _numpy_type(pa: Any, kind: Any, label: str) -> np.dtype[Any]:
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind):
+        return np.dtype(np.str_)
+    if pa.types.is_floating(kind) or pa.types.is_integer(kind):
+        numpy_type: np.dtype[Any] = np.dtype(kind.to_pandas_dtype())
+        return numpy_type
+    raise ValueError(f"expected numbers in {label}, got {kind}; convert them")
+
+
+def column_source(
+    schema: Any,
+    rows: int,
+    name: str | None,
+    label: str,
+    matrix: bool,
+    batches: Callable[[list[str], int, int], Iterator[tuple[Any, str]]],
+) -> Source:
+    """A source over batches of Arrow: ``batches(columns, first row, rows)`` gives them and where they lie."""
+    pa, _ = arrow_modules()
+    import pyarrow.compute as compute
+
+    columns = _columns(schema, name, label, matrix)
+    first = schema.field(columns[0]).type
+    in_lists = _list_kind(pa, first)
+    if matrix and len(columns) == 1 and not in_lists and pa.types.is_floating(first) is False:
+        raise ValueError(f"expected a column of lists of floats in {label}, got {first}; name another column")
+    dtype = _numpy_type(pa, first.value_type if in_lists else first, label)
+    width: int | None = None
+    if in_lists:
+        width = first.list_size if pa.types.is_fixed_size_list(first) else 0
+        if not width and rows:
+            batch, _ = next(batches(columns, 0, 1024))
+            lengths = compute.list_value_length(batch.column(0)).drop_null().to_numpy(zero_copy_only=False)
+            width = int(np.bincount(lengths).argmax()) if len(lengths) else 0
+    elif matrix:
+        width = len(columns)
+
+    def chunks(start: int, block_rows: int) -> Iterator[Block]:
+        for batch, place in batches(columns, start, block_rows):
+            try:
+                if in_lists:
+                    assert width is not None
+                    yield _from_lists(pa, batch.column(0), width, dtype)
+                elif matrix:
+                    yield _from_flat(batch, dtype)
+                else:
+                    yield _from_column(batch.column(0), dtype)
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"expected {label} to be whole, got {error} in {place}; write it again") from error
+
+    return Source(
+        label, rows, width, dtype, str(first), in_turn(lambda start, count: exact(chunks(start, count), count)), True
+    )
+
+
+def _plain(array: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Values without lists; what is null becomes NaN."""
+    if array.null_count:
+        values = array.to_numpy(zero_copy_only=False)  # a float type keeps its own, with NaN
+        return np.asarray(values, dtype)
+    return np.asarray(array.to_numpy(zero_copy_only=False), dtype)
+
+
+def _from_lists(pa: Any, column: Any, width: int, dtype: np.dtype[Any]) -> Block:
+    rows = len(column)
+    missing = np.asarray(column.is_null().to_numpy(zero_copy_only=False)) if column.null_count else None
+    if pa.types.is_fixed_size_list(column.type):
+        values = _plain(column.values.slice(column.offset * width, rows * width), dtype).reshape(rows, width)
+        return Block(values, None, missing)
+    offsets = np.asarray(column.offsets)
+    lengths = np.diff(offsets)
+    if missing is None and bool((lengths == width).all()):
+        values = _plain(column.values.slice(int(offsets[0]), rows * width), dtype).reshape(rows, width)
+        return Block(values)
+    whole = lengths == width
+    if missing is not None:
+        whole &= ~missing
+    values = np.full((rows, width), np.nan, dtype)
+    flat = _plain(column.values, dtype)
+    for row in np.flatnonzero(whole):
+        values[row] = flat[offsets[row] : offsets[row + 1]]
+    ragged = ~whole if missing is None else ~whole & ~missing
+    return Block(values, ragged, missing)
+
+
+def _from_flat(batch: Any, dtype: np.dtype[Any]) -> Block:
+    values = np.empty((batch.num_rows, batch.num_columns), dtype)
+    for place in range(batch.num_columns):
+        values[:, place] = _plain(batch.column(place), dtype)
+    return Block(values)
+
+
+def _from_column(column: Any, dtype: np.dtype[Any]) -> Block:
+    missing = np.asarray(column.is_null().to_numpy(zero_copy_only=False)) if column.null_count else None
+    if dtype.kind == "U":
+        values = np.asarray(["" if value is None else str(value) for value in column.to_pylist()], np.str_)
+    elif missing is not None:
+        values = np.asarray(column.fill_null(0).to_numpy(zero_copy_only=False), dtype)
+    else:
+        values = np.asarray(column.to_numpy(zero_copy_only=False), dtype)
+    return Block(values, None, missing)

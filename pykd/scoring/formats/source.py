@@ -1,0 +1,125 @@
+"""Rows in blocks, and what every kind of file that holds them has in common."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+BUFFER = 1 << 20  # bytes that pyarrow reads ahead of a column
+
+
+class Block(NamedTuple):
+    """Consecutive rows of a source."""
+
+    values: np.ndarray[Any, Any]  # (rows, classes), or (rows,)
+    ragged: np.ndarray[Any, np.dtype[np.bool_]] | None = None  # rows of another length than the rest; None: no row
+    missing: np.ndarray[Any, np.dtype[np.bool_]] | None = None  # rows that are null; None: no row
+
+
+Load = Callable[[], Block]  # may be called on any thread, once
+
+
+@dataclass
+class Source:
+    """Rows of one array or column."""
+
+    name: str  # for messages: what it is, and where
+    rows: int
+    width: int | None  # entries of a row; None: each row is one value
+    dtype: np.dtype[Any]  # of the blocks
+    stored: str  # the type in the file
+    # (first row, rows in a block) -> the blocks from there
+    load: Callable[[int, int], Iterator[Load]] = field(repr=False)
+    in_turn: bool = False  # whether a block is read while it is waited for, not when it is loaded
+
+    def blocks(self, start: int, rows: int) -> Iterator[Load]:
+        """Blocks of exactly that many rows, the last one excepted, from row ``start`` on."""
+        return ahead(self.load(start, rows)) if self.in_turn else self.load(start, rows)
+
+
+def ahead(loads: Iterator[Load]) -> Iterator[Load]:
+    """The same blocks, each read on a thread of its own while the one before is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, loads, None)
+        while (load := coming.result()) is not None:
+            coming = pool.submit(next, loads, None)
+            yield load
+
+
+def in_turn(chunks: Callable[[int, int], Iterator[Block]]) -> Callable[[int, int], Iterator[Load]]:
+    """Blocks of a file that is read from its front to its end, on the thread that asks for them."""
+
+    def blocks(start: int, rows: int) -> Iterator[Load]:
+        for block in chunks(start, rows):
+            yield lambda block=block: block  # type: ignore[misc]
+
+    return blocks
+
+
+def exact(chunks: Iterator[Block], rows: int) -> Iterator[Block]:
+    """The same rows in blocks of exactly that many, the last one excepted."""
+    kept: list[Block] = []
+    held = 0
+    for chunk in chunks:
+        while len(chunk.values):
+            part = _part(chunk, 0, rows - held)
+            chunk = _part(chunk, rows - held, len(chunk.values))
+            kept.append(part)
+            held += len(part.values)
+            if held == rows:
+                yield _joined(kept)
+                kept, held = [], 0
+    if kept:
+        yield _joined(kept)
+
+
+def _part(block: Block, first: int, last: int) -> Block:
+    return Block(*(None if part is None else part[first:last] for part in block))  # type: ignore[arg-type]
+
+
+def _joined(blocks: list[Block]) -> Block:
+    if len(blocks) == 1:
+        return blocks[0]
+
+    def flags(name: str) -> Any:
+        if all(getattr(block, name) is None for block in blocks):
+            return None
+        return np.concatenate(
+            [
+                np.zeros(len(block.values), bool) if getattr(block, name) is None else getattr(block, name)
+                for block in blocks
+            ]
+        )
+
+    return Block(np.concatenate([block.values for block in blocks]), flags("ragged"), flags("missing"))
+
+
+def choose(names: list[str], wanted: str | None, label: str, what: str) -> str:
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if wanted in names:
+        assert wanted is not None
+        return wanted
+    shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    got = f"no {what} {wanted!r}" if wanted is not None else f"{len(names)}"
+    example = names[0] if names else "name"
+    raise ValueError(
+        f"expected one {what} of {label}, got {got} (there: {shown or 'none'}); write it after the path, as in "
+        f"{label.split(' ', 2)[2].partition('#')[0]}#{example}"
+    )
+
+
+def require(*packages: str) -> None:
+    """An ImportError that says what to install where one is missing; before any work is done."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"expected the package {package} for scoring, got none; pip install 'pykd[score]'")
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
