@@ -1,10 +1,13 @@
-"""Reading files that somebody else may have written."""
+"""Reading files that somebody else may have written, and writing files of which nobody sees a half."""
 
+import contextlib
+import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def read(path: str | Path, limit: int) -> bytes:
@@ -41,3 +44,52 @@ def parse_json(data: bytes, name: object) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected {name} to be JSON, got {error}; correct the file") from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, of which the disk holds everything when the block ends; an error removes it."""
+    try:
+        with open(path, "wb") as file:
+            yield file
+            file.flush()
+            _sync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write; when the block ends without an error, it takes the place of ``path`` in one step.
+
+    Until then it lies beside it as ``<path>.writing``, which an error removes. A loss of power leaves the old file or the new one,
+    whole.
+    """
+    beside = path.with_name(path.name + ".writing")
+    with writing(beside) as file:
+        yield file
+    try:
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        _sync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A whole file of UTF-8, or none."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+            raise

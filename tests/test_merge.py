@@ -1,6 +1,9 @@
 """One file that scores: it returns, bit for bit, what three sessions do, and says what does not fit."""
 
+import contextlib
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -219,7 +222,8 @@ def test_weights_outside_of_the_file_stay_bytes(tmp_path, models, losses):
     want = divergence(*(logits_of(path, feeds) for path in models))
     out = tmp_path / "scorer.onnx"
     check(out, folder / "teacher.onnx", models[1], losses / "soft", feeds, want)
-    assert (tmp_path / "scorer.onnx.data").read_bytes() == (folder / "w.bin").read_bytes()[: WIDTH * CLASSES * 4]
+    (data,) = weights_of(out)
+    assert data.read_bytes() == (folder / "w.bin").read_bytes()[: WIDTH * CLASSES * 4]
     (folder / "w.bin").write_bytes((folder / "w.bin").read_bytes()[:-8])
     before = out.read_bytes()
     with pytest.raises(ValueError, match="expected 8 bytes more of the weight teacher/weights"):
@@ -237,7 +241,8 @@ def test_models_too_large_for_one_file_have_their_weights_beside_it(tmp_path, lo
     feeds = {"pixels": PIXELS}
     want = divergence(*(logits_of(path, feeds) for path in paths))
     check(tmp_path / "scorer.onnx", *paths, losses / "soft", feeds, want)
-    assert (tmp_path / "scorer.onnx.data").stat().st_size >= 2 * WIDTH * CLASSES * 4
+    (data,) = weights_of(tmp_path / "scorer.onnx")
+    assert data.stat().st_size >= 2 * WIDTH * CLASSES * 4
 
 
 def test_old_files_list_their_weights_among_their_inputs(tmp_path, models, losses):
@@ -291,6 +296,10 @@ def test_functions_that_call_others_of_one_name_stay_apart(tmp_path, losses):
     check(tmp_path / "scorer.onnx", teacher, student, losses / "soft", feeds, want)
 
 
+def weights_of(out):
+    return list(out.parent.glob(f"{out.name}.*.data"))
+
+
 def with_weights_at(path, location, seed=0):
     loaded = onnx.load(model(path, seed=seed))
     onnx.save_model(loaded, path, save_as_external_data=True, location=location, size_threshold=0)
@@ -298,11 +307,15 @@ def with_weights_at(path, location, seed=0):
 
 
 def test_nothing_that_is_read_is_written_over(tmp_path, models, losses):
-    teacher = with_weights_at(tmp_path / "big.onnx", "scorer.onnx.data")
-    weights = (tmp_path / "scorer.onnx.data").read_bytes()
-    with pytest.raises(ValueError, match="expected another file than the models, the loss and their weights"):
-        merge(teacher, models[1], losses / "soft", tmp_path / "scorer.onnx")
-    assert (tmp_path / "scorer.onnx.data").read_bytes() == weights
+    out = merge(with_weights_at(tmp_path / "big.onnx", "big.bin"), models[1], losses / "soft", tmp_path / "scorer.onnx")
+    (data,) = weights_of(out)
+    weights = data.read_bytes()
+    teacher = tmp_path / "copy.onnx"
+    teacher.write_bytes(out.read_bytes())
+    for path in (out, data):
+        with pytest.raises(ValueError, match="expected another file than the models, the loss and their weights"):
+            merge(teacher, models[1], losses / "soft", path)
+    assert data.read_bytes() == weights
     with pytest.raises(ValueError, match="expected another file than the models, the loss and their weights"):
         merge(*models, losses / "soft", losses / "soft" / "loss.onnx")
     with pytest.raises(FileNotFoundError, match="expected a folder for the scorer, got none at .*nowhere; make it"):
@@ -310,16 +323,47 @@ def test_nothing_that_is_read_is_written_over(tmp_path, models, losses):
 
 
 def test_weights_of_the_scorer_before_do_not_stay_behind(tmp_path, models, losses):
-    out, data = tmp_path / "scorer.onnx", tmp_path / "scorer.onnx.data"
-    data.write_bytes(b"of somebody else")
-    merge(*models, losses / "soft", out)
-    merge(*models, losses / "soft", out)
-    assert data.read_bytes() == b"of somebody else"
-    merge(with_weights_at(tmp_path / "big.onnx", "big.bin"), models[1], losses / "soft", out)
-    assert data.stat().st_size >= WIDTH * CLASSES * 4
-    merge(*models, losses / "soft", out)
-    assert not data.exists()
-    scored(out, {"pixels": PIXELS})
+    out, others = tmp_path / "scorer.onnx", tmp_path / "scorer.onnx.data"
+    others.write_bytes(b"of somebody else")
+    big = [with_weights_at(tmp_path / f"big{seed}.onnx", f"big{seed}.bin", seed) for seed in (0, 1)]
+    for teacher, count in ((models[0], 0), (big[0], 1), (big[0], 1), (big[1], 1), (models[0], 0)):
+        merge(teacher, models[1], losses / "soft", out)
+        assert len(weights_of(out)) == count
+        scored(out, {"pixels": PIXELS})
+    assert others.read_bytes() == b"of somebody else"
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_a_merge_that_dies_anywhere_leaves_a_scorer_and_its_weights(tmp_path, models, losses, monkeypatch, step):
+    """Before each rename, and after the last one: the old scorer or the new one, with the weights of its own."""
+    out, feeds = tmp_path / "scorer.onnx", {"pixels": PIXELS}
+    big = [with_weights_at(tmp_path / f"big{seed}.onnx", f"big{seed}.bin", seed) for seed in (0, 2)]
+    want = [scored(merge(teacher, models[1], losses / "soft", out), feeds)["loss_per_sample"] for teacher in big[::-1]]
+    steps = 0
+
+    class Died(BaseException):
+        pass
+
+    def dying(call):
+        def wrapped(*arguments, **settings):
+            nonlocal steps
+            steps += 1
+            if steps > step:
+                raise Died
+            return call(*arguments, **settings)
+
+        return wrapped
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "replace", dying(os.replace))
+        context.setattr(Path, "unlink", dying(Path.unlink))  # nothing is tidied up by a process that is dead
+        with pytest.raises(Died) if step < 3 else contextlib.nullcontext():
+            merge(big[1], models[1], losses / "soft", out)
+    got = scored(out, feeds)["loss_per_sample"]
+    np.testing.assert_array_equal(got, want[1] if step < 2 else want[0])
+    merge(big[1], models[1], losses / "soft", out)
+    np.testing.assert_array_equal(scored(out, feeds)["loss_per_sample"], want[0])
+    assert len(weights_of(out)) == (1 if step != 2 else 2), "the next merge takes over what is the same"
 
 
 def test_an_empty_weight_outside_of_the_file(tmp_path, models, losses):

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pykd import files
+
 
 def add(commands: Any) -> None:
     score = commands.add_parser(
@@ -98,11 +100,11 @@ def _score(options: argparse.Namespace) -> int:
     )
     report = summary(scores, options.seed)
     if options.json is not None:
-        write(options.json, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        files.write_text(options.json, json.dumps(report, indent=1, allow_nan=False) + "\n")
     if options.report is not None:
         from pykd.scoring.report import as_html
 
-        write(options.report, as_html(report))
+        files.write_text(options.report, as_html(report))
     print(_as_llama(options) if options.format == "llama" else as_text(report))
     return _judged(conditions, numbers_of(report))
 
@@ -142,7 +144,7 @@ def _compare(options: argparse.Namespace, conditions: list[Any]) -> int:
     first, second = options.compare
     report = compare(Scores(first), Scores(second), options.seed)
     if options.json is not None:
-        write(options.json, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        files.write_text(options.json, json.dumps(report, indent=1, allow_nan=False) + "\n")
     print(comparison_as_text(report))
     return _judged(conditions, numbers_of_comparison(report))
 
@@ -219,18 +221,6 @@ def _progress() -> Callable[[int, int], None] | None:
             bar.close()
 
     return show
-
-
-def write(path: Path, text: str) -> None:
-    """A whole file or none."""
-    beside = path.with_name(path.name + ".writing")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def as_text(report: dict[str, Any]) -> str:

@@ -7,16 +7,18 @@ small, is written at their version of the operators.
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper
 
+from pykd import files
 from pykd._version import __version__
 
 ROLES = ("teacher", "student")
@@ -49,7 +51,7 @@ def merge(
         student: an ONNX model of the same operator version (opset).
         loss: a folder that :func:`pykd.export` wrote with ``per_sample=True``, or its ``loss.onnx``.
         out: where to write. Weights that lie outside of the models' files, or are too large for one file, go to
-            ``<out>.data`` beside it.
+            ``<out>.<digits>.data`` beside it, the digits being the start of their SHA-256.
         connect: ``"student:<output>"`` or ``"teacher:<output>"`` → the input of the loss that it is; not needed where a
             model has one output and the loss one input of its name (``student_…``, ``teacher_…``).
         share: inputs of other names that are one: ``"student:<input>"`` → ``"teacher:<input>"``.
@@ -638,16 +640,12 @@ def _check_out(out: Path, parts: _Parts) -> None:
     read = {parts.loss_file.resolve()}
     for model in parts.models.values():
         read |= {model.path.resolve(), *_weight_files(model.graph, model.path.parent)}
-    for path in (out, _beside(out)):
+    for path in (out, *_own_weights(out)):
         if path.resolve() in read:
             raise ValueError(
-                f"expected another file than the models, the loss and their weights for the scorer, got {out}, which writes {path}; pass "
+                f"expected another file than the models, the loss and their weights for the scorer, got {out}, which replaces {path}; pass "
                 "another name"
             )
-
-
-def _beside(out: Path) -> Path:
-    return out.with_name(out.name + ".data")
 
 
 def _weight_files(graph: GraphProto, folder: Path) -> set[Path]:
@@ -661,59 +659,81 @@ def _weight_files(graph: GraphProto, folder: Path) -> set[Path]:
     }
 
 
-def _own_weights(out: Path, data: Path) -> bool:
-    """Whether there is a scorer that has its weights there, which will be of no use without it."""
-    if not (out.is_file() and data.is_file()):
-        return False
+def _own_weights(out: Path) -> set[Path]:
+    """The files beside a scorer with its weights, which are of no use without it."""
     try:
         old = onnx.load(str(out), load_external_data=False)
-    except Exception:  # of protobuf: no scorer
-        return False
-    return bool(_metadata(old, METADATA)) and data.resolve() in _weight_files(old.graph, out.parent)
+    except Exception:  # of protobuf, or none there: no scorer
+        return set()
+    if not _metadata(old, METADATA):
+        return set()
+    ours = re.compile(re.escape(out.name) + r"(\.[0-9a-f]{16})?\.data")
+    folder = out.parent.resolve()
+    return {path for path in _weight_files(old.graph, folder) if path.parent == folder and ours.fullmatch(path.name)}
 
 
 def _write(model: ModelProto, out: Path) -> None:
-    """The file, and the one beside it with the weights that do not lie in it; both whole, or none."""
-    data = _beside(out)
-    beside = [path.with_name(path.name + ".writing") for path in (out, data)]
-    old = _own_weights(out, data)
+    """The file, and the one beside it with the weights that do not lie in it.
+
+    That one is named by its contents, so that it never takes the place of other weights: until the scorer itself is replaced,
+    in one step, the old scorer and its weights lie there, and then the new ones.
+    """
+    before = _own_weights(out)
+    data = _move_weights(model, out)
     try:
-        moved = _move_weights(model, beside[1], data.name)
-        with open(beside[0], "wb") as file:
+        with files.replacing(out) as file:
             file.write(model.SerializeToString(deterministic=True))
-        if moved:
-            os.replace(beside[1], data)
-        os.replace(beside[0], out)
-        if old and not moved:
+    except BaseException:
+        if data is not None and data not in before:
             data.unlink(missing_ok=True)
-    finally:
-        for path in beside:
-            path.unlink(missing_ok=True)
+        raise
+    for path in before - {data}:
+        path.unlink(missing_ok=True)
 
 
-def _move_weights(model: ModelProto, beside: Path, name: str) -> bool:
-    """Weights outside of the models' files, and large ones where one file would not hold them, to a file; whether there are any."""
+def _move_weights(model: ModelProto, out: Path) -> Path | None:
+    """Weights outside of the models' files, and large ones where one file would not hold them, to a file beside ``out``; None: there are none."""
     large = model.ByteSize() > INLINE_LIMIT
-    position, moved = 0, False
-    with open(beside, "wb") as file:
-        for tensor in _tensors(model.graph):
-            outside = external_data_helper.uses_external_data(tensor)
-            if not outside and not (large and len(tensor.raw_data) >= PAGE):
-                continue
-            file.write(b"\0" * (-position % PAGE))
-            position += -position % PAGE
-            length = 0
-            for chunk in _outside(tensor) if outside else (tensor.raw_data,):
-                file.write(chunk)
-                length += len(chunk)
-            tensor.ClearField("raw_data")
-            del tensor.external_data[:]
-            tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", name), ("offset", position), ("length", length)):
-                tensor.external_data.add(key=key, value=str(value))
-            position += length
-            moved = True
-    return moved
+    moved = [
+        tensor
+        for tensor in _tensors(model.graph)
+        if external_data_helper.uses_external_data(tensor) or (large and len(tensor.raw_data) >= PAGE)
+    ]
+    if not moved:
+        return None
+    beside = out.with_name(out.name + ".data.writing")
+    with files.writing(beside) as file:
+        digest, places = _write_weights(moved, file)
+    data = out.parent.resolve() / f"{out.name}.{digest[:16]}.data"
+    os.replace(beside, data)
+    for tensor, place in zip(moved, places, strict=True):
+        tensor.ClearField("raw_data")
+        del tensor.external_data[:]
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", data.name), *zip(("offset", "length"), place, strict=True)):
+            tensor.external_data.add(key=key, value=str(value))
+    return data
+
+
+def _write_weights(tensors: Iterable[TensorProto], file: IO[bytes]) -> tuple[str, list[tuple[int, int]]]:
+    """SHA-256 of what was written, and offset and length of each."""
+    digest = hashlib.sha256()
+    places = []
+    position = 0
+
+    def write(data: bytes) -> None:
+        nonlocal position
+        digest.update(data)
+        file.write(data)
+        position += len(data)
+
+    for tensor in tensors:
+        write(b"\0" * (-position % PAGE))
+        start = position
+        for chunk in _outside(tensor) if external_data_helper.uses_external_data(tensor) else (tensor.raw_data,):
+            write(chunk)
+        places.append((start, position - start))
+    return digest.hexdigest(), places
 
 
 def _outside(tensor: TensorProto) -> Iterator[bytes]:

@@ -169,35 +169,27 @@ def write_parquet(journal: Journal, path: Path, facts: dict[str, Any], groups: S
         fields.append(("group", pa.string() if groups.dtype.kind == "U" else pa.from_numpy_dtype(groups.dtype)))
     schema = pa.schema(fields, {METADATA: json.dumps({"pykd": __version__, **facts})})
     statuses = pa.array(STATUSES)
-    beside = path.with_name(path.name + ".writing")
     group_blocks = iter(()) if groups is None else groups.blocks(0, _GROUP_ROWS)
     try:
-        with open(beside, "wb") as file:
-            with parquet.ParquetWriter(file, schema, compression="zstd", use_dictionary=["status"]) as writer:
-                first = 0
-                for records in _gathered(journal.records(), _GROUP_ROWS):
-                    bad = records["status"] != 0
-                    columns = [
-                        pa.array(np.arange(first, first + len(records))),
-                        pa.DictionaryArray.from_arrays(pa.array(records["status"].astype(np.int8)), statuses),
-                    ]
-                    for name in names:
-                        mask = None if name == "label" else bad
-                        columns.append(pa.array(np.ascontiguousarray(records[name]), mask=mask))
-                    if groups is not None:
-                        columns.append(pa.array(_group_names(next(group_blocks)(), first), schema.field("group").type))
-                    writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-                    first += len(records)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with (
+            files.replacing(path) as file,
+            parquet.ParquetWriter(file, schema, compression="zstd", use_dictionary=["status"]) as writer,
+        ):
+            first = 0
+            for records in _gathered(journal.records(), _GROUP_ROWS):
+                bad = records["status"] != 0
+                columns = [
+                    pa.array(np.arange(first, first + len(records))),
+                    pa.DictionaryArray.from_arrays(pa.array(records["status"].astype(np.int8)), statuses),
+                ]
+                for name in names:
+                    mask = None if name == "label" else bad
+                    columns.append(pa.array(np.ascontiguousarray(records[name]), mask=mask))
+                if groups is not None:
+                    columns.append(pa.array(_group_names(next(group_blocks)(), first), schema.field("group").type))
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+                first += len(records)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise full(path, error) from error
 
 
