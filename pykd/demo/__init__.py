@@ -1,7 +1,8 @@
 """The whole way, once: a loss from Python to two C++ trainers, with every number checked.
 
 ``python -m pykd demo`` trains a teacher on scikit-learn's digits, exports a recipe, evaluates it in PyTorch,
-TorchScript and ONNX Runtime, in Python and in C++, against float64, and trains students with it in C++.
+TorchScript and ONNX Runtime, in Python and in C++, against float64, trains students with it in C++, and scores a student and its
+quantised form against the teacher.
 """
 
 import dataclasses
@@ -24,20 +25,21 @@ def main(
     """Runs the demo.
 
     Args:
-        out_dir: takes the recipe, the data, ``results.json``, ``parity.png`` and ``learning_curves.png``.
+        out_dir: takes the recipe, the data, ``results.json``, ``parity.png`` and ``learning_curves.png``, and in
+            ``scoring/`` the models, the scorers, and the pages ``student.html`` and ``student_int8.html``.
         examples_dir: where the C++ example programs are; see :func:`pykd.demo.programs.find`.
         seeds: how many students each trainer trains, with and without distillation; at least 2.
         epochs: how long.
 
     Returns:
-        0; 1 where a route disagreed with float64.
+        0; 1 where a route disagreed with float64, or the ways to score with each other.
 
     Raises:
         ImportError, OSError, RuntimeError: something could not be run, read or written.
     """
     if seeds < 2:
         raise ValueError(f"expected at least 2 seeds, got {seeds}; a standard deviation needs them")
-    _need("matplotlib", "onnxruntime", "sklearn", "torch")
+    _need("jinja2", "matplotlib", "onnxruntime", "pyarrow", "sklearn", "torch")
     return _run(Path(out_dir), examples_dir, seeds, epochs)
 
 
@@ -54,12 +56,12 @@ def _run(out: Path, examples_dir: str | Path | None, seeds: int, epochs: int) ->
 
     from pykd.composition import DistillationLoss
     from pykd.demo import digits as data
-    from pykd.demo import parity, plots, programs, tensor_file
+    from pykd.demo import parity, plots, programs, scoring, tensor_file
     from pykd.export import export
 
     found = programs.find(examples_dir)
     out.mkdir(parents=True, exist_ok=True)
-    say = _Steps(7)
+    say = _Steps(8)
 
     say.step("training the teacher: 8×8 pixels, 898 images")
     digits = data.load()
@@ -86,7 +88,8 @@ def _run(out: Path, examples_dir: str | Path | None, seeds: int, epochs: int) ->
     export(loss, out / "recipe_float64", layouts=LAYOUTS, dtype="float64", progress=say)
 
     say.step("evaluating it on the teacher's and a student's outputs, on every route")
-    outputs = data.outputs(digits, teacher, data.train_student(digits, teacher, loss))
+    student = data.train_student(digits, teacher, loss)
+    outputs = data.outputs(digits, teacher, student)
     rows = parity.measure(loss, LAYOUTS, out / "recipe", outputs, found["evaluate"], out)
     say(parity.table(rows))
 
@@ -101,6 +104,9 @@ def _run(out: Path, examples_dir: str | Path | None, seeds: int, epochs: int) ->
         programs.run([found[program], "--loss", out / "recipe", *arguments, "--out", csv], say)
         curves[title] = programs.read_curves(csv)
 
+    say.step("scoring the student and its quantised form against the teacher, on 899 test images")
+    scored = scoring.run(digits, teacher, student, out / "scoring", say)
+
     say.step("drawing")
     plots.parity(out / "parity.png", rows)
     plots.learning_curves(out / "learning_curves.png", curves, teacher_accuracy)
@@ -111,16 +117,20 @@ def _run(out: Path, examples_dir: str | Path | None, seeds: int, epochs: int) ->
         "teacher_test_accuracy": teacher_accuracy,
         "parity": [{**dataclasses.asdict(row), "ok": row.ok} for row in rows],
         "students": {title: curve.summary() for title, curve in curves.items()},
+        "scores": {"ways_agree": scored.agree, "int8_minus_full_precision": scored.difference},
         "seconds": round(say.seconds(), 1),
     }
     (out / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    say(f"wrote {out / 'parity.png'}, {out / 'learning_curves.png'}, {out / 'results.json'}")
+    pictures = f"{out / 'parity.png'}, {out / 'learning_curves.png'}"
+    say(f"wrote {pictures}, {out / 'results.json'}, {', '.join(map(str, scored.reports.values()))}")
 
     agreed = all(row.ok for row in rows)
     largest = max(max(row.value_error, row.gradient_error) for row in rows)
     verdict = "every route agrees with float64" if agreed else "A ROUTE DISAGREES with float64 (table above)"
     print(f"\n{verdict}; largest error {largest:.1e}; {say.seconds():.0f} s in all", flush=True)
-    return 0 if agreed else 1
+    if not scored.ok:
+        print("THE WAYS TO SCORE DISAGREE (above)", flush=True)
+    return 0 if agreed and scored.ok else 1
 
 
 class _Steps:
