@@ -1,4 +1,4 @@
-"""The command line: ``pykd list``, ``show``, ``table``, ``export``, ``verify``, ``score``, ``merge``, ``demo``, ``env``.
+"""The command line: ``pykd list``, ``show``, ``table``, ``export``, ``verify``, ``score``, ``teacher``, ``merge``, ``demo``, ``env``.
 
 Each file holds one family of commands: ``add`` declares them to the parser, and says which function runs each.
 """
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from pykd._version import __version__
-from pykd.command_line import artefacts, losses, machine, merging, scoring
+from pykd.command_line import artefacts, losses, machine, merging, scoring, teacher
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"pykd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for family in (losses, artefacts, scoring, merging, machine):
+    for family in (losses, artefacts, scoring, teacher, merging, machine):
         family.add(commands)
     options = parser.parse_args(arguments)
     try:

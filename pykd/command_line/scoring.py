@@ -95,7 +95,7 @@ def _score(options: argparse.Namespace) -> int:
         temperature=options.temperature,
         classes=options.classes,
         threads=options.threads,
-        progress=_progress(),
+        progress=progress(),
         say=lambda text: print(text, file=sys.stderr),
     )
     report = summary(scores, options.seed)
@@ -201,7 +201,7 @@ def _as_llama(options: argparse.Namespace) -> str:
     return print_out(teacher, student, label, options.threads or cores())
 
 
-def _progress() -> Callable[[int, int], None] | None:
+def progress() -> Callable[[int, int], None] | None:
     """A bar on stderr where somebody looks at it."""
     if sys.stderr is None or not sys.stderr.isatty():
         return None
@@ -251,7 +251,8 @@ def as_text(report: dict[str, Any]) -> str:
             title = f"{part} {name}".replace("_", " ")
             value = "above 1e308" if entry["value"] is None else f"{entry['value']:.5g}"
             rows.append((title, value, _interval(entry["interval"])))
-    return "\n".join(lines + ([""] if rows else []) + _table(rows))
+    lines += ([""] if rows else []) + _table(rows)
+    return "\n".join(lines + [f"left out: {name} ({why})" for name, why in report["left_out"].items()])
 
 
 def _interval(ends: list[float | None] | None) -> str:

@@ -46,6 +46,7 @@ def as_html(report: dict[str, Any]) -> str:
         independent=report["independent"],
         bad_count=f"{sum(bad.values()):,}",
         bad=[(kind, f"{count:,}", MEANINGS[kind]) for kind, count in bad.items()],
+        left_out=list(report["left_out"].items()),
         tiles=_tiles(report),
         charts=_charts(report) if report["counted"] else [],
         tables=_tables(report) if report["counted"] else [],

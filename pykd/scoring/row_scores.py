@@ -105,7 +105,7 @@ class RowScores:
         sides = {"teacher": teacher, "student": student}
         best, largest, log_share = {}, {}, {}
         for side, logits in sides.items():
-            best[side] = _first_largest(logits)
+            best[side] = first_largest(logits)
             largest[side] = logits[rows, best[side]].astype(np.float32)
             log_share[side] = np.empty(len(rows), np.float32)  # −log of the best class's probability
             result[f"{side}_class"] = best[side]
@@ -132,7 +132,7 @@ class RowScores:
             if self.cut[side]:
                 tail = whole[side][:, self.classes :].astype(np.float64)
                 result[f"{side}_mass_cut"] = _share_of(tail, largest[side] + log_share[side].astype(np.float64))
-        result["teacher_class_rank"] = _rank(student, best["teacher"], best["student"])
+        result["teacher_class_rank"] = rank(student, best["teacher"], best["student"])
         known = np.zeros(len(rows), np.int64)
         if label is not None:
             inside = (label.values >= 0) & (label.values < self.classes)
@@ -230,11 +230,11 @@ def _ordered(logits: Array) -> Array:
     return key
 
 
-def _first_largest(logits: Array) -> Array:
+def first_largest(logits: Array) -> Array:
     return np.asarray(_ordered(logits).argmax(axis=1), np.int64)
 
 
-def _rank(student: Array, teacher_class: Array, student_class: Array) -> Array:
+def rank(student: Array, teacher_class: Array, student_class: Array) -> Array:
     """The place of the teacher's best class in the student's order, from 1; of equals the first comes first."""
     rank = np.ones(len(student), np.int32)
     differ = np.flatnonzero(teacher_class != student_class)

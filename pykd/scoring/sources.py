@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from pykd.scoring import llama
+from pykd.scoring.container import is_container
 from pykd.scoring.formats.arrow_files import arrow
 from pykd.scoring.formats.base_files import base_file as _base_file
 from pykd.scoring.formats.numpy_files import npy, npz
 from pykd.scoring.formats.parquet_files import parquet
 from pykd.scoring.formats.safetensors_files import safetensors
 from pykd.scoring.formats.source import Block, Load, Source, require
+from pykd.scoring.formats.teacher_files import teacher_file
 
 __all__ = ["Block", "Load", "Source", "base_file", "fingerprint", "open_column", "open_matrix", "path_of", "require"]
 
@@ -76,6 +78,8 @@ def _open(where: str | os.PathLike[str], role: str, matrix: bool) -> Source:
         if start.startswith(beginning):
             return opened(path, label, name, matrix)
     if path.endswith(".safetensors"):
+        if is_container(path):
+            return teacher_file(path, label, name, matrix)
         return safetensors(path, label, name, matrix)
     raise ValueError(
         f"expected {label} to be .npy, .npz, .safetensors, Parquet, Arrow IPC (file format) or a base "

@@ -109,6 +109,7 @@ class _Summary:
             "losses": facts["losses"],
             "classes_compared": facts["classes"],
             "temperature": facts["temperature"],
+            "left_out": facts.get("left_out", {}),
             "seed": self.seed,
             "independent": "groups" if self.grouped else "rows",
         }
@@ -186,7 +187,8 @@ class _Summary:
         return {f"top{k}": self._share(total[i], total[-1]) for i, k in enumerate(wanted)}
 
     def _with_labels(self) -> dict[str, Any]:
-        columns = ("label", "teacher_class", "student_class", "teacher_nll", "student_nll")
+        both = "teacher_nll" in self.scores.names  # a top K of the teacher does not tell it
+        columns = ("label", "teacher_class", "student_class", "student_nll", *(["teacher_nll"] if both else []))
         confidences = ("teacher_confidence", "student_confidence")
         right, nll = np.zeros((2, self.batches.count)), np.zeros((3, self.batches.count))
         counts = np.zeros(self.batches.count)
@@ -194,7 +196,8 @@ class _Summary:
         for block in self.blocks(*columns, *confidences):
             batch = block["batch"]
             counts += np.bincount(batch, minlength=self.batches.count)
-            teacher, student = block["teacher_nll"].astype(float), block["student_nll"].astype(float)
+            student = block["student_nll"].astype(float)
+            teacher = block["teacher_nll"].astype(float) if both else np.zeros(len(student))
             nll += self.sums(teacher, student, student - teacher, batch=batch)
             for side, name in enumerate(("teacher", "student")):
                 hit = (block[f"{name}_class"] == block["label"]).astype(float)
@@ -222,7 +225,9 @@ class _Summary:
         return {
             "accuracy": {name: self._share(right[i], counts) for i, name in enumerate(("teacher", "student"))},
             "perplexity": {
-                name: perplexity(nll[i]) for i, name in enumerate(("teacher", "student", "student_over_teacher"))
+                name: perplexity(nll[i])
+                for i, name in enumerate(("teacher", "student", "student_over_teacher"))
+                if both or name == "student"
             },
             "calibration_error": calibration,
         }

@@ -15,8 +15,9 @@ import numpy as np
 from pykd._version import __version__
 from pykd.scoring import sources
 from pykd.scoring.results import Journal, Scores, write_parquet
-from pykd.scoring.row_scores import STATUSES, RowScores
+from pykd.scoring.row_scores import LOSSES, STATUSES, RowScores
 from pykd.scoring.sources import Load, Source
+from pykd.scoring.top_k_scores import TopKScores
 
 _BLOCK_BYTES = 2 << 20  # of one side: what stays in the caches while it is worked on
 _LEAST_ROWS, _MOST_ROWS = 8, 1 << 16  # of a block
@@ -158,9 +159,27 @@ class _Work:
                     "pass files of the same rows in the same order"
                 )
         cut = self._compared(classes)
-        self.scores = RowScores(losses, temperature, self.classes, self.label is not None, cut)
-        self.exported = [loss for loss in losses if os.path.exists(loss) and loss not in self.scores.losses]
+        self.scores = self._scores(losses, temperature, cut)
+        self.exported = [loss for loss in losses if os.path.exists(loss) and loss not in LOSSES]
         self.temperature = temperature
+
+    def _scores(
+        self, losses: tuple[str, ...], temperature: float | None, cut: tuple[bool, bool]
+    ) -> RowScores | TopKScores:
+        """What is computed of a block."""
+        if self.student.kept is not None:
+            raise ValueError(
+                f"expected logits of all classes of the student, got {self.student.stored} in {self.student.name}; only the teacher may be a top K"
+            )
+        labelled = self.label is not None
+        if self.teacher.kept is None:
+            return RowScores(losses, temperature, self.classes, labelled, cut)
+        if cut[0]:
+            raise ValueError(
+                f"expected all {self.teacher.width} classes of {self.teacher.name} to be compared, got {self.classes}: of a top K none can be cut off; "
+                f"write it again with `pykd teacher --classes {self.classes}`"
+            )
+        return TopKScores(losses, temperature, self.teacher, labelled, cut[1])
 
     def _compared(self, classes: int | None) -> tuple[bool, bool]:
         """Settles how many classes are compared; says of each side whether it has more."""
@@ -182,12 +201,14 @@ class _Work:
             "losses": list(self.scores.losses),
             "classes": self.classes,
             "temperature": self.temperature,
+            "left_out": self.scores.left_out() if isinstance(self.scores, TopKScores) else {},
             "inputs": {
                 source_name: {
                     "path": os.fspath(self.places[source_name]),
                     "rows": source.rows,
                     "classes": source.width,
                     "dtype": source.stored,
+                    **({"written": dict(source.facts)} if source.facts else {}),
                 }
                 for source_name, source in self._named()
             },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,12 +13,25 @@ import numpy as np
 BUFFER = 1 << 20  # bytes that pyarrow reads ahead of a column
 
 
+class TopK(NamedTuple):
+    """What else is known of rows of which a source has the K most probable classes alone."""
+
+    ids: np.ndarray[Any, Any]  # (rows, K): the classes of the values, which are log-probabilities at temperature 1
+    log_tail: np.ndarray[Any, Any]  # (rows, temperatures): log of the mass of all other classes
+    lse: np.ndarray[Any, Any]  # (rows, temperatures): log Σ exp(logits / T); NaN where nobody knows
+    kind: np.ndarray[Any, Any]  # (rows,): place in ROW_KINDS
+
+
+ROW_KINDS = ("ok", "nan", "infinite", "ragged", "missing")  # what a row was when it was stored
+
+
 class Block(NamedTuple):
     """Consecutive rows of a source."""
 
     values: np.ndarray[Any, Any]  # (rows, classes), or (rows,)
     ragged: np.ndarray[Any, np.dtype[np.bool_]] | None = None  # rows of another length than the rest; None: no row
     missing: np.ndarray[Any, np.dtype[np.bool_]] | None = None  # rows that are null; None: no row
+    top_k: TopK | None = None  # None: the values are those of all classes
 
 
 Load = Callable[[], Block]  # may be called on any thread, once
@@ -36,6 +49,9 @@ class Source:
     # (first row, rows in a block) -> the blocks from there
     load: Callable[[int, int], Iterator[Load]] = field(repr=False)
     in_turn: bool = False  # whether a block is read while it is waited for, not when it is loaded
+    kept: int | None = None  # K, where blocks have the K most probable classes alone
+    temperatures: tuple[float, ...] = (1.0,)  # where the mass of the others is known
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what the file says of itself
 
     def blocks(self, start: int, rows: int) -> Iterator[Load]:
         """Blocks of exactly that many rows, the last one excepted, from row ``start`` on."""
