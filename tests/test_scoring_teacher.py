@@ -18,7 +18,7 @@ from pykd.scoring.results import Scores
 from pykd.scoring.sources import open_matrix
 from pykd.scoring.statistics import summary
 from pykd.scoring.stream import score_files
-from pykd.scoring.teacher import write_top_k
+from pykd.scoring.teacher import write_full, write_hidden, write_top_k
 
 ROWS, CLASSES, KEPT = 230, 40, 6
 LOSSES = ("kl", "reverse_kl", "symmetric_kl", "jsd", "cross_entropy")
@@ -248,6 +248,87 @@ def test_padding_of_the_vocabulary_is_left_out():
     assert (facts["vocabulary"], facts["classes"]) == (CLASSES, 35)
 
 
+def test_all_classes_are_written_as_log_probabilities():
+    teacher, _ = draw()
+    teacher += 3000  # where float16 has steps of 2
+    np.save("teacher.npy", teacher)
+    write_full(open_matrix("teacher.npy", "teacher"), "t.safetensors", threads=2)
+    tensors = load_file("t.safetensors")
+    assert {name: str(array.dtype) for name, array in tensors.items() if "." not in name} == {
+        "logprobs": "float16", "lse": "float32", "kind": "uint8"
+    }  # fmt: skip
+    lse = np.array([log_sum(row) for row in teacher])
+    np.testing.assert_allclose(tensors["lse"][:, 0], lse, rtol=1e-6)
+    expected = teacher.astype(np.float64) - lse[:, None]
+    np.testing.assert_allclose(tensors["logprobs"], expected, rtol=2**-11, atol=1e-4)  # float32 at 3,000
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_scores_against_all_classes_are_those_of_the_logits(temperature):
+    teacher, student = draw()
+    teacher[0, 1], teacher[1, 2], teacher[2], teacher[3, 5] = np.nan, np.inf, -np.inf, -np.inf
+    student[3, 5] = -np.inf
+    np.save("teacher.npy", teacher)
+    np.save("student.npy", student)
+    expected = score_files("teacher.npy", "student.npy", "f.parquet", LOSSES, "labels.npy", temperature=temperature)
+    for dtype, far in (("float32", 3e-6), ("float16", 3e-3)):
+        write_full(open_matrix("teacher.npy", "teacher"), "t.safetensors", dtype=dtype)
+        got = score_files(
+            "t.safetensors", "student.npy", f"{dtype}.parquet", LOSSES, "labels.npy", temperature=temperature
+        )
+        assert summary(got)["bad_rows"] == summary(expected)["bad_rows"]
+        for name in (*LOSSES, "teacher_nll", "teacher_confidence"):
+            np.testing.assert_allclose(column(got, name), column(expected, name), rtol=far, atol=far)
+
+
+def states(dtype=np.float32, bias=True, length=16):
+    """Hidden states, head and bias, and the logits that they make in float64."""
+    rng = np.random.default_rng(8)
+    parts = [rng.normal(size=(ROWS, length)), rng.normal(size=(CLASSES, length)), rng.normal(size=CLASSES) * bias]
+    hidden, head, shift = (part.astype(dtype) for part in parts)
+    for name, array in (("hidden", hidden), ("head", head), ("bias", shift)):
+        np.save(f"{name}.npy", array)
+    logits = hidden.astype(np.float64) @ head.astype(np.float64).T + shift.astype(np.float64)
+    np.save("teacher.npy", logits)
+    np.save("student.npy", (logits + rng.normal(size=logits.shape)).astype(np.float32))
+    return hidden, head
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_hidden_states_and_head_are_scored_as_the_logits_that_they_make(dtype, bias, monkeypatch):
+    hidden, _ = states(dtype, bias)
+    monkeypatch.setattr("pykd.scoring.formats.teacher_files._LOGITS_BYTES", 4 * CLASSES * 50)  # several pieces
+    monkeypatch.setattr("pykd.scoring.formats.teacher_files._HEAD_ROWS", 7)
+    call = ["teacher", "--teacher", "hidden.npy", "--head", "head.npy", "--form", "hidden", "--out", "t.safetensors"]
+    assert main([*call, *(["--bias", "bias.npy"] if bias else [])]) == 0
+    tensors = load_file("t.safetensors")
+    np.testing.assert_array_equal(tensors["hidden"], hidden)
+    got = score_files("t.safetensors", "student.npy", "s.parquet", LOSSES)
+    expected = score_files("teacher.npy", "student.npy", "f.parquet", LOSSES)
+    for name in LOSSES:
+        np.testing.assert_allclose(column(got, name), column(expected, name), atol=1e-5, rtol=0)
+
+
+def test_the_head_may_have_padding():
+    states()
+    np.save("student.npy", np.load("student.npy")[:, :33])
+    source, head = open_matrix("hidden.npy", "teacher"), open_matrix("head.npy", "head")
+    write_hidden(source, head, "t.safetensors", classes=33)
+    read = open_matrix("t.safetensors", "teacher")
+    assert (read.width, read.facts["vocabulary"]) == (33, CLASSES)
+    np.testing.assert_array_equal(load_file("t.safetensors")["head"], np.load("head.npy")[:33])
+
+
+def test_bad_states_are_bad_rows():
+    hidden, _ = states()
+    hidden[3, 2] = np.nan
+    np.save("hidden.npy", hidden)
+    write_hidden(open_matrix("hidden.npy", "teacher"), open_matrix("head.npy", "head"), "t.safetensors")
+    bad = summary(score_files("t.safetensors", "student.npy", "s.parquet"))["bad_rows"]
+    assert bad["nan"] == 1 and sum(bad.values()) == 1
+
+
 def test_a_flipped_byte_is_seen_and_its_block_named():
     draw(rows=70_000, classes=3)  # several blocks
     path = Path(write(kept=2))
@@ -330,11 +411,18 @@ def test_a_file_that_is_there_stays_until_the_new_one_is_whole(monkeypatch):
         (["teacher", "--out", "u.safetensors", "--keep", "0"], "expected from 1 to 40 classes to keep, got 0"),
         (["teacher", "--out", "u.safetensors", "--classes", "41"], "expected from 1 to 40 classes, got 41"),
         (["teacher", "--out", "u.safetensors", "--temperature", "0"], "expected a temperature above 0, got 0"),
+        (["teacher", "--out", "u.safetensors", "--form", "hidden"], "expected --head FILE with --form hidden, got none; add it"),
+        (["teacher", "--out", "u.safetensors", "--form", "full", "--keep", "3"], "expected no --keep with --form full"),
+        (["teacher", "--out", "u.safetensors", "--form", "hidden", "--head", "head.npy"], "expected as many columns in the head head.npy as the states have, 40, got 16"),
+        (["teacher", "--out", "u.safetensors", "--form", "hidden", "--head", "teacher.npy", "--bias", "labels.npy"], "expected floating-point numbers in the bias"),
+        (["teacher", "--out", "u.safetensors", "--form", "hidden", "--head", "teacher.npy", "--dtype", "float16", "--teacher", "large.npy"], "expected numbers up to 65504 in the teacher large.npy for float16"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_said_in_three_parts(arguments, message, capsys):
     draw()
     write()
+    np.save("head.npy", np.ones((CLASSES, 16), np.float32))
+    np.save("large.npy", np.full((3, CLASSES), 1e6, np.float32))
     command, *rest = arguments
     given = (
         {"--teacher": "teacher.npy"}
@@ -368,6 +456,8 @@ def commands_of_the_docs():
 def test_the_commands_of_the_docs_run(capsys):
     draw(classes=130)
     Path("tokenizer.json").write_text("{}")
+    np.save("hidden.npy", np.ones((ROWS, 16), np.float16))
+    np.save("head.npy", np.ones((130, 16), np.float16))
     found = commands_of_the_docs()
     assert found
     for command in found:

@@ -14,54 +14,92 @@ def add(commands: Any) -> None:
         description="Writes what `pykd score --teacher` reads: of each row the most probable classes and the mass of all others. Files that are "
         "read: those of `pykd score`. What is written has a checksum per block, and is written whole or not at all.",
     )
-    teacher.add_argument("--teacher", metavar="FILE", required=True, help="logits of the teacher, (rows, classes)")
+    teacher.add_argument(
+        "--teacher",
+        metavar="FILE",
+        required=True,
+        help="logits of the teacher, (rows, classes); with --head hidden states",
+    )
     teacher.add_argument("--out", type=Path, metavar="FILE.safetensors", required=True, help="the file to write")
     teacher.add_argument(
-        "--keep", type=int, metavar="K", default=_KEPT, help=f"classes per row (default {_KEPT}, at most all)"
+        "--form",
+        choices=("top-k", "full", "hidden"),
+        default="top-k",
+        help="top-k: the most probable classes (default); full: all; hidden: hidden states, and the head that makes logits of them",
     )
+    teacher.add_argument("--keep", type=int, metavar="K", help=f"classes per row of a top-k (default {_KEPT}, or all)")
     teacher.add_argument(
         "--temperature",
         type=float,
         action="append",
-        default=[],
         metavar="T",
-        help="students can be scored at 1 and at this one; again: one more",
+        help="students can be scored against a top-k at 1 and at this one; again: one more",
     )
+    teacher.add_argument(
+        "--head", metavar="FILE", help="of hidden states: the matrix, (classes, length), as the last layer's weight"
+    )
+    teacher.add_argument("--bias", metavar="FILE", help="of hidden states: one number per class")
     teacher.add_argument("--classes", type=int, metavar="N", help="the first that count, where the others are padding")
     teacher.add_argument(
-        "--dtype", choices=("float16", "float32"), default="float16", help="of the log-probabilities (default float16)"
+        "--dtype", choices=("float16", "float32"), help="of what is stored (default float16; that of hidden states)"
     )
     teacher.add_argument("--tokenizer", metavar="FILE", help="its SHA-256 is noted")
     teacher.add_argument("--threads", type=int, default=0, help="that work at once (default: one per core)")
     teacher.set_defaults(run=_teacher)
 
 
+# What a form alone takes.
+_OF_FORM = {"keep": "top-k", "temperature": "top-k", "head": "hidden", "bias": "hidden"}
+
+
 def _teacher(options: argparse.Namespace) -> int:
     from pykd.command_line.scoring import progress
-    from pykd.scoring.sources import open_matrix, path_of
+    from pykd.scoring import teacher
+    from pykd.scoring.sources import open_column, open_matrix
     from pykd.scoring.stream import cores
-    from pykd.scoring.teacher import write_top_k
 
+    _check(options)
+    source = open_matrix(options.teacher, "teacher")
+    shared: dict[str, Any] = {
+        "classes": options.classes,
+        "tokenizer": options.tokenizer,
+        "threads": options.threads or cores(),
+        "progress": progress(),
+    }
+    if options.form == "hidden":
+        bias = None if options.bias is None else open_column(options.bias, "bias", "f")
+        teacher.write_hidden(
+            source, open_matrix(options.head, "head"), options.out, bias, dtype=options.dtype, **shared
+        )
+    elif options.form == "full":
+        teacher.write_full(source, options.out, dtype=options.dtype or "float16", **shared)
+    else:
+        kept = min(_KEPT, options.classes or source.width or 0) if options.keep is None else options.keep
+        teacher.write_top_k(
+            source, options.out, kept, options.temperature or (), dtype=options.dtype or "float16", **shared
+        )
+    size = options.out.stat().st_size
+    print(f"{options.out}: {source.rows:,} rows, {size:,} bytes, {size / source.rows:,.0f} per row")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    from pykd.scoring.sources import path_of
+
+    for name, form in _OF_FORM.items():
+        if getattr(options, name) is not None and options.form != form:
+            raise ValueError(
+                f"expected no --{name} with --form {options.form}, got one; leave it out, or write --form {form}"
+            )
+    if options.form == "hidden" and options.head is None:
+        raise ValueError("expected --head FILE with --form hidden, got none; add it")
     if options.threads < 0:
         raise ValueError(f"expected --threads from 0, got {options.threads}")
     if options.out.suffix != ".safetensors":
         raise ValueError(f"expected --out FILE.safetensors, got {options.out}; name it so")
     if not options.out.parent.is_dir():
         raise FileNotFoundError(f"expected a folder for --out, got none at {options.out.parent}; make it")
-    if options.out.resolve() == Path(path_of(options.teacher)).resolve():
-        raise ValueError(f"expected another file for --out than the teacher, got {options.out}; name another")
-    source = open_matrix(options.teacher, "teacher")
-    write_top_k(
-        source,
-        options.out,
-        min(options.keep, options.classes or source.width or 0),
-        temperatures=options.temperature,
-        classes=options.classes,
-        dtype=options.dtype,
-        tokenizer=options.tokenizer,
-        threads=options.threads or cores(),
-        progress=progress(),
-    )
-    size = options.out.stat().st_size
-    print(f"{options.out}: {source.rows:,} rows, {size:,} bytes, {size / source.rows:,.0f} per row")
-    return 0
+    for name in ("teacher", "head", "bias", "tokenizer"):
+        where = getattr(options, name)
+        if where is not None and options.out.resolve() == Path(path_of(where)).resolve():
+            raise ValueError(f"expected another file for --out than the {name}, got {options.out}; name another")

@@ -54,10 +54,10 @@ def open_matrix(where: str | os.PathLike[str], role: str) -> Source:
 
 
 def open_column(where: str | os.PathLike[str], role: str, kinds: str = "iu") -> Source:
-    """One value per row: labels (whole numbers), or the names of groups (``kinds="iuU"``)."""
+    """One value per row: labels (whole numbers), the names of groups (``kinds="iuU"``), a bias (``"f"``)."""
     source = _open(where, role, matrix=False)
     if source.dtype.kind not in kinds:
-        wanted = "whole numbers" if kinds == "iu" else "whole numbers or text"
+        wanted = {"iu": "whole numbers", "f": "floating-point numbers"}.get(kinds, "whole numbers or text")
         raise ValueError(
             f"expected {wanted} in {source.name}, got {source.stored}; name the right array or column after the path, as in "
             "file.parquet#label, or convert it"

@@ -5,33 +5,34 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pykd.scoring.container import Writer
+from pykd.scoring.container import Shapes, Writer
 from pykd.scoring.formats.source import ROW_KINDS, Block, Load, Source
-from pykd.scoring.top_k import keep
+from pykd.scoring.top_k import keep, log_sum, narrow
 
 _BLOCK_BYTES = 2 << 20  # of logits: what stays in the caches while it is worked on
 _LEAST_ROWS, _MOST_ROWS = 8, 1 << 16  # of a block
 _OK, _NAN, _INFINITE, _RAGGED, _MISSING = range(len(ROW_KINDS))
 
 Array = np.ndarray[Any, Any]
+Where = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 
 
 def write_top_k(
     source: Source,
-    out: str | os.PathLike[str],
+    out: Where,
     kept: int,
     temperatures: Sequence[float] = (),
     classes: int | None = None,
     dtype: str = "float16",
-    tokenizer: str | os.PathLike[str] | None = None,
+    tokenizer: Where | None = None,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> None:
@@ -60,15 +61,12 @@ def write_top_k(
         "form": "top-k",
         **_facts(source, width, tokenizer),
         "temperatures": known,
-        "row_kinds": ROW_KINDS,
     }
-    rows = source.rows
-    tensors = {
-        "lse": (np.dtype("<f4"), (rows, len(known))),
-        "log_tail": (np.dtype("<f4"), (rows, len(known))),
-        "ids": (np.dtype("<i4"), (rows, kept)),
-        "logprobs": (np.dtype(dtype), (rows, kept)),
-        "kind": (np.dtype("u1"), (rows,)),
+    shapes = {
+        "lse": (np.dtype("<f4"), (len(known),)),
+        "log_tail": (np.dtype("<f4"), (len(known),)),
+        "ids": (np.dtype("<i4"), (kept,)),
+        "logprobs": (np.dtype(dtype), (kept,)),
     }
 
     def reduced(load: Load) -> dict[str, Array]:
@@ -84,11 +82,116 @@ def write_top_k(
             array[bad] = 0 if name == "ids" else np.nan
         return {**parts, "kind": kind}
 
-    with Writer(Path(out), facts, tensors) as writer:
+    _write(source, out, facts, shapes, reduced, threads, progress)
+
+
+def write_full(
+    source: Source,
+    out: Where,
+    classes: int | None = None,
+    dtype: str = "float16",
+    tokenizer: Where | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the log-probabilities of all classes: ``logprobs`` (rows, classes), ``lse`` float32 (rows, 1), ``kind``.
+
+    Args:
+        source: as for :func:`write_top_k`, as are ``out``, ``classes``, ``dtype``, ``tokenizer``, ``threads`` and ``progress``.
+    """
+    width = _classes(source, classes)
+    shapes = {"lse": (np.dtype("<f4"), (1,)), "logprobs": (np.dtype(dtype), (width,))}
+
+    def reduced(load: Load) -> dict[str, Array]:
+        block = load()
+        logits = block.values[:, :width]
+        kind = kinds(block, logits)
+        with np.errstate(all="ignore"):  # of bad rows
+            values, offset = narrow(logits)
+            lse = log_sum(values)[:, None]
+            log_probs = _stored(values - lse, dtype)
+        log_probs[kind != _OK] = np.nan
+        log_probs[kind == _INFINITE] = np.inf
+        return {"lse": (lse + offset[:, None]).astype("<f4"), "logprobs": log_probs, "kind": kind}
+
+    _write(source, out, {"form": "full", **_facts(source, width, tokenizer)}, shapes, reduced, threads, progress)
+
+
+def write_hidden(
+    source: Source,
+    head: Source,
+    out: Where,
+    bias: Source | None = None,
+    classes: int | None = None,
+    dtype: str | None = None,
+    tokenizer: Where | None = None,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """Writes hidden states and the matrix that makes logits of them: ``hidden`` (rows, d), ``head`` (classes, d), ``bias`` (classes,), ``kind``.
+
+    Args:
+        source: the states (:func:`pykd.scoring.sources.open_matrix`).
+        head: the matrix, one row per class, as the weight of the last linear layer.
+        out: the file, as for :func:`write_top_k`, as are ``classes``, ``tokenizer``, ``threads`` and ``progress``.
+        bias: one number per class (:func:`pykd.scoring.sources.open_column`, ``kinds="f"``), or none.
+        dtype: of states, matrix and bias; None: float16 where the states are, float32 elsewhere.
+    """
+    if head.width != source.width:
+        raise ValueError(
+            f"expected as many columns in {head.name} as the states have, {source.width}, got {head.width}; write one row per class"
+        )
+    if bias is not None and bias.rows != head.rows:
+        raise ValueError(
+            f"expected as many numbers in {bias.name} as there are classes, {head.rows}, got {bias.rows}; pass those of the same layer"
+        )
+    if classes is not None and not 1 <= classes <= head.rows:
+        raise ValueError(f"expected from 1 to {head.rows} classes, got {classes}; correct --classes")
+    width = classes or head.rows
+    stored = np.dtype(dtype or ("float16" if source.dtype == np.float16 else "float32"))
+    assert source.width is not None
+    facts = {"form": "hidden", **_facts(source, width, tokenizer), "vocabulary": head.rows, "head": head.name}
+    whole: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {"head": (stored, (width, source.width))}
+    if bias is not None:
+        whole["bias"] = (stored, (width,))
+
+    def reduced(load: Load) -> dict[str, Array]:
+        block = load()
+        return {"hidden": _fitting(block.values, stored, source), "kind": kinds(block, block.values)}
+
+    def parts() -> Iterator[dict[str, Array]]:
+        for name, part in (("head", head), ("bias", bias)):
+            if part is not None:
+                rows = _block_rows(part)
+                for first, load in zip(range(0, width, rows), part.blocks(0, rows), strict=False):
+                    yield {name: _fitting(load().values[: width - first], stored, part)}
+
+    _write(source, out, facts, {"hidden": (stored, (source.width,))}, reduced, threads, progress, whole, parts())
+
+
+def _write(
+    source: Source,
+    out: Where,
+    facts: dict[str, Any],
+    shapes: Shapes,
+    work: Callable[[Load], dict[str, Array]],
+    threads: int,
+    progress: Progress | None,
+    whole: Shapes | None = None,
+    parts: Iterable[dict[str, Array]] = (),
+) -> None:
+    """Tensors of a row per row, with ``kind``, and before them ``whole`` ones, in ``parts``."""
+    shapes = {**shapes, "kind": (np.dtype("u1"), ())}
+    rows = source.rows
+    tensors = {name: (dtype, (rows, *shape)) for name, (dtype, shape) in shapes.items()}
+    facts = {**facts, "row_kinds": ROW_KINDS}
+    with Writer(Path(out), facts, {**tensors, **(whole or {})}) as writer:
+        for part in parts:
+            writer.append(**part)
         done = 0
-        for parts in _worked(source, reduced, threads):
-            writer.append(**parts)
-            done += len(parts["kind"])
+        for written in _worked(source, work, threads):
+            writer.append(**written)
+            done += len(written["kind"])
             if progress is not None:
                 progress(done, rows)
 
@@ -111,6 +214,17 @@ def _stored(log_probs: Array, dtype: str) -> Array:
     return np.where(finite, np.maximum(log_probs, float(np.finfo(dtype).min)), log_probs).astype(dtype)
 
 
+def _fitting(values: Array, dtype: np.dtype[Any], source: Source) -> Array:
+    """In a type whose range they do not leave."""
+    with np.errstate(over="ignore"):
+        stored = values.astype(dtype, copy=False)
+    if (np.isinf(stored) & np.isfinite(values)).any():
+        raise ValueError(
+            f"expected numbers up to {np.finfo(dtype).max:g} in {source.name} for {dtype}, got larger ones; pass --dtype float32"
+        )
+    return stored
+
+
 def _classes(source: Source, classes: int | None) -> int:
     width = source.width or 0
     if source.kept is not None:
@@ -122,7 +236,7 @@ def _classes(source: Source, classes: int | None) -> int:
     return width if classes is None else classes
 
 
-def _facts(source: Source, classes: int, tokenizer: str | os.PathLike[str] | None) -> dict[str, Any]:
+def _facts(source: Source, classes: int, tokenizer: Where | None) -> dict[str, Any]:
     return {
         "rows": source.rows,
         "vocabulary": source.width,
@@ -133,7 +247,7 @@ def _facts(source: Source, classes: int, tokenizer: str | os.PathLike[str] | Non
     }
 
 
-def _digest(path: str | os.PathLike[str]) -> str:
+def _digest(path: Where) -> str:
     with open(path, "rb") as file:
         return (
             hashlib.file_digest(file, "sha256").hexdigest()
@@ -144,12 +258,10 @@ def _digest(path: str | os.PathLike[str]) -> str:
 
 def _worked(source: Source, work: Callable[[Load], dict[str, Array]], threads: int) -> Iterator[dict[str, Array]]:
     """What becomes of each block, in order; ``threads`` blocks are worked on at once."""
-    row_bytes = source.dtype.itemsize * (source.width or 1)
-    rows = min(max(_BLOCK_BYTES // row_bytes, _LEAST_ROWS), _MOST_ROWS)
     waiting: deque[Future[dict[str, Array]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for load in source.blocks(0, rows):
+            for load in source.blocks(0, _block_rows(source)):
                 waiting.append(pool.submit(work, load))
                 if len(waiting) > threads + 1:
                     yield waiting.popleft().result()
@@ -158,3 +270,8 @@ def _worked(source: Source, work: Callable[[Load], dict[str, Array]], threads: i
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _block_rows(source: Source) -> int:
+    row_bytes = source.dtype.itemsize * (source.width or 1)
+    return min(max(_BLOCK_BYTES // row_bytes, _LEAST_ROWS), _MOST_ROWS)
