@@ -162,13 +162,10 @@ def write_parquet(journal: Journal, path: Path, facts: dict[str, Any], groups: S
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    fields = [("row", pa.int64()), ("status", pa.dictionary(pa.int8(), pa.string()))]
-    names = [name for name in journal.dtype.names or () if name != "status"]
-    fields += [(name, pa.from_numpy_dtype(journal.dtype[name])) for name in names]
+    fields = [("row", pa.int64()), *((name, column.type) for name, column in columns_of(np.zeros(0, journal.dtype)))]
     if groups is not None:
         fields.append(("group", pa.string() if groups.dtype.kind == "U" else pa.from_numpy_dtype(groups.dtype)))
     schema = pa.schema(fields, {METADATA: json.dumps({"pykd": __version__, **facts})})
-    statuses = pa.array(STATUSES)
     group_blocks = iter(()) if groups is None else groups.blocks(0, _GROUP_ROWS)
     try:
         with (
@@ -177,20 +174,28 @@ def write_parquet(journal: Journal, path: Path, facts: dict[str, Any], groups: S
         ):
             first = 0
             for records in _gathered(journal.records(), _GROUP_ROWS):
-                bad = records["status"] != 0
-                columns = [
-                    pa.array(np.arange(first, first + len(records))),
-                    pa.DictionaryArray.from_arrays(pa.array(records["status"].astype(np.int8)), statuses),
-                ]
-                for name in names:
-                    mask = None if name == "label" else bad
-                    columns.append(pa.array(np.ascontiguousarray(records[name]), mask=mask))
+                columns = [pa.array(np.arange(first, first + len(records)))]
+                columns += [column for _, column in columns_of(records)]
                 if groups is not None:
                     columns.append(pa.array(_group_names(next(group_blocks)(), first), schema.field("group").type))
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
                 first += len(records)
     except OSError as error:
         raise full(path, error) from error
+
+
+def columns_of(records: Array) -> list[tuple[str, Any]]:
+    """Records as columns of Arrow: ``status``, then the others by their names, null where the row does not count."""
+    import pyarrow as pa
+
+    bad = records["status"] != OK
+    status = pa.DictionaryArray.from_arrays(pa.array(records["status"].astype(np.int8)), pa.array(STATUSES))
+    found = [("status", status)]
+    for name in records.dtype.names or ():
+        if name != "status":
+            mask = None if name == "label" else bad
+            found.append((name, pa.array(np.ascontiguousarray(records[name]), mask=mask)))
+    return found
 
 
 def _group_names(block: Block, first: int) -> Array:

@@ -2,13 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 
 from pykd.scoring import merge as merging
 from pykd.scoring.merge import ROLES
+
+
+class _Named(NamedTuple):
+    """What ONNX Runtime says of an input, under another name."""
+
+    name: str
+    type: str
+    shape: list[int | str | None]
 
 
 class Sessions:
@@ -83,6 +91,18 @@ class Sessions:
     def outputs(self) -> list[str]:
         """What a call returns: one vector per score."""
         return [value.name for value in self._parts.scores]
+
+    def arguments(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """Inputs (by the names that a call takes), parameters with a default, and outputs, as ONNX Runtime describes them."""
+        found: dict[str, Any] = {}
+        for (role, name), fed in self._fed.items():
+            (value,) = [value for value in self._models[role].get_inputs() if value.name == name]
+            found.setdefault(fed, _Named(fed, value.type, value.shape))
+        for value in self._loss.get_inputs():
+            if value.name not in self._connections:
+                found[value.name] = value
+        outputs = [value for value in self._loss.get_outputs() if value.name in self.outputs]
+        return list(found.values()), list(self._loss.get_overridable_initializers()), outputs
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         """The scores of a batch, by name."""

@@ -121,6 +121,20 @@ def labels_of(teacher: Where, student: Where, labels: Where | None) -> Where | N
     return next((where for where, head in zip((teacher, student), heads, strict=True) if head is not None), None)
 
 
+def compared(widths: tuple[int, int], classes: int | None) -> int:
+    """How many classes are compared of a teacher and a student that have that many."""
+    if classes is None and widths[0] != widths[1]:
+        raise ValueError(
+            f"expected as many classes of the student as of the teacher, {widths[0]}, got {widths[1]}; pass --classes "
+            f"{min(widths)} to compare the first {min(widths)} (where the rest is padding): the probability of what is "
+            "cut off is reported"
+        )
+    chosen = min(widths) if classes is None else classes
+    if not 1 <= chosen <= min(widths):
+        raise ValueError(f"expected from 1 to {min(widths)} classes, got {classes}; correct --classes")
+    return chosen
+
+
 class _Work:
     """The files of a run, which go together."""
 
@@ -158,7 +172,9 @@ class _Work:
                     f"expected as many rows in {other.name} as the teacher has, {self.rows}, got {other.rows}; "
                     "pass files of the same rows in the same order"
                 )
-        cut = self._compared(classes)
+        widths = self.teacher.width or 0, self.student.width or 0
+        self.classes = compared(widths, classes)
+        cut = widths[0] > self.classes, widths[1] > self.classes
         self.scores = self._scores(losses, temperature, cut)
         self.exported = [loss for loss in losses if os.path.exists(loss) and loss not in LOSSES]
         self.temperature = temperature
@@ -180,20 +196,6 @@ class _Work:
                 f"write it again with `pykd teacher --classes {self.classes}`"
             )
         return TopKScores(losses, temperature, self.teacher, labelled, cut[1])
-
-    def _compared(self, classes: int | None) -> tuple[bool, bool]:
-        """Settles how many classes are compared; says of each side whether it has more."""
-        widths = self.teacher.width or 0, self.student.width or 0
-        if classes is None and widths[0] != widths[1]:
-            raise ValueError(
-                f"expected as many classes of the student as of the teacher, {widths[0]}, got {widths[1]}; pass --classes "
-                f"{min(widths)} to compare the first {min(widths)} (where the rest is padding): the probability of what is "
-                "cut off is reported"
-            )
-        self.classes = min(widths) if classes is None else classes
-        if not 1 <= self.classes <= min(widths):
-            raise ValueError(f"expected from 1 to {min(widths)} classes, got {classes}; correct --classes")
-        return widths[0] > self.classes, widths[1] > self.classes
 
     def facts(self) -> dict[str, Any]:
         """What the report says of the input."""

@@ -104,6 +104,24 @@ def column_source(
     )
 
 
+def block_of_column(column: Any, width: int | None, label: str) -> Block:
+    """An array of Arrow as rows: of lists of that length, or of single values where there is none.
+
+    Args:
+        column: the array.
+        width: entries of a row; None: each row is one value.
+        label: what it is, for messages.
+    """
+    pa, _ = arrow_modules()
+    in_lists = _list_kind(pa, column.type)
+    if in_lists != (width is not None):
+        wanted = "a number in each row" if width is None else "lists"
+        raise ValueError(f"expected {wanted} of {label}, got {column.type}; name another column")
+    if width is None:
+        return _from_column(column, _numpy_type(pa, column.type, label))
+    return _from_lists(pa, column, width, _numpy_type(pa, column.type.value_type, label))
+
+
 def _plain(array: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """Values without lists; what is null becomes NaN."""
     if array.null_count:
