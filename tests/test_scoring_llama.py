@@ -1,5 +1,7 @@
 """Base files of llama.cpp: their rows and labels, and the print-out of the tool that they come from."""
 
+import ctypes
+import ctypes.util
 import math
 import re
 import struct
@@ -239,3 +241,97 @@ def test_what_the_print_out_cannot_say_is_refused(capsys):
     np.save("student.npy", student[:, :-1])
     assert main(call) == 2
     assert "expected 51 classes of the student, got 50" in capsys.readouterr().err
+
+
+def words_of_the_tool(row):
+    """A row as the tool writes it, in its float32 arithmetic, a class at a time with the exponential of the C library."""
+    libm = ctypes.CDLL(ctypes.util.find_library("m"))
+    libm.expf.restype, libm.expf.argtypes = ctypes.c_float, [ctypes.c_float]
+    f = np.float32
+    largest = max(row)
+    least = max(min(row), f(largest - f(16)))
+    total = 0.0
+    for x in row:
+        total += libm.expf(float(f(x - largest)))
+    log_sum = f(math.log(total))
+    scale = f(f(largest - least) / f(65535))
+    codes = [0] * len(row)
+    if scale:
+        inverse = f(f(1) / scale)
+        for i, x in enumerate(row):
+            if x > least:
+                (bits,) = struct.unpack("<i", struct.pack("<f", f(f(inverse * f(x - least)) + f(12582912))))
+                codes[i] = (bits & 0x007FFFFF) - 0x00400000
+    return scale, f(f(least - largest) - log_sum), codes
+
+
+def draw_logits(spread=6.0):
+    rng = np.random.default_rng(12)
+    logits = (spread * rng.normal(size=(CHUNKS * CONTEXT, CLASSES))).astype(np.float32)
+    logits[[CONTEXT // 2, CONTEXT // 2 + 1]] = [[2.5], [-7]]  # every class the same
+    logits[CONTEXT // 2 + 2, 7] = -np.float32(1e30)
+    tokens = rng.integers(0, CLASSES, size=(CHUNKS, CONTEXT))
+    np.save("all.npy", logits)
+    scored = logits.reshape(CHUNKS, CONTEXT, CLASSES)[:, CONTEXT // 2 : -1].reshape(-1, CLASSES)
+    np.save("scored.npy", scored)
+    np.save("tokens.npy", tokens)
+    return scored, tokens
+
+
+WRITE = ["teacher", "--form", "llama", "--tokens", "tokens.npy", "--context", str(CONTEXT), "--out", "base.kld"]
+
+
+@pytest.mark.parametrize("given", ["all", "scored"])
+def test_a_base_file_is_written_as_the_tool_does(given, monkeypatch):
+    monkeypatch.setattr("pykd.scoring.llama._BLOCK_BYTES", 4 * CLASSES * 5)  # many blocks
+    scored, tokens = draw_logits()
+    assert main([*WRITE, "--teacher", f"{given}.npy"]) == 0
+    data = Path("base.kld").read_bytes()
+    assert data[:20] == b"_logits_" + struct.pack("<iii", CONTEXT, CLASSES, CHUNKS)
+    assert data[20 : 20 + 4 * tokens.size] == tokens.astype("<i4").tobytes()
+    words = 2 * ((CLASSES + 1) // 2) + 4
+    assert len(data) == 20 + 4 * tokens.size + 2 * ROWS * words
+    rows = np.frombuffer(data, "<u2", offset=20 + 4 * tokens.size).reshape(ROWS, words)
+    for row, logits in zip(rows, scored, strict=True):
+        scale, least, codes = words_of_the_tool(logits)
+        got = row[:4].view("<f4")
+        assert got[0] == scale
+        assert row[4 : 4 + CLASSES].tolist() == codes
+        np.testing.assert_array_max_ulp(got[1], least, 1)  # of exponentials by NumPy
+    source, labels = open_matrix("base.kld", "teacher"), open_column("base.kld", "labels")
+    got = np.concatenate([load().values for load in source.blocks(0, 7)])
+    log_p = log_softmax(scored.astype(np.float64))
+    np.testing.assert_allclose(
+        got, np.maximum(log_p, log_p.max(axis=1, keepdims=True) - 16), atol=16 / 65535 / 2 + 4e-6
+    )
+    read = np.concatenate([load().values for load in labels.blocks(0, 50)])
+    np.testing.assert_array_equal(read, tokens[:, CONTEXT // 2 + 1 :].reshape(-1))
+
+
+def test_a_base_file_of_the_student_itself_shows_the_noise_of_its_codes_alone(capsys):
+    draw_logits(spread=3.0)
+    assert main([*WRITE, "--teacher", "scored.npy"]) == 0
+    assert main(["score", "--teacher", "base.kld", "--student", "scored.npy", "--format", "llama"]) == 0
+    mean = float(re.search(r"Mean +KLD: +(\S+)", capsys.readouterr().out)[1])
+    assert abs(mean) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--context", "31"], "expected whole chunks of at least 3 tokens in the tokens tokens.npy, got 288 tokens in chunks of 31"),
+        (["--tokens", "large.npy"], "expected tokens from 0 to 50 in the tokens large.npy, got 51 to 51"),
+        (["--teacher", "few.npy"], "expected logits of 288 tokens, or of the 135 that are scored, in the teacher few.npy, got 9 rows"),
+        (["--teacher", "bad.npy"], "expected finite logits in the teacher bad.npy, got others in row 17"),
+        (["--dtype", "float16"], "expected no --classes, --dtype and --tokenizer with --form llama"),
+    ],
+)  # fmt: skip
+def test_what_no_base_file_can_hold_is_refused(arguments, message, capsys):
+    scored, tokens = draw_logits()
+    np.save("large.npy", np.full(tokens.shape, CLASSES))
+    np.save("few.npy", scored[:9])
+    scored[17, 3] = -np.inf
+    np.save("bad.npy", scored)
+    assert main([*WRITE, "--teacher", "scored.npy", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(Path().glob("base.kld*"))

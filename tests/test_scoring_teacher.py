@@ -411,7 +411,7 @@ def test_a_file_that_is_there_stays_until_the_new_one_is_whole(monkeypatch):
         (["teacher", "--out", "u.safetensors", "--keep", "0"], "expected from 1 to 40 classes to keep, got 0"),
         (["teacher", "--out", "u.safetensors", "--classes", "41"], "expected from 1 to 40 classes, got 41"),
         (["teacher", "--out", "u.safetensors", "--temperature", "0"], "expected a temperature above 0, got 0"),
-        (["teacher", "--out", "u.safetensors", "--form", "hidden"], "expected --head FILE with --form hidden, got none; add it"),
+        (["teacher", "--out", "u.safetensors", "--form", "hidden"], "expected --head with --form hidden, got none; add it"),
         (["teacher", "--out", "u.safetensors", "--form", "full", "--keep", "3"], "expected no --keep with --form full"),
         (["teacher", "--out", "u.safetensors", "--form", "hidden", "--head", "head.npy"], "expected as many columns in the head head.npy as the states have, 40, got 16"),
         (["teacher", "--out", "u.safetensors", "--form", "hidden", "--head", "teacher.npy", "--bias", "labels.npy"], "expected floating-point numbers in the bias"),
@@ -450,15 +450,17 @@ def test_neither_torch_nor_the_exporter_is_imported():
 def commands_of_the_docs():
     text = (Path(__file__).parents[1] / "docs" / "scoring.md").read_text(encoding="utf-8")
     section = text.partition("## Teacher outputs on disk")[2].partition("\n## ")[0]
-    return re.findall(r"^    (pykd .*?)(?:  +#.*)?$", section, re.MULTILINE)
+    found = re.findall(r"^    (pykd .*?)(?:  +#.*)?$", section, re.MULTILINE)
+    return found + re.findall(r"^    (pykd teacher --form llama .*)$", text, re.MULTILINE)
 
 
 def test_the_commands_of_the_docs_run(capsys):
-    draw(classes=130)
+    draw(rows=255, classes=130)  # one chunk of a base file
+    np.save("tokens.npy", np.arange(512) % 130)
     Path("tokenizer.json").write_text("{}")
-    np.save("hidden.npy", np.ones((ROWS, 16), np.float16))
+    np.save("hidden.npy", np.ones((255, 16), np.float16))
     np.save("head.npy", np.ones((130, 16), np.float16))
     found = commands_of_the_docs()
-    assert found
+    assert len(found) > 4
     for command in found:
         assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err

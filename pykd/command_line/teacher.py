@@ -18,14 +18,14 @@ def add(commands: Any) -> None:
         "--teacher",
         metavar="FILE",
         required=True,
-        help="logits of the teacher, (rows, classes); with --head hidden states",
+        help="logits of the teacher, (rows, classes); of --form hidden its states",
     )
     teacher.add_argument("--out", type=Path, metavar="FILE.safetensors", required=True, help="the file to write")
     teacher.add_argument(
         "--form",
-        choices=("top-k", "full", "hidden"),
+        choices=("top-k", "full", "hidden", "llama"),
         default="top-k",
-        help="top-k: the most probable classes (default); full: all; hidden: hidden states, and the head that makes logits of them",
+        help="top-k: the most probable classes (default); full: all; hidden: hidden states, and the head that makes logits of them; llama: the base file of llama-perplexity --kl-divergence",
     )
     teacher.add_argument("--keep", type=int, metavar="K", help=f"classes per row of a top-k (default {_KEPT}, or all)")
     teacher.add_argument(
@@ -39,6 +39,8 @@ def add(commands: Any) -> None:
         "--head", metavar="FILE", help="of hidden states: the matrix, (classes, length), as the last layer's weight"
     )
     teacher.add_argument("--bias", metavar="FILE", help="of hidden states: one number per class")
+    teacher.add_argument("--tokens", metavar="FILE", help="of a base file: the text, whole numbers, chunk by chunk")
+    teacher.add_argument("--context", type=int, metavar="N", help="of a base file: tokens of a chunk")
     teacher.add_argument("--classes", type=int, metavar="N", help="the first that count, where the others are padding")
     teacher.add_argument(
         "--dtype", choices=("float16", "float32"), help="of what is stored (default float16; that of hidden states)"
@@ -49,7 +51,16 @@ def add(commands: Any) -> None:
 
 
 # What a form alone takes.
-_OF_FORM = {"keep": "top-k", "temperature": "top-k", "head": "hidden", "bias": "hidden"}
+_OF_FORM = {
+    "keep": "top-k",
+    "temperature": "top-k",
+    "head": "hidden",
+    "bias": "hidden",
+    "tokens": "llama",
+    "context": "llama",
+}
+# What it must have.
+_NEEDED = {"hidden": ("head",), "llama": ("tokens", "context")}
 
 
 def _teacher(options: argparse.Namespace) -> int:
@@ -60,6 +71,8 @@ def _teacher(options: argparse.Namespace) -> int:
 
     _check(options)
     source = open_matrix(options.teacher, "teacher")
+    if options.form == "llama":
+        return _base_file(options, source)
     shared: dict[str, Any] = {
         "classes": options.classes,
         "tokenizer": options.tokenizer,
@@ -78,9 +91,25 @@ def _teacher(options: argparse.Namespace) -> int:
         teacher.write_top_k(
             source, options.out, kept, options.temperature or (), dtype=options.dtype or "float16", **shared
         )
-    size = options.out.stat().st_size
-    print(f"{options.out}: {source.rows:,} rows, {size:,} bytes, {size / source.rows:,.0f} per row")
+    _say(options.out, source.rows)
     return 0
+
+
+def _base_file(options: argparse.Namespace, source: Any) -> int:
+    from pykd.command_line.scoring import progress
+    from pykd.scoring.llama import read_head, write_base
+    from pykd.scoring.sources import open_column
+    from pykd.scoring.stream import cores
+
+    tokens = open_column(options.tokens, "tokens")
+    write_base(source, tokens, options.context, options.out, options.threads or cores(), progress())
+    _say(options.out, read_head(str(options.out), str(options.out)).rows)
+    return 0
+
+
+def _say(out: Path, rows: int) -> None:
+    size = out.stat().st_size
+    print(f"{out}: {rows:,} rows, {size:,} bytes, {size / rows:,.0f} per row")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -91,15 +120,20 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"expected no --{name} with --form {options.form}, got one; leave it out, or write --form {form}"
             )
-    if options.form == "hidden" and options.head is None:
-        raise ValueError("expected --head FILE with --form hidden, got none; add it")
+    for name in _NEEDED.get(options.form, ()):
+        if getattr(options, name) is None:
+            raise ValueError(f"expected --{name} with --form {options.form}, got none; add it")
+    if options.form == "llama" and (options.classes or options.dtype or options.tokenizer):
+        raise ValueError(
+            "expected no --classes, --dtype and --tokenizer with --form llama, whose format is fixed, got one; leave it out"
+        )
     if options.threads < 0:
         raise ValueError(f"expected --threads from 0, got {options.threads}")
-    if options.out.suffix != ".safetensors":
+    if options.form != "llama" and options.out.suffix != ".safetensors":
         raise ValueError(f"expected --out FILE.safetensors, got {options.out}; name it so")
     if not options.out.parent.is_dir():
         raise FileNotFoundError(f"expected a folder for --out, got none at {options.out.parent}; make it")
-    for name in ("teacher", "head", "bias", "tokenizer"):
+    for name in ("teacher", "head", "bias", "tokenizer", "tokens"):
         where = getattr(options, name)
         if where is not None and options.out.resolve() == Path(path_of(where)).resolve():
             raise ValueError(f"expected another file for --out than the {name}, got {options.out}; name another")

@@ -6,8 +6,6 @@ Any reader of safetensors opens it, and may map it. Beside each tensor ``name`` 
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import zlib
@@ -20,6 +18,7 @@ import numpy as np
 
 from pykd import files
 from pykd._version import __version__
+from pykd.scoring.whole_file import WholeFile
 
 FORMAT = 1
 METADATA = "pykd.teacher"
@@ -34,8 +33,8 @@ Array = np.ndarray[Any, Any]
 Shapes = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 
-class Writer:
-    """Writes such a file from its first row to its last. It takes its name when all is on the disk, and not before.
+class Writer(WholeFile):
+    """Writes such a file from its first row to its last.
 
     Args:
         path: of the file.
@@ -44,8 +43,6 @@ class Writer:
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any], tensors: Shapes) -> None:
-        self.path = path
-        self._beside = path.with_name(path.name + ".writing")
         row_bytes = sum(_row_bytes(*tensor) for tensor in tensors.values())
         self.block_rows = min(1 << max(_BLOCK_BYTES // row_bytes, 1).bit_length() - 1, _MOST_BLOCK_ROWS)
         sums = {
@@ -71,30 +68,26 @@ class Writer:
         self._place = {name: len(head) + header[name]["data_offsets"][0] for name in self._tensors}
         self._done = dict.fromkeys(tensors, 0)
         self._sums: dict[str, list[int]] = {name: [] for name in tensors}
-        self._size = len(head) + place
-        try:
-            self._file = os.open(self._beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        except OSError as error:
-            raise self._failed(error) from error
-        try:
-            self._reserve()
-            self._write(0, head)
-        except BaseException:
-            self._remove()
-            raise
+        super().__init__(path, len(head) + place)
+        self._head = head
 
     def __enter__(self) -> Writer:
+        super().__enter__()
+        try:
+            self.write(0, self._head)
+        except OSError as error:
+            super().__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is not None:
-            self._remove()
-            return
-        try:
-            self._finish()
-        except BaseException:
-            self._remove()
-            raise
+        if error is None:
+            try:
+                self._finish()
+            except BaseException as failure:
+                super().__exit__(type(failure), failure, None)
+                raise
+        super().__exit__(kind, error, at)
 
     def append(self, **rows: Array) -> None:
         """The next rows of some tensors."""
@@ -103,7 +96,7 @@ class Writer:
             done = self._done[name]
             assert array.shape[1:] == shape[1:] and done + len(array) <= shape[0], name
             data = np.ascontiguousarray(array, dtype)
-            self._write(self._place[name] + done * _row_bytes(dtype, shape), data.reshape(-1).view(np.uint8).data)
+            self.write(self._place[name] + done * _row_bytes(dtype, shape), data.reshape(-1).view(np.uint8).data)
             while len(data):
                 left = self.block_rows - done % self.block_rows
                 sums = self._sums[name]
@@ -113,25 +106,6 @@ class Writer:
                 data = data[left:]
             self._done[name] = done
 
-    def _reserve(self) -> None:
-        """All of the file at once: a disk that is too small is told before the work is done."""
-        try:
-            os.posix_fallocate(self._file, 0, self._size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise self._failed(error) from error
-            os.ftruncate(self._file, self._size)
-
-    def _write(self, place: int, data: Any) -> None:
-        view = memoryview(data)
-        try:
-            while view:
-                written = os.pwrite(self._file, view, place)
-                place += written
-                view = view[written:]
-        except OSError as error:
-            raise self._failed(error) from error
-
     def _finish(self) -> None:
         for name, sums in self._sums.items():
             rows = self._tensors[name][1][0]
@@ -139,37 +113,7 @@ class Writer:
                 raise RuntimeError(
                     f"expected {rows} rows of {name} for {self.path}, got {self._done[name]}; report this"
                 )
-            self._write(self._place[name + CHECKSUM], np.array(sums, "<u4").tobytes())
-        try:
-            os.fsync(self._file)
-            os.close(self._file)
-            os.replace(self._beside, self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise self._failed(error) from error
-
-    def _remove(self) -> None:
-        with contextlib.suppress(OSError):  # closed already
-            os.close(self._file)
-        self._beside.unlink(missing_ok=True)
-
-    def _failed(self, error: OSError) -> OSError:
-        return not_written(self.path, error, self._size)
-
-
-def not_written(path: Path, error: OSError, size: int) -> OSError:
-    """The message for a file that is written whole or not at all."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return OSError(
-            f"expected room for the {size:,} bytes of {path}, got {error.strerror!r}; make room, and run the same command again: nothing is kept"
-        )
-    return OSError(
-        f"expected to write {path}, got {error.strerror or error!s}; check the path, and who may write there"
-    )
+            self.write(self._place[name + CHECKSUM], np.array(sums, "<u4").tobytes())
 
 
 class Reader:

@@ -12,14 +12,21 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pykd.scoring.formats.source import worked
+from pykd.scoring.whole_file import WholeFile
 
 MAGIC = b"_logits_"
 _HEADER = 20  # bytes before the tokens
 _LEFT_OUT = np.float32(-16)  # log-probabilities from here down have no part in the divergence that is printed
 _BLOCK_BYTES = 512 << 10  # of one side: what stays in the caches
+_NATS = 16  # below the largest, that codes reach down
+_CODES = 65535
+_TOKENS = 1 << 20  # that are read at once
 _FEWEST = 100  # rows that statistics are printed of
 
 Array = np.ndarray[Any, Any]
@@ -96,6 +103,81 @@ def decoded(words: Array, classes: int) -> Array:
     values *= head[:, :1]
     values += head[:, 1:]
     return values
+
+
+def encoded(logits: Array) -> Array:
+    """Rows of a base file of finite logits, with the arithmetic of the tool: float32 terms, their sum in double."""
+    rows, classes = logits.shape
+    logits = logits.astype(np.float32, copy=False)
+    largest = logits.max(axis=1, keepdims=True)
+    least = np.maximum(logits.min(axis=1, keepdims=True), largest - np.float32(_NATS))
+    log_sum = np.log(np.exp(logits - largest).sum(axis=1, dtype=np.float64, keepdims=True)).astype(np.float32)
+    scale = (largest - least) / np.float32(_CODES)
+    words = np.zeros((rows, BaseFile(0, classes, 0, np.empty(0)).codes), np.dtype("<u2"))
+    words[:, :4] = np.concatenate([scale, least - largest - log_sum], axis=1).astype("<f4").view("<u2")
+    with np.errstate(divide="ignore", invalid="ignore"):  # all logits the same: codes 0
+        codes = np.rint((logits - least) * (np.float32(1) / scale))
+    words[:, 4 : 4 + classes] = np.where((logits > least) & (scale > 0), codes, 0)
+    return words
+
+
+def write_base(source: Any, tokens: Any, context: int, out: Path, threads: int, progress: Any = None) -> None:
+    """Writes a base file that ``llama-perplexity --kl-divergence`` reads.
+
+    Args:
+        source: logits (:func:`pykd.scoring.sources.open_matrix`), of every token of every chunk, or of those alone that are scored: the
+            second half of each chunk without its last token.
+        tokens: the text (:func:`pykd.scoring.sources.open_column`): whole chunks.
+        context: tokens of a chunk.
+        out: the file.
+        threads: that work at once.
+        progress: called with the rows done, and all rows.
+    """
+    if source.kept is not None:
+        raise ValueError(
+            f"expected logits of all classes in {source.name}, got {source.stored}; name the file that it was made of"
+        )
+    text = np.concatenate([load().values for load in tokens.blocks(0, _TOKENS)]).astype(np.int64)
+    if context < 3 or len(text) % context:
+        raise ValueError(
+            f"expected whole chunks of at least 3 tokens in {tokens.name}, got {len(text)} tokens in chunks of {context}; correct --context"
+        )
+    if text.min() < 0 or text.max() >= source.width:
+        raise ValueError(
+            f"expected tokens from 0 to {source.width - 1} in {tokens.name}, got {text.min()} to {text.max()}; pass those of the model's own vocabulary"
+        )
+    chunks = len(text) // context
+    head = BaseFile(context, source.width, chunks, text.reshape(chunks, context))
+    if source.rows not in (head.rows, len(text)):
+        raise ValueError(
+            f"expected logits of {len(text)} tokens, or of the {head.rows} that are scored, in {source.name}, got {source.rows} rows; pass those of the same text"
+        )
+    place = np.arange(context)
+    scored = (place >= context // 2) & (place < context - 1) if source.rows == len(text) else np.ones(1, bool)
+    rows = max(1, _BLOCK_BYTES // (4 * source.width))
+
+    def part(item: tuple[int, Any]) -> Array:
+        first, block = item[0] * rows, item[1]()
+        kept = scored[(first + np.arange(len(block.values))) % len(scored)]
+        logits = block.values[kept]
+        if not np.isfinite(logits).all():
+            bad = first + int(np.flatnonzero(kept)[~np.isfinite(logits).all(axis=1)][0])
+            raise ValueError(
+                f"expected finite logits in {source.name}, got others in row {bad}; a base file has no place for them"
+            )
+        return encoded(logits)
+
+    start = MAGIC + np.array([context, head.classes, chunks], "<i4").tobytes() + text.astype("<i4").tobytes()
+    with WholeFile(out, len(start) + 2 * head.rows * head.codes) as file:
+        file.write(0, start)
+        at = len(start)
+        done = 0
+        for words in worked(enumerate(source.blocks(0, rows)), part, threads):
+            file.write(at, words.tobytes())
+            at += words.nbytes
+            done += len(words)
+            if progress is not None:
+                progress(done, head.rows)
 
 
 class PrintOut:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pykd.scoring.container import Shapes, Writer
-from pykd.scoring.formats.source import ROW_KINDS, Block, Load, Source
+from pykd.scoring.formats.source import ROW_KINDS, Block, Load, Source, worked
 from pykd.scoring.top_k import keep, log_sum, narrow
 
 _BLOCK_BYTES = 2 << 20  # of logits: what stays in the caches while it is worked on
@@ -189,7 +187,7 @@ def _write(
         for part in parts:
             writer.append(**part)
         done = 0
-        for written in _worked(source, work, threads):
+        for written in worked(source.blocks(0, _block_rows(source)), work, threads):
             writer.append(**written)
             done += len(written["kind"])
             if progress is not None:
@@ -254,22 +252,6 @@ def _digest(path: Where) -> str:
             if hasattr(hashlib, "file_digest")
             else hashlib.sha256(file.read()).hexdigest()
         )
-
-
-def _worked(source: Source, work: Callable[[Load], dict[str, Array]], threads: int) -> Iterator[dict[str, Array]]:
-    """What becomes of each block, in order; ``threads`` blocks are worked on at once."""
-    waiting: deque[Future[dict[str, Array]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for load in source.blocks(0, _block_rows(source)):
-                waiting.append(pool.submit(work, load))
-                if len(waiting) > threads + 1:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def _block_rows(source: Source) -> int:

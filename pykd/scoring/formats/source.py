@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -34,6 +35,8 @@ class Block(NamedTuple):
     top_k: TopK | None = None  # None: the values are those of all classes
 
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Load = Callable[[], Block]  # may be called on any thread, once
 
 
@@ -65,6 +68,22 @@ def ahead(loads: Iterator[Load]) -> Iterator[Load]:
         while (load := coming.result()) is not None:
             coming = pool.submit(next, loads, None)
             yield load
+
+
+def worked(items: Iterable[Item], work: Callable[[Item], Result], threads: int) -> Iterator[Result]:
+    """What becomes of each item, in order; ``threads`` are worked on at once, and few more are held."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > threads + 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def in_turn(chunks: Callable[[int, int], Iterator[Block]]) -> Callable[[int, int], Iterator[Load]]:
