@@ -77,11 +77,11 @@ test: ## every test: C++, with sanitizers, Python, installed package, machines w
 	@scripts/timed "exported losses"     $(MAKE) --no-print-directory $(VECTORS)
 	@scripts/timed "C++ tests"           $(MAKE) --no-print-directory ctest
 	@scripts/timed "sanitized C++ tests" $(MAKE) --no-print-directory sanitizers
-	@scripts/timed "Python tests"        $(PY) -m pytest -n $(LOGICAL)
+	@scripts/timed "Python tests"        $(PY) -m pytest -n $(LOGICAL) --dist worksteal
 
 .PHONY: test-fast
 test-fast: ctest ## the inner loop: C++ tests, and Python tests that are not slow
-	$(PY) -m pytest -n 2 -m "not slow"
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
 .PHONY: tested-build ctest sanitizers asan tsan
 tested-build: OPTIONS += -DPYKD_TESTS=ON -DPYKD_EXAMPLES=ON -DPYKD_TEST_ONNXRUNTIME=$(RUNTIME)

@@ -1,5 +1,6 @@
 """Every registered loss with every case that it declares reaches the tests through here."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ class Subject:
         """The one loss of a subject that is no composition."""
         return self.composition.named_terms[0].parts[0].loss
 
+    @functools.cached_property
     def has_kernel(self) -> bool:
         """Whether a kernel computes some of it, under these settings and inputs."""
         return self.composition.graph(self.layouts, self.optional, check=False, fused=True).kernel_point is not None
@@ -74,8 +76,13 @@ class Subject:
         return self.name
 
 
-def loss_subjects() -> Iterator[Subject]:
-    """Every case of every registered loss."""
+@functools.cache
+def loss_subjects() -> tuple[Subject, ...]:
+    """Every case of every registered loss; made once, since every file of tests asks."""
+    return tuple(_loss_subjects())
+
+
+def _loss_subjects() -> Iterator[Subject]:
     registry.load_all()
     for cls, case in registry.every_case():
         loss = cls(**case.settings)
@@ -83,8 +90,13 @@ def loss_subjects() -> Iterator[Subject]:
         yield Subject(name, as_composition(loss), dict(case.layouts), tuple(case.optional))
 
 
-def composed_subjects() -> Iterator[Subject]:
+@functools.cache
+def composed_subjects() -> tuple[Subject, ...]:
     """Compositions: the two recipes the project starts from, and the corners of the composition itself."""
+    return tuple(_composed_subjects())
+
+
+def _composed_subjects() -> Iterator[Subject]:
     seed = dict(logit_loss="soft_entropy", lambda1=1.0, lambda2=0, tau=2, mode="student_softening", features_index=[-1])
     yield Subject("recipe-l1", pykd.DistillationLoss(aux_loss="l1", **seed), {}, ())
     yield Subject("recipe-mk-mmd", pykd.DistillationLoss(aux_loss="MK-MMD", **seed), {"labels": "batch"}, ())

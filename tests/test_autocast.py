@@ -109,7 +109,7 @@ def test_a_divergence_is_never_negative_and_keeps_its_gradient(loss_subject, dty
         for tensor in given.values():
             if tensor.requires_grad:
                 assert torch.isfinite(tensor.grad).all()
-        if dtype == torch.float32 and subject.has_kernel():
+        if dtype == torch.float32 and subject.has_kernel:
             smallest = min(smallest, subject.composition(**tensors, kernels="on")["loss"].item())
     assert smallest >= 0.0
 

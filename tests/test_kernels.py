@@ -28,7 +28,7 @@ def lengths_of(subject):
 
 
 def with_kernel():
-    return [subject for subject in (*loss_subjects(), *composed_subjects()) if subject.has_kernel()]
+    return [subject for subject in (*loss_subjects(), *composed_subjects()) if subject.has_kernel]
 
 
 def pytest_generate_tests(metafunc):

@@ -193,7 +193,7 @@ def weighted():
     """What is exported with weights per row, and whether with kernels, where there are any."""
     for form in forms_of_inputs():
         if "sample_weight" in form.optional and not form.composition.students:
-            for kernels in ("auto", "off") if form.has_kernel() else ("off",):
+            for kernels in ("auto", "off") if form.has_kernel else ("off",):
                 yield pytest.param(form, kernels, id=f"{form}-{kernels}")
 
 

@@ -100,7 +100,7 @@ def first_cases():
     for subject in loss_subjects():
         found.setdefault(subject.loss.name, subject)
     for subject in found.values():
-        for kernels in ("off", "auto") if subject.has_kernel() else ("off",):
+        for kernels in ("off", "auto") if subject.has_kernel else ("off",):
             yield pytest.param(subject, kernels, id=f"{subject}-{kernels}")
 
 

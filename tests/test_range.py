@@ -57,7 +57,7 @@ def test_lengths_do_not_matter(normalising, dtype, scale, side):
             **{n: t.double().numpy() if t.is_floating_point() else t.numpy() for n, t in moved.items()}
         )
         np.testing.assert_allclose(value.item(), reference["loss"], rtol=1e-5, atol=3e-6)
-        if dtype == torch.float32 and subject.has_kernel():
+        if dtype == torch.float32 and subject.has_kernel:
             fast = through(subject, moved, in_library())
             torch.testing.assert_close(fast["loss"], value.detach(), rtol=1e-5, atol=3e-6)
             close = fast[f"grad_{student}"] * (factor if student in names else 1.0)
@@ -85,7 +85,7 @@ def test_rows_without_a_direction(normalising, dtype, what):
     for name in names:
         tensors[name][0] = fill if not (what == "subnormal" and dtype == torch.float16) else 0.0
     routes = {"formula": lambda given: subject.graph()(**given)["loss"]}
-    if dtype != torch.float64 and subject.has_kernel():
+    if dtype != torch.float64 and subject.has_kernel:
         routes["kernel"] = lambda given: subject.composition(**given, kernels="on")["loss"]
     for route, run in routes.items():
         given = leaves(subject, tensors)

@@ -8,7 +8,7 @@ from pykd import command_line, kernels
 from pykd.command_line import support
 from pykd.definition import registry
 from pykd.export import DTYPES
-from tests import test_engines
+from tests import make_vectors
 from tests.test_settings import declare
 
 CPP = Path(__file__).parents[1] / "cpp" / "kernels"
@@ -29,7 +29,7 @@ def test_every_route_and_type_is_there_or_has_a_reason(loss_class):
     assert not holes(found)
     assert not any(found["eager"].values()), found["eager"]
     # tests/test_engines.py runs every case of every loss on these, in these types.
-    assert set(test_engines.DTYPES) == set(DTYPES)
+    assert set(make_vectors.DTYPES) == set(DTYPES)
     assert not any(why for route in support.FILES for why in found[route].values())
     for dtype, why in found["kernel, CPU"].items():
         known = {dtype for kernel in kernels.descriptions().values() for dtype in kernel["dtypes"]}

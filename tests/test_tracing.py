@@ -13,6 +13,7 @@ from pykd.composition import Composition
 from tests.conftest import composed_subjects, forms_of_inputs, one_per_loss, subjects
 
 FORM = pytest.mark.parametrize("form", forms_of_inputs(), ids=str)
+ONE = pytest.mark.parametrize("form", [*one_per_loss(), *composed_subjects()], ids=str)
 
 
 class Named(torch.nn.Module):
@@ -50,9 +51,10 @@ def _fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.slow  # test_settings.py compiles every loss under every setting
-@FORM
+@pytest.mark.slow
+@ONE
 def test_compiles_to_one_graph(form):
+    """With its gradients, and again with another batch; tests/test_settings.py has the value in every case."""
     subject = form
     module = Named(subject)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -77,7 +79,7 @@ def test_inductor(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", one_per_loss(), ids=str)
 def test_functions_and_compositions_compile(form):
-    """What calls the formula; the formula itself compiles in every case above."""
+    """What calls the formula; the formula itself compiles in tests/test_settings.py, in every case."""
     loss = form.loss
     function = getattr(pykd.functional, loss.name)
     known = inspect.signature(function).parameters
@@ -114,7 +116,7 @@ def test_exports_with_a_free_batch(form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [*one_per_loss(), *composed_subjects()], ids=str)
+@ONE
 def test_exports_with_a_free_batch_by_its_source(form):
     exports_with_a_free_batch(form, strict=True)
 
