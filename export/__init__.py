@@ -15,10 +15,12 @@ from pykd.export.verification import Report, verify
 __all__ = ["FILES", "Report", "export", "verify"]
 
 FILES = {"torchscript": "loss.pt", "value": "loss.onnx", "gradient": "loss.grad.onnx"}
+SCORE_FILES = {"score": "score.onnx"}
 MANIFEST = "manifest.json"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 KERNELS = ("auto", "on", "off")
 PARAMETERS = ("overridable", "fixed", "inputs")
+KINDS = ("loss", "score")
 
 
 def export(
@@ -31,9 +33,12 @@ def export(
     dtype: str = "float32",
     kernels: str = "auto",
     parameters: str = "overridable",
+    kind: str = "loss",
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Writes ``loss.pt``, ``loss.onnx``, ``loss.grad.onnx`` and ``manifest.json``, and verifies them.
+
+    With ``kind="score"``: ``score.onnx`` and ``manifest.json``, which give one number per sample and nothing else.
 
     A folder that is there is replaced in one step, once the new files have been verified; other files in it stay.
 
@@ -57,13 +62,18 @@ def export(
             inputs, too, so that every call may set them, or leave them out. ``"inputs"``: plain inputs without a
             default, for runtimes that cannot override initialisers. ``"fixed"``: constants; no call can set them, in
             the TorchScript file neither. :func:`pykd.load` knows all three.
+        kind: ``"loss"``, or ``"score"`` for one ONNX file that scores samples: ``loss_per_sample`` (and for several terms
+            ``<term>_per_sample``), no scalar and no gradient. Every input and output has the samples along its first axis, and
+            the score of a sample is the same whatever lies beside it, so that a serving system may put samples of several
+            requests into one call. ``per_sample`` is implied.
         progress: called with a line per step; by default the lines go to stderr. Pass ``lambda line: None`` for silence.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: for an unknown layout, input, dtype or form, and for ``kernels="on"`` where there is no kernel.
+        ValueError: for an unknown layout, input, dtype, form or kind, for ``kernels="on"`` where there is no kernel, and for
+            ``kind="score"`` where the samples of a batch depend on each other or share an input.
         RuntimeError: where a written file disagrees with the float64 reference.
         OSError: where the folder cannot be written.
     """
@@ -75,37 +85,71 @@ def export(
         ("dtype", dtype, DTYPES),
         ("kernels", kernels, KERNELS),
         ("parameters", parameters, PARAMETERS),
+        ("kind", kind, KINDS),
     ):
         if given not in known:
             raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {given!r}; pass one of these")
     composition = as_composition(loss)
+    if kind == "score":
+        _check_splits(composition)
+        per_sample = True
     graph = composition.graph(layouts, optional_inputs, per_sample, check=True)
     plain = composition.graph(layouts, optional_inputs, per_sample, check=False)
     fused = composition.graph(layouts, optional_inputs, per_sample, check=False, fused=True)
+    if kind == "score":
+        _check_rows(graph)
+    files = SCORE_FILES if kind == "score" else FILES
     described = {
-        "torchscript": metadata.of_graph(composition, graph, "torchscript", "float", None, parameters),
-        "value": metadata.of_graph(composition, graph, "value", dtype, tracing.OPSET, parameters),
-        "gradient": metadata.of_graph(composition, graph, "gradient", dtype, tracing.OPSET, parameters),
+        each: metadata.of_graph(composition, graph, each, dtype, tracing.OPSET, parameters)
+        if each != "torchscript"
+        else metadata.of_graph(composition, graph, each, "float", None, parameters)
+        for each in files
     }
-    with folder.replacing(directory, [*FILES.values(), MANIFEST]) as made:
+    names = [*FILES.values(), *SCORE_FILES.values(), MANIFEST]
+    with folder.replacing(directory, names) as made:
         step = _Step(say)
-        models = onnx_files.build(composition, plain, fused, dtype, kernels, parameters)
+        models = onnx_files.build(
+            composition, plain, fused, dtype, kernels, parameters, [k for k in files if k != "torchscript"]
+        )
         export_id = _export_id(described, models)
-        for kind, entry in described.items():
+        for each, entry in described.items():
             entry["export_id"] = export_id
-            if kind in models:
-                onnx_files.write(models[kind], entry, made / FILES[kind])
-        step(f"wrote {FILES['value']} and {FILES['gradient']} ({dtype})")
-        torchscript.write(graph, described["torchscript"], made / FILES["torchscript"])
-        step(f"wrote {FILES['torchscript']}")
-        manifest = {**described["gradient"], "files": {name: _describe(made / name) for name in FILES.values()}}
-        del manifest["kind"]
+            if each in models:
+                onnx_files.write(models[each], entry, made / files[each])
+        step(f"wrote {' and '.join(files[each] for each in models)} ({dtype})")
+        if "torchscript" in files:
+            torchscript.write(graph, described["torchscript"], made / files["torchscript"])
+            step(f"wrote {files['torchscript']}")
+        manifest = {**described[list(models)[-1]], "files": {name: _describe(made / name) for name in files.values()}}
+        if kind == "loss":
+            del manifest["kind"]
         (made / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         report = verify(made, engines=("python",), quick=True, trust=True)
         if not report.ok:
             raise RuntimeError(f"expected the written files to agree with float64, got\n{report}\nplease report this")
         step(f"verified against float64 at {report.sizes} sizes: {report.summary()}")
     return Path(directory)
+
+
+def _check_splits(composition: Any) -> None:
+    """Refuses what compares the samples of a batch with each other: no sample of it has a score of its own."""
+    if coupled := [
+        f"{term.name}, which {term.couples_batch}" for term in composition.named_terms if term.couples_batch
+    ]:
+        raise ValueError(
+            f"expected terms that have a score for every sample by itself for kind='score', got {'; '.join(coupled)}; "
+            "export it as a loss (kind='loss'), or score by the other terms alone"
+        )
+
+
+def _check_rows(graph: Any) -> None:
+    """Refuses inputs that all samples share, which a server cannot put together out of several requests."""
+    shared = {name: spec.names for name, spec in graph.signature.inputs.items() if spec.names[0] != "batch"}
+    for name, axes in shared.items():
+        raise ValueError(
+            f"expected inputs with the samples along their first axis for kind='score', got {name} ({', '.join(axes)}), which all "
+            "samples share; leave it out where it is optional, or export a loss (kind='loss', per_sample=True)"
+        )
 
 
 def _export_id(described: Mapping[str, Any], models: Mapping[str, Any]) -> str:

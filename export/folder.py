@@ -30,14 +30,15 @@ def replacing(directory: str | Path, names: Sequence[str]) -> Iterator[Path]:
 
     Args:
         directory: the folder; made if it does not exist. A link to a folder stays, and that folder is replaced.
-        names: the files that belong to it, in the order in which they may be replaced one by one.
+        names: the files that belong to it, in the order in which they may be replaced one by one. One that is not written is
+            gone from ``directory`` afterwards.
     """
     target = Path(os.path.realpath(directory))
     _check(target)
     made, alive = _make_beside(target)
     try:
         yield made
-        for name in names:
+        for name in os.listdir(made):
             _sync(made / name)
         _sync(made)
         _switch(made, target, names)
@@ -134,10 +135,11 @@ def _exchange(first: Path, second: Path) -> None:
 
 
 def _replace_one_by_one(made: Path, target: Path, names: Sequence[str]) -> None:
+    written = [name for name in names if (made / name).exists()]
     if made.parent != target:  # perhaps another file system
         inside, alive = _make(target, _PREFIX)
         try:
-            for name in names:
+            for name in written:
                 shutil.copyfile(made / name, inside / name)
                 _sync(inside / name)
             _replace_one_by_one(inside, target, names)
@@ -146,8 +148,10 @@ def _replace_one_by_one(made: Path, target: Path, names: Sequence[str]) -> None:
             with contextlib.suppress(OSError):
                 _remove(inside, target, names)
         return
-    for name in names:
+    for name in written:
         os.replace(made / name, target / name)
+    for name in set(names) - set(written):
+        (target / name).unlink(missing_ok=True)
 
 
 # ---- What killed exports left -------------------------------------------------------------------

@@ -41,7 +41,7 @@ def of_graph(
     Args:
         composition: what the graph was made of.
         graph: the graph.
-        kind: ``"value"``, ``"gradient"`` or ``"torchscript"``.
+        kind: ``"value"``, ``"gradient"``, ``"torchscript"`` or ``"score"``.
         dtype: the floating type of the file, ``"float"`` for TorchScript.
         opset: of ONNX files.
         parameters_as: ``"overridable"``, ``"fixed"`` or ``"inputs"``.
@@ -63,12 +63,14 @@ def of_graph(
                 entry["ignore_index"] = graph.signature.ignore_indices[name]
         inputs.append(entry)
     outputs = [
-        {"name": name, "axes": list(axes), "dtype": value_dtype} for name, axes in graph.signature.outputs.items()
+        {"name": name, "axes": list(axes), "dtype": value_dtype}
+        for name, axes in graph.signature.outputs.items()
+        if axes or kind != "score"
     ]
     parameters = []
     for name, parameter in graph.signature.parameters.items():
         parameters.append(_parameter(name, parameter.default, parameter.scalar))
-    if kind != "value":
+    if kind in ("gradient", "torchscript"):
         outputs += [
             {"name": f"grad_{entry['name']}", "axes": entry["axes"], "dtype": dtype, "gradient_of": entry["name"]}
             for entry in inputs

@@ -1,7 +1,7 @@
-"""The two ONNX files: value, and value with gradient, from one trace.
+"""The ONNX files: value, value with gradient, and scores, from one trace.
 
 The gradient is traced first and the trace is exported (tracing.py); a module that calls autograd inside ``forward``
-does not survive ``torch.export``. The value file is the same graph with the gradients taken out, so both files give the same value to the last bit. Files for
+does not survive ``torch.export``. The value file is the same graph with the gradients taken out, so both files give the same value to the last bit; a file of scores is it without what is no score. Files for
 float16 and bfloat16 are the float32 graph with a cast at each end, which is what a loss does with halves; kernels take
 and give halves themselves (kernel_nodes.py). Files for float64 have no kernels.
 """
@@ -35,8 +35,9 @@ def build(
     dtype: str,
     kernels: str = "auto",
     parameters_as: str = "overridable",
+    kinds: Sequence[str] = ("value", "gradient"),
 ) -> dict[str, onnx.ModelProto]:
-    """The models of the two files by their kind, ``"value"`` and ``"gradient"``, still without metadata.
+    """The models of the files by their kind, still without metadata.
 
     Args:
         composition: what the graph is one form of.
@@ -45,6 +46,7 @@ def build(
         dtype: the floating type of the inputs.
         kernels: whether there are nodes for kernels: ``"auto"``, ``"on"`` or ``"off"``.
         parameters_as: ``"overridable"``, ``"fixed"`` or ``"inputs"``.
+        kinds: out of ``"value"``, ``"gradient"`` and ``"score"``, of which the last needs a graph with values per sample.
     """
     compute = "float64" if dtype == "float64" else "float32"
     has_kernel = fused.kernel_point is not None and compute == "float32"
@@ -55,15 +57,18 @@ def build(
     model, sites = _traced(composition, fused if has_kernel and kernels != "off" else graph, compute)
     _cast_ends(model, graph, sites, dtype)
     names = {name: spec.names for name, spec in graph.signature.inputs.items()}
-    gradients = [f"grad_{name}" for name in metadata.gradient_inputs(graph)]
-    value = onnx.ModelProto()
-    value.CopyFrom(model)
-    for part, without in ((model, []), (value, [*gradients, metadata.GRAD_SCALE])):
-        _remove(part, without, sites)
+    gradients = [*(f"grad_{name}" for name in metadata.gradient_inputs(graph)), metadata.GRAD_SCALE]
+    scalars = [name for name, of in graph.signature.outputs.items() if not of]
+    left_out = {"gradient": [], "value": gradients, "score": [*gradients, *scalars]}
+    models = {}
+    for kind in kinds:
+        part = models[kind] = onnx.ModelProto()
+        part.CopyFrom(model)
+        _remove(part, left_out[kind], sites)
         kernel_nodes.name_nodes(part, sites, dtype)
         axes.check_in_graph(part, names, kernel_nodes.compared(part), metadata.least_lengths(composition, graph))
         _hold_parameters(part, [*graph.signature.parameters, metadata.GRAD_SCALE], parameters_as)
-    return {"value": value, "gradient": model}
+    return models
 
 
 def write(model: onnx.ModelProto, described: dict[str, Any], path: Path) -> None:

@@ -34,7 +34,7 @@ LIMITS = {
 }
 
 # What a folder may hold, and how many bytes of it. Names that stand in a manifest are no paths.
-SIZES = {"loss.pt": 64 << 20, "loss.onnx": 16 << 20, "loss.grad.onnx": 16 << 20}
+SIZES = {"loss.pt": 64 << 20, "loss.onnx": 16 << 20, "loss.grad.onnx": 16 << 20, "score.onnx": 16 << 20}
 _MANIFEST_SIZE = 1 << 20
 
 # What a file may be off beyond LIMITS where the numbers themselves are ill-conditioned (a temperature of 0.01, a
@@ -56,7 +56,7 @@ class Row:
         dtype: of the floating inputs.
         size: the axis lengths.
         value_error: largest |got − want| / max(1, |want|) over the values.
-        gradient_error: largest |got − want| over max(largest |want|, 0.01) of each gradient.
+        gradient_error: largest |got − want| over max(largest |want|, 0.01) of each gradient; None where the files give none.
         value_room: what is added to the limit of the value at these inputs, see :func:`rooms_of`.
         gradient_room: the same of the gradient.
         ok: whether both errors are within the limits of the dtype and their room.
@@ -67,14 +67,15 @@ class Row:
     dtype: str
     size: str
     value_error: float
-    gradient_error: float
+    gradient_error: float | None
     value_room: float = 0.0
     gradient_room: float = 0.0
 
     @property
     def ok(self) -> bool:
         value, gradient = LIMITS[self.dtype]
-        return self.value_error <= value + self.value_room and self.gradient_error <= gradient + self.gradient_room
+        right = self.value_error <= value + self.value_room
+        return right and (self.gradient_error is None or self.gradient_error <= gradient + self.gradient_room)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,9 @@ class Report:
     def summary(self) -> str:
         """The largest errors in one line."""
         value = max(row.value_error for row in self.rows)
-        gradient = max(row.gradient_error for row in self.rows)
-        return f"largest value error {value:.1e}, largest gradient error {gradient:.1e}"
+        gradients = [row.gradient_error for row in self.rows if row.gradient_error is not None]
+        found = f", largest gradient error {max(gradients):.1e}" if gradients else ""
+        return f"largest value error {value:.1e}{found}"
 
     def __str__(self) -> str:
         head = ("engine", "device", "dtype", "size", "value error", "gradient error", "")
@@ -114,7 +116,7 @@ class Report:
                 r.dtype,
                 r.size,
                 f"{r.value_error:.1e}",
-                f"{r.gradient_error:.1e}",
+                "–" if r.gradient_error is None else f"{r.gradient_error:.1e}",
                 "" if r.ok else "DISAGREES",
             )
             for r in self.rows
@@ -138,7 +140,8 @@ def verify(
     """Runs the files in ``directory`` on every engine of this machine and compares with float64.
 
     The folder is data, whoever wrote it: its recipe is built and its ONNX files are run, which runs no code of theirs.
-    ``loss.pt`` is a program, and is run only for those who trust its author.
+    ``loss.pt`` is a program, and is run only for those who trust its author. Of ``score.onnx`` the samples of one size are
+    scored one by one as well, since their scores are to depend on nothing else.
 
     Args:
         directory: what :func:`pykd.export` wrote.
@@ -163,6 +166,9 @@ def verify(
     composition, graph, dtype = definition(manifest)
     per_sample = "loss_per_sample" in graph.signature.outputs
     form = manifest.get("parameters_as", "overridable")
+    scores = "score.onnx" in manifest["files"]
+    if scores and len(manifest["files"]) > 1:
+        raise _mismatch("score.onnx alone, or files of a loss", ", ".join(sorted(manifest["files"])))
     missing = [f"{name} is not in the folder" for name in manifest["files"] if name not in contents]
     if "loss.pt" in contents and not trust:
         del contents["loss.pt"]
@@ -178,19 +184,24 @@ def verify(
         inputs = composition.draw(graph.signature.inputs, sizes, seed + number, getattr(torch, dtype))
         numbers = {n: p.scalar.moved(p.default, move) for n, p in graph.signature.parameters.items()}
         given = numbers if move or form == "inputs" else {}
-        if move and form != "fixed":
+        if move and form != "fixed" and not scores:
             given = {**given, metadata.GRAD_SCALE: _GRAD_SCALE}
         want = truth(composition, graph, inputs, numbers, per_sample)
+        if scores:
+            want = {name: value for name, value in want.items() if name.endswith("per_sample")}
         rooms = rooms_of(composition, graph, inputs, numbers, want, dtype)
         for engine, device, run in runs:
             moved = {name: tensor.to(device) for name, tensor in inputs.items()}
-            with _running(engine):
-                got = {name: tensor.cpu() for name, tensor in run(moved, given).items()}
-            scale = given.get(metadata.GRAD_SCALE, 1.0)
-            got = {name: tensor / scale if name.startswith("grad_") else tensor for name, tensor in got.items()}
-            value_error, gradient_error = errors(got, want)
             size = " ".join(f"{axis} {length}" for axis, length in sizes.items())
-            rows.append(Row(engine, device, dtype, size, value_error, gradient_error, *rooms))
+            ways = {size: run, f"{size}, one by one": _one_by_one(run)} if scores and number == 1 else {size: run}
+            for said, way in ways.items():
+                with _running(engine):
+                    got = {name: tensor.cpu() for name, tensor in way(moved, given).items()}
+                scale = given.get(metadata.GRAD_SCALE, 1.0)
+                got = {name: tensor / scale if name.startswith("grad_") else tensor for name, tensor in got.items()}
+                value_error, gradient_error = errors(got, want)
+                found = None if scores else gradient_error
+                rows.append(Row(engine, device, dtype, said, value_error, found, *rooms))
     return Report(tuple(sorted(rows, key=lambda row: (row.engine, row.device))), tuple(missing))
 
 
@@ -343,7 +354,8 @@ def _runs(
     unknown = [engine for engine in engines if engine not in ("python", "runtime")]
     if unknown:
         raise ValueError(f"expected engines out of 'python' and 'runtime', got {unknown}; pass one of these")
-    onnx, torchscript = "loss.grad.onnx" in contents, "loss.pt" in contents
+    scores = "score.onnx" in contents
+    onnx, torchscript = scores or "loss.grad.onnx" in contents, "loss.pt" in contents
     if "python" in engines and torchscript:
         with _running("torch.jit"):
             opened = _torch_jit(contents["loss.pt"], wanted)
@@ -354,7 +366,7 @@ def _runs(
             missing.append("onnxruntime is not installed; the onnx package's reference evaluator ran instead")
             name, open_file = "onnx reference", _onnx_reference
         with _running(name):
-            opened = _both_files(contents, open_file)
+            opened = open_file(contents["score.onnx"]) if scores else _both_files(contents, open_file)
         yield name, "cpu", opened
     if "runtime" in engines:
         devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -363,7 +375,7 @@ def _runs(
         for device in devices:
             for engine in ["onnxruntime"] * onnx + ["torchscript"] * torchscript:
                 try:
-                    yield f"{engine} (C++)", device, _runtime(directory, engine, device)
+                    yield f"{engine} (C++)", device, _runtime(directory, engine, device, scores)
                 except (RuntimeError, ImportError) as error:
                     missing.append(f"{engine} (C++) on {device}: {error}")
 
@@ -454,12 +466,23 @@ def _onnx_reference(data: bytes) -> Run:
     return run
 
 
-def _runtime(directory: Path, engine: str, device: str) -> Run:
+def _one_by_one(run: Run) -> Run:
+    """The same, a call for each sample."""
+
+    def run_each(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
+        samples = min(len(tensor) for tensor in inputs.values())
+        every = [run({n: t[i : i + 1].contiguous() for n, t in inputs.items()}, numbers) for i in range(samples)]
+        return {name: torch.cat([found[name] for found in every]) for name in every[0]}
+
+    return run_each
+
+
+def _runtime(directory: Path, engine: str, device: str, scores: bool) -> Run:
     from pykd.runtime import load
 
     loss = load(str(directory), engine=engine, device=device)
 
     def run(inputs: Values, numbers: Mapping[str, float]) -> dict[str, Tensor]:
-        return dict(loss.value_and_gradient(**inputs, **numbers))
+        return dict((loss.value if scores else loss.value_and_gradient)(**inputs, **numbers))
 
     return run

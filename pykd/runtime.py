@@ -184,7 +184,8 @@ class LoadedLoss:
 
         Returns:
             A new dict with ``"loss"`` (scalar, in float32, or float64 for float64 inputs), each term by
-            its name (scalar), and ``"loss_per_sample"`` and the like (batch) where they were exported.
+            its name (scalar), and ``"loss_per_sample"`` and the like (batch) where they were exported; of an export with
+            ``kind="score"`` these alone.
             Torch inputs give torch tensors on their device, detached; all others give NumPy arrays.
 
         Raises:
@@ -205,13 +206,18 @@ class LoadedLoss:
         ``"grad_<input>"`` for each input that receives a gradient, with the shape and the dtype of that
         input: d(loss)/d(input), times the parameter ``grad_scale`` (default 1), which is applied
         before the gradient is rounded to float16 or bfloat16. A ValueError where the artefact holds
-        the value alone (``loss.onnx``).
+        the value alone (``loss.onnx``) or scores (``score.onnx``).
 
         The results take no part in torch's autograd. In a training loop hand them on:
 
             >>> result = loss.value_and_gradient(student_logits=logits, teacher_logits=teacher)
             >>> logits.backward(result["grad_student_logits"])
         """
+        if self._values == self._everything and "loss" not in self._values:
+            raise ValueError(
+                "expected an artefact with gradients, got scores of samples (kind='score'), which have none; call value(), or "
+                "export the loss with kind='loss'"
+            )
         if self._values == self._everything:
             raise ValueError(
                 "expected an artefact with gradients, got one that holds the value alone; load "
@@ -322,7 +328,8 @@ def load(
 
     Args:
         path: the folder that :func:`pykd.export` wrote, or one of its files (``loss.onnx``: the value alone;
-            ``loss.grad.onnx``: value and gradient; ``loss.pt``: both), or the bytes of one such file.
+            ``loss.grad.onnx``: value and gradient; ``loss.pt``: both; ``score.onnx``: scores of samples), or the bytes of one
+            such file.
         engine: ``"onnxruntime"`` or ``"torchscript"``; None takes the first of the two for which the file
             is there and the engine can be opened, and :attr:`LoadedLoss.passed_over` tells why it is not the first.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:<id>"``.
@@ -426,7 +433,7 @@ def _has(source: str | bytes, *, onnx: bool) -> bool:
         return source.startswith(b"PK") != onnx  # a ZIP archive, as TorchScript files are
     if not os.path.isdir(source):
         return source.endswith(".pt") != onnx
-    names = ("loss.onnx", "loss.grad.onnx") if onnx else ("loss.pt",)
+    names = ("loss.onnx", "loss.grad.onnx", "score.onnx") if onnx else ("loss.pt",)
     return any(os.path.exists(os.path.join(source, name)) for name in names)
 
 

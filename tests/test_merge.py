@@ -36,6 +36,7 @@ def losses(tmp_path_factory):
 
     pykd.export(soft, folder / "soft", per_sample=True, progress=say)
     pykd.export(soft, folder / "off", per_sample=True, kernels="off", progress=say)
+    pykd.export(soft, folder / "score", kind="score", progress=say)
     pykd.export(soft, folder / "half", per_sample=True, dtype="float16", progress=say)
     pykd.export(soft, folder / "mean", progress=say)
     pykd.export(both, folder / "both", layouts={"labels": "batch"}, per_sample=True, progress=say)
@@ -126,6 +127,7 @@ def test_scores_are_those_of_three_sessions_bit_for_bit(tmp_path, models, losses
     want = divergence(*(logits_of(path, feeds) for path in models))
     got = check(tmp_path / "scorer.onnx", *models, losses / "soft", feeds, want)
     assert list(got) == ["loss_per_sample"] and got["loss_per_sample"].shape == (ROWS,)
+    check(tmp_path / "scorer.onnx", *models, losses / "score", feeds, want)
     got = check(tmp_path / "scorer.onnx", *models, losses / "soft" / "loss.onnx", feeds, want, keep=["student:logits"])
     np.testing.assert_array_equal(got["student/logits"], logits_of(models[1], feeds).astype(np.float32))
     # The kernel is found by its name.
@@ -473,7 +475,7 @@ def test_what_does_not_fit_says_what_to_write(tmp_path, models, losses):
         ),
         (
             ValueError,
-            "expected a loss with a value per sample, got one without; export it with per_sample=True",
+            "expected a loss with a value per sample, got one without; export it with kind='score'",
             (*models, losses / "mean"),
         ),
         (

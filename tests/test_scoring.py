@@ -143,7 +143,7 @@ def exported(tmp_path, **settings):
 
 @pytest.mark.slow
 def test_an_exported_loss_scores_rows(tmp_path):
-    path = exported(tmp_path, per_sample=True)
+    path = exported(tmp_path, kind="score")
     teacher, student, _ = draw()
     scores = score_files("teacher.npy", "student.npy", "scores.parquet", ("kl", path))
     name = scores.facts["losses"][1]

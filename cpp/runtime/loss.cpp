@@ -246,7 +246,7 @@ std::unique_ptr<Loss> Loss::load_onnx(Artefact& artefact, const LoadOptions& opt
     PykdNodes nodes;
   };
   std::vector<Checked> files;
-  for (std::optional<ArtefactFile>* file : {&artefact.value, &artefact.gradient}) {
+  for (std::optional<ArtefactFile>* file : {&artefact.value, &artefact.gradient, &artefact.score}) {
     if (!file->has_value()) continue;
     read_contents(**file);
     check_integrity(**file, options);
@@ -261,6 +261,7 @@ std::unique_ptr<Loss> Loss::load_onnx(Artefact& artefact, const LoadOptions& opt
     check_kind(*files[1].file, files[1].signature, ArtefactKind::kGradient);
     check_one_export(files[0].signature, files[1].signature);
   }
+  if (artefact.score) check_kind(*files[0].file, files[0].signature, ArtefactKind::kScore);
   loss->signature_ = parse_signature(files.back().signature.metadata);
   EngineOptions engine_options = options.engine_options;
   engine_options.library = options.onnxruntime_library;

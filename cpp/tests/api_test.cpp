@@ -209,6 +209,31 @@ TEST_F(Api, RunsEveryFormOfParameters) {
   EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load(folder.path("loss.onnx")), "no default for the input weight");
 }
 
+TEST_F(Api, ScoresSamplesAndNothingElse) {
+  TemporaryFolder scores;
+  scores.write("score.onnx", sealed(tiny_score().bytes()));
+  scores.write_manifest();
+  const Loss loss = Loss::load(scores.path());
+  const Result result = loss.value(inputs(), {{"weight", 3.0}});
+  EXPECT_EQ(result.names(), (std::vector<std::string>{"loss_per_sample"}));
+  EXPECT_NEAR(result.data<float>("loss_per_sample")[0], 2.0, 1e-6);
+  EXPECT_EQ(loss.inputs()[0].has_gradient, 0);
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.value_and_gradient(inputs()), "scores of samples", "call value()");
+  float value = 0;
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run(inputs(), {{"loss", Tensor(&value, PYKD_FLOAT32, {})}}),
+               "an artefact with \"loss\"", "\"loss_per_sample\"");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run(inputs(), {{"grad_student_logits", Tensor(&value, PYKD_FLOAT32, {})}}),
+               "an artefact with \"grad_student_logits\"", "kind \"score\"");
+  EXPECT_NEAR(Loss::load(scores.path("score.onnx")).value(inputs()).data<float>("loss_per_sample")[1], 1.0, 1e-6);
+
+  scores.write("score.onnx", sealed(tiny_model(false).bytes()));
+  scores.write_manifest();
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load(scores.path()), "score.onnx", "another kind");
+  folder.write("score.onnx", sealed(tiny_score().bytes()));
+  folder.write_manifest();
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(), "score.onnx alone", "both");
+}
+
 TEST_F(Api, ComparesTheExportInEveryFile) {
   TinyModel value = tiny_model(false), gradient = tiny_model(true);
   value.metadata["export_id"] = gradient.metadata["export_id"] = "one";

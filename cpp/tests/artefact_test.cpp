@@ -420,7 +420,7 @@ TEST(Folder, SaysWhatIsMissing) {
   EXPECT_NOT_FOUND(read_artefact(folder.path("none")), "none", "check the path");
   EXPECT_NOT_FOUND(read_artefact(folder.path()), "manifest.json");
   folder.write_manifest();
-  EXPECT_NOT_FOUND(read_artefact(folder.path()), "loss.onnx, loss.grad.onnx or loss.pt");
+  EXPECT_NOT_FOUND(read_artefact(folder.path()), "loss.onnx, loss.grad.onnx, loss.pt or score.onnx");
   EXPECT_NOT_FOUND(read_artefact("/dev/zero"), "no regular file");
 }
 

@@ -148,6 +148,27 @@ TEST(Metadata, RefusesContradictions) {
   EXPECT_BAD(parse(metadata), "inputs[0].axes", "8");
 }
 
+TEST(Metadata, WantsTheSamplesAlongEveryFirstAxisOfAScore) {
+  const json metadata = tests::tiny_score().metadata;
+  EXPECT_EQ(parse(metadata).kind, ArtefactKind::kScore);
+  json changed = metadata;
+  changed["outputs"][0]["axes"] = json::array();
+  EXPECT_BAD(parse(changed), "a vector \"loss_per_sample\"", "a scalar");
+  changed["outputs"][0]["name"] = "loss";
+  EXPECT_BAD(parse(changed), "a vector \"loss_per_sample\"", "none");
+  changed = metadata;
+  changed["outputs"].push_back(tests::tensor_json("loss", json::array()));
+  EXPECT_BAD(parse(changed), "first axis batch", "loss");
+  changed = metadata;
+  changed["inputs"][1]["axes"] = {"classes"};
+  EXPECT_BAD(parse(changed), "first axis batch", "teacher_logits");
+  changed = metadata;
+  json gradient = tests::tensor_json("grad_student_logits", {"batch", "classes"});
+  gradient["gradient_of"] = "student_logits";
+  changed["outputs"].push_back(gradient);
+  EXPECT_BAD(parse(changed), "no gradients where \"kind\" is \"score\"");
+}
+
 TEST(Metadata, RefusesWhatIsNoJson) {
   EXPECT_BAD(parse_signature(""), "JSON");
   EXPECT_BAD(parse_signature("{\"format\": \"pykd\""), "JSON");

@@ -243,6 +243,16 @@ inline TinyModel tiny_model(bool gradient) {
   return model;
 }
 
+// The scores of the tiny model: what an export of kind "score" would write.
+inline TinyModel tiny_score() {
+  TinyModel model = tiny_model(false);
+  model.metadata["kind"] = "score";
+  model.metadata["outputs"] = {tensor_json("loss_per_sample", {"batch"})};
+  model.outputs = {value_info("loss_per_sample", kFloat, {"batch"})};
+  model.nodes.erase(model.nodes.begin() + 2, model.nodes.begin() + 4);  // of the two scalars
+  return model;
+}
+
 // ---- Files --------------------------------------------------------------------------------------
 
 // A folder that goes away with this object.
@@ -269,7 +279,7 @@ class TemporaryFolder {
   // A manifest of the files that are there now, with what `facts` adds to it.
   void write_manifest(const json& facts = json::object()) const {
     json manifest = {{"format", "pykd"}, {"format_version", 1}, {"files", json::object()}};
-    for (const char* name : {"loss.onnx", "loss.grad.onnx", "loss.pt"}) {
+    for (const char* name : {"loss.onnx", "loss.grad.onnx", "loss.pt", "score.onnx"}) {
       std::ifstream file(path_ / name, std::ios::binary);
       if (!file) continue;
       const std::string bytes{std::istreambuf_iterator<char>(file), {}};

@@ -16,6 +16,10 @@ def add(commands: Any) -> None:
     )
     export.add_argument("--parameters", help="how ONNX files hold parameters: overridable (default), fixed or inputs")
     export.add_argument("--per-sample", action="store_true", help="add values per sample")
+    export.add_argument(
+        "--kind",
+        help="loss (default), or score: one ONNX file that gives a number per sample, without scalar and gradient",
+    )
     export.set_defaults(run=_export)
 
     verify = commands.add_parser("verify", help="run exported files on every engine here and compare with float64")
@@ -39,7 +43,7 @@ def _export(options: argparse.Namespace) -> None:
 
     table = recipe.load(options.recipe)
     settings = export_arguments(table)
-    for name in ("dtype", "kernels", "parameters"):
+    for name in ("dtype", "kernels", "parameters", "kind"):
         if getattr(options, name):
             settings[name] = getattr(options, name)
     if options.per_sample:

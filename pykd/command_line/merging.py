@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
     )
     merge.add_argument("--teacher", required=True, metavar="FILE", help="an ONNX model")
     merge.add_argument("--student", required=True, metavar="FILE", help="an ONNX model at the same opset")
-    merge.add_argument("--loss", required=True, metavar="FOLDER", help="what `pykd export --per-sample` wrote")
+    merge.add_argument("--loss", required=True, metavar="FOLDER", help="what `pykd export --kind score` wrote")
     merge.add_argument(
         "--connect",
         action="append",

@@ -49,7 +49,7 @@ def merge(
     Args:
         teacher: an ONNX model.
         student: an ONNX model of the same operator version (opset).
-        loss: a folder that :func:`pykd.export` wrote with ``per_sample=True``, or its ``loss.onnx``.
+        loss: a folder that :func:`pykd.export` wrote with ``kind="score"`` or ``per_sample=True``, or its ONNX file.
         out: where to write. Weights that lie outside of the models' files, or are too large for one file, go to
             ``<out>.<digits>.data`` beside it, the digits being the start of their SHA-256.
         connect: ``"student:<output>"`` or ``"teacher:<output>"`` → the input of the loss that it is; not needed where a
@@ -113,7 +113,7 @@ class _Parts:
         self.scores = [value for value in self.loss.graph.output if value.type.tensor_type.shape.dim]
         if not self.scores:
             raise ValueError(
-                "expected a loss with a value per sample, got one without; export it with per_sample=True "
+                "expected a loss with a value per sample, got one without; export it with kind='score' "
                 "(a loss that compares the samples of a batch with each other has none, and cannot score single ones)"
             )
 
@@ -138,7 +138,8 @@ def read(teacher: str | Path, student: str | Path, loss: str | Path) -> _Parts:
 
 def loss_path(loss: Path) -> Path:
     """The file of a loss that may be given as its folder."""
-    return loss / "loss.onnx" if loss.is_dir() else loss
+    scores = loss / "score.onnx"
+    return scores if scores.exists() else loss / "loss.onnx" if loss.is_dir() else loss
 
 
 def _digest(path: Path) -> str:

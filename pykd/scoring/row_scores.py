@@ -180,8 +180,8 @@ def _exported(path: str, labels: bool) -> tuple[str, LoadedLoss]:
     loss = load(path, "onnxruntime", threads=1)
     if "loss_per_sample" not in {info.name for info in loss.signature.outputs}:
         raise ValueError(
-            f"expected an exported loss with values per sample, got {path} without; export it with per_sample=True "
-            "(`pykd export --per-sample`)"
+            f"expected an exported loss with values per sample, got {path} without; export it with kind='score' "
+            "(`pykd export --kind score`)"
         )
     offered = {"student_logits", "teacher_logits", *(["labels"] if labels else [])}
     for info in loss.signature.inputs:

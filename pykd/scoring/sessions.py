@@ -30,7 +30,7 @@ class Sessions:
     Args:
         teacher: an ONNX model.
         student: an ONNX model.
-        loss: a folder that :func:`pykd.export` wrote with ``per_sample=True``, or its ``loss.onnx``.
+        loss: a folder that :func:`pykd.export` wrote with ``kind="score"`` or ``per_sample=True``, or its ONNX file.
         connect: see :func:`pykd.scoring.merge.merge`, as for ``share`` and ``separate``.
         share: inputs of other names that are one.
         separate: inputs of one name that are two.

@@ -112,6 +112,7 @@ def fingerprint(where: str | os.PathLike[str]) -> dict[str, Any]:
     """What tells one file from another without reading it: for runs that are taken up again."""
     path, name = _split(os.fspath(where))
     if os.path.isdir(path):  # of an exported loss: the file that is run
-        path = os.path.join(path, "loss.onnx")
+        scores = os.path.join(path, "score.onnx")
+        path = scores if os.path.exists(scores) else os.path.join(path, "loss.onnx")
     status = os.stat(path)
     return {"path": str(Path(path).resolve()), "name": name, "bytes": status.st_size, "changed": status.st_mtime_ns}

@@ -158,7 +158,7 @@ class ModelScorer(_Scorer):
         scorer: a file of ``pykd merge``; or, in its place, the next three.
         teacher: an ONNX model.
         student: an ONNX model.
-        loss: a folder that :func:`pykd.export` wrote with ``per_sample=True``, or its ``loss.onnx``.
+        loss: a folder that :func:`pykd.export` wrote with ``kind="score"`` or ``per_sample=True``, or its ONNX file.
         columns: input → the column that holds it; not needed where both have one name. Numbers, lists, fixed-size lists, or tensors.
         parameters: numbers of the loss, such as ``{"temperature": 2.0}``; else its defaults.
         row: the column, or the columns, that say which row it is; they are returned as they are.

@@ -179,7 +179,8 @@ PYKD_API const char* pykd_version(void);
 PYKD_API const char* pykd_last_error(void);
 
 /* Loads a loss from `path`: a folder that pykd.export() wrote, or one of its files
- * (loss.onnx: the value alone; loss.grad.onnx: value and gradient; loss.pt: both).
+ * (loss.onnx: the value alone; loss.grad.onnx: value and gradient; loss.pt: both; score.onnx, of an
+ * export of kind "score": "loss_per_sample" and the like alone, no "loss" and no gradient).
  *
  * A library that is named is used, or the load fails: ONNX Runtime's (1.21 or newer) by
  * options->onnxruntime_library, else by the environment variable PYKD_ONNXRUNTIME_LIBRARY;
@@ -225,7 +226,7 @@ PYKD_API const char* pykd_kernels_in_use(const pykd_loss* loss);
 PYKD_API const char* pykd_passed_over(const pykd_loss* loss);
 
 /* The signature, by index. An index that is too large gives PYKD_INVALID_VALUE. Outputs come in the
- * order: "loss", the terms, the per-sample vectors, the gradients. */
+ * order: "loss", the terms, the per-sample vectors, the gradients; a score has the vectors alone. */
 PYKD_API size_t pykd_num_inputs(const pykd_loss* loss);
 PYKD_API size_t pykd_num_outputs(const pykd_loss* loss);
 PYKD_API size_t pykd_num_parameters(const pykd_loss* loss);

@@ -106,6 +106,15 @@ inline std::size_t bytes_of(pykd_dtype dtype, const std::int64_t* shape, std::si
   for (std::size_t axis = 0; axis < rank; ++axis) bytes *= static_cast<std::size_t>(shape[axis]);
   return bytes;
 }
+// Why a loss without gradients has none.
+[[noreturn]] inline void no_gradients(bool has_value) {
+  throw Error(PYKD_INVALID_VALUE,
+              has_value
+                  ? "expected an artefact with gradients, got one that holds the value alone; load "
+                    "loss.grad.onnx, loss.pt or their folder"
+                  : "expected an artefact with gradients, got scores of samples (kind \"score\"), which have none; "
+                    "call value(), or export the loss with kind \"loss\"");
+}
 // Memory that is worth keeping from step to step, for a tensor that frees it with pykd_deallocate(); nullptr: another
 // allocator will do.
 inline void* kept_memory(std::size_t bytes) { return bytes >= PYKD_KEPT_FROM ? pykd_allocate(bytes) : nullptr; }
@@ -327,7 +336,8 @@ class Loss {
     return Loss(loss);
   }
 
-  // The loss, its terms and, where they were exported, the per-sample vectors.
+  // The loss, its terms and, where they were exported, the per-sample vectors; these alone of an export of kind
+  // "score".
   Result value(const Tensors& inputs, const Parameters& parameters = {}) const {
     return allocate_and_run(inputs, parameters, false);
   }
@@ -428,11 +438,7 @@ class Loss {
       out.push_back(
           {info.name, array.memory.get(), array.dtype, rank, array.shape.data(), nullptr, PYKD_CPU, 0, nullptr});
     }
-    if (gradient && !any_gradient(out)) {
-      throw Error(PYKD_INVALID_VALUE,
-                  "expected an artefact with gradients, got one that holds the value alone; load "
-                  "loss.grad.onnx, loss.pt or their folder");
-    }
+    if (gradient && !any_gradient(out)) internal::no_gradients(result.has("loss"));
     internal::check(pykd_run(c(), in.data(), in.size(), settings.data(), settings.size(), out.data(), out.size()));
     return result;
   }

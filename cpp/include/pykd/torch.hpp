@@ -120,6 +120,7 @@ class TorchLoss {
     }
 
     void require_gradients() const {
+      if (students.empty() && values.front() != "loss") internal::no_gradients(false);
       if (students.empty()) {
         throw Error(PYKD_INVALID_VALUE,
                     "expected an artefact with gradients, got one that holds the value alone; load "
@@ -170,7 +171,7 @@ class TorchLoss {
     Loss loss;
     bool on_current_stream;              // of LibTorch: the engine sees to that
     void* stream;                        // the one that was given; nullptr: the engine's own, for which it waits
-    std::vector<std::string> values;     // outputs that are no gradients, "loss" first
+    std::vector<std::string> values;     // outputs that are no gradients, "loss" first where it has one
     std::vector<std::string> gradients;  // "grad_<input>", in the order of `students`
     std::vector<std::string> students;   // the inputs that receive a gradient
   };

@@ -84,8 +84,13 @@ Artefact read_folder(const fs::path& folder) {
   artefact.value = find_member(folder, "loss.onnx", FileFormat::kOnnx, manifest);
   artefact.gradient = find_member(folder, "loss.grad.onnx", FileFormat::kOnnx, manifest);
   artefact.torchscript = find_member(folder, "loss.pt", FileFormat::kTorchScript, manifest);
+  artefact.score = find_member(folder, "score.onnx", FileFormat::kOnnx, manifest);
+  if (artefact.score && (artefact.value || artefact.gradient || artefact.torchscript)) {
+    fail(PYKD_BAD_ARTEFACT, "score.onnx alone, or the files of a loss, in " + folder.string(), "both",
+         "export each into a folder of its own");
+  }
   if (!artefact.has_onnx() && !artefact.torchscript) {
-    fail(PYKD_NOT_FOUND, "loss.onnx, loss.grad.onnx or loss.pt in " + folder.string(), "none of them",
+    fail(PYKD_NOT_FOUND, "loss.onnx, loss.grad.onnx, loss.pt or score.onnx in " + folder.string(), "none of them",
          "export the loss again");
   }
   return artefact;
@@ -146,7 +151,8 @@ bool was_replaced(const Artefact& artefact) {
 }
 
 void check_sizes(const Artefact& artefact) {
-  for (const std::optional<ArtefactFile>* file : {&artefact.value, &artefact.gradient, &artefact.torchscript}) {
+  for (const std::optional<ArtefactFile>* file :
+       {&artefact.value, &artefact.gradient, &artefact.torchscript, &artefact.score}) {
     if (!file->has_value() || !(*file)->described) continue;
     std::error_code error;
     const std::uintmax_t size = fs::file_size((*file)->label, error);

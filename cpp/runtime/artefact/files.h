@@ -31,13 +31,14 @@ struct ArtefactFile {
 
 // What `path` offers: one file, or those of a folder.
 struct Artefact {
-  std::optional<ArtefactFile> value;        // loss.onnx, or a single ONNX file of either kind
+  std::optional<ArtefactFile> value;        // loss.onnx, or a single ONNX file of any kind
   std::optional<ArtefactFile> gradient;     // loss.grad.onnx of a folder
   std::optional<ArtefactFile> torchscript;  // loss.pt
+  std::optional<ArtefactFile> score;        // score.onnx of a folder, which has no other files then
   std::string folder;                       // empty: a single file
   std::string manifest;                     // the text of its manifest.json
 
-  bool has_onnx() const { return value.has_value() || gradient.has_value(); }
+  bool has_onnx() const { return value.has_value() || gradient.has_value() || score.has_value(); }
 };
 
 // Reads the file `path`, or finds out what the folder `path` holds; a file that its manifest lists

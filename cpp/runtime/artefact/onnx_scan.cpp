@@ -362,7 +362,7 @@ Signature scan_onnx(const ArtefactFile& file, PykdNodes* nodes) {
     if (!contents.metadata) refuse("the metadata entry \"pykd\"", "none");
     Signature signature = parse_signature(std::string(*contents.metadata));
     if (signature.kind == ArtefactKind::kTorchScript) {
-      refuse("\"value\" or \"gradient\" as the kind", "\"torchscript\"");
+      refuse("\"value\", \"gradient\" or \"score\" as the kind", "\"torchscript\"");
     }
     check_graph(contents, signature);
     Bodies(contents).check();

@@ -281,7 +281,13 @@ void check_parameters(const Signature& signature, const Binding& binding, const 
 std::size_t find_output(const Signature& signature, const char* name) {
   const std::size_t id = find_spec(signature.outputs, name);
   if (id != kNone) return id;
-  if (std::strncmp(name, "grad_", 5) == 0 && signature.kind == ArtefactKind::kValue) {
+  const bool is_gradient = std::strncmp(name, "grad_", 5) == 0;
+  if (signature.kind == ArtefactKind::kScore && (is_gradient || std::strcmp(name, "loss") == 0)) {
+    fail(PYKD_INVALID_VALUE, "an artefact with " + in_quotes(name),
+         "scores of samples (kind \"score\"), which have none",
+         "ask for \"loss_per_sample\", or export the loss with kind \"loss\"");
+  }
+  if (is_gradient && signature.kind == ArtefactKind::kValue) {
     fail(PYKD_INVALID_VALUE, "an artefact with gradients for " + in_quotes(name), "one that holds the value alone",
          "load loss.grad.onnx, loss.pt or their folder");
   }

@@ -216,6 +216,22 @@ void connect_gradient(const Object& object, Signature& signature, OutputSpec& ou
   input.gradient_output = signature.outputs.size();
 }
 
+// A file of scores: whatever goes in or comes out has the samples along its first axis.
+void check_rows(const Signature& signature) {
+  const std::size_t scores = find_spec(signature.outputs, "loss_per_sample");
+  if (scores == kNone || signature.outputs[scores].rank() == 0) {
+    bad_metadata("a vector \"loss_per_sample\" among \"outputs\"", scores == kNone ? "none" : "a scalar");
+  }
+  const std::string& samples = signature.outputs[scores].axes[0];
+  auto check = [&](const TensorSpec& spec) {
+    if (spec.rank() == 0 || spec.axes[0] != samples) {
+      bad_metadata("the first axis " + samples + " of every input and output where \"kind\" is \"score\"", spec.name);
+    }
+  };
+  for (const InputSpec& input : signature.inputs) check(input);
+  for (const OutputSpec& output : signature.outputs) check(output);
+}
+
 void parse_outputs(const Object& root, Signature& signature) {
   for_each_object(root, "outputs", [&](const Object& object) {
     OutputSpec output;
@@ -232,18 +248,19 @@ void parse_outputs(const Object& root, Signature& signature) {
     } else if (is_gradient) {
       bad_metadata("the field \"" + object.field("gradient_of") + "\"", "no such field");
     }
-    if (is_gradient && signature.kind == ArtefactKind::kValue) {
-      bad_metadata("no gradients where \"kind\" is \"value\"", output.name);
+    if (is_gradient && !gives_gradients(signature.kind)) {
+      bad_metadata("no gradients where \"kind\" is " + in_quotes(root.text("kind")), output.name);
     }
     signature.outputs.push_back(std::move(output));
   });
   for (const InputSpec& input : signature.inputs) {
-    const bool expected = input.has_gradient && signature.kind != ArtefactKind::kValue;
+    const bool expected = input.has_gradient && gives_gradients(signature.kind);
     if (expected != (input.gradient_output != kNone)) {
       bad_metadata(std::string(expected ? "the" : "no") + " gradient of " + input.name + " among \"outputs\"",
                    expected ? "none" : "one");
     }
   }
+  if (signature.kind == ArtefactKind::kScore) return check_rows(signature);
   const std::size_t loss = find_spec(signature.outputs, "loss");
   if (loss == kNone || signature.outputs[loss].rank() != 0) {
     bad_metadata("a scalar \"loss\" among \"outputs\"", loss == kNone ? "none" : "an array");
@@ -312,7 +329,8 @@ ArtefactKind parse_kind(const Object& root) {
   if (kind == "value") return ArtefactKind::kValue;
   if (kind == "gradient") return ArtefactKind::kGradient;
   if (kind == "torchscript") return ArtefactKind::kTorchScript;
-  bad_metadata("\"value\", \"gradient\" or \"torchscript\" as \"kind\"", in_quotes(kind));
+  if (kind == "score") return ArtefactKind::kScore;
+  bad_metadata("\"value\", \"gradient\", \"torchscript\" or \"score\" as \"kind\"", in_quotes(kind));
 }
 
 ParameterForm parse_parameter_form(const Object& root) {

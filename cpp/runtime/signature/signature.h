@@ -56,7 +56,12 @@ struct ParameterSpec {
   bool is_high(double value) const { return value > maximum; }
 };
 
-enum class ArtefactKind { kValue, kGradient, kTorchScript };
+enum class ArtefactKind { kValue, kGradient, kTorchScript, kScore };
+
+// Whether a file of that kind computes the gradients of its inputs.
+inline bool gives_gradients(ArtefactKind kind) {
+  return kind == ArtefactKind::kGradient || kind == ArtefactKind::kTorchScript;
+}
 
 // How an ONNX file holds its parameters: initialisers that are inputs, too; constants; or inputs.
 enum class ParameterForm { kOverridable, kFixed, kInputs };
