@@ -1,5 +1,6 @@
 """Every loss behind a model in DistributedDataParallel: two processes train as one does on the whole batch."""
 
+import pytest
 import torch
 import torch.multiprocessing
 from torch.nn.parallel import DistributedDataParallel
@@ -63,6 +64,7 @@ def train(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     torch.multiprocessing.spawn(train, (str(tmp_path),), nprocs=PROCESSES)

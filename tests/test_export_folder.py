@@ -127,6 +127,7 @@ def leftovers(target: Path) -> list[str]:
     return [path.name for path in (*target.parent.iterdir(), *target.iterdir()) if ".export-" in path.name]
 
 
+@pytest.mark.slow
 def test_killed_at_every_step(scene, monkeypatch):
     target, name = scene
     mine = others(target)
@@ -172,6 +173,7 @@ def test_killed_at_every_step(scene, monkeypatch):
         assert 0 < refused <= 5
 
 
+@pytest.mark.slow
 def test_failing_at_every_step(scene, monkeypatch):
     target, name = scene
     mine = others(target)

@@ -115,6 +115,7 @@ def recipes(draw):
     return draw(values if draw(st.integers(0, 9)) == 0 else changed(GOOD, most=3, depth=3))
 
 
+@pytest.mark.slow
 @for_a_while
 @forever
 @given(table=recipes())
@@ -151,6 +152,7 @@ def folder(tmp_path_factory):
     return pykd.export(SoftTarget(), tmp_path_factory.mktemp("fuzz"), progress=lambda line: None)
 
 
+@pytest.mark.slow
 def test_manifests(folder, monkeypatch):
     """verify() of a folder whose manifest was changed: a report or a ValueError, and loss.pt is never run."""
     good = json.loads((folder / "manifest.json").read_text())

@@ -384,6 +384,7 @@ def nothing_is_counted(_: Any, call: Callable[[], Any]) -> list[str]:
     return []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage", ["smoke", "capture", "speed", "torch_paths", "competitors", "speed_features", "onnxruntime_cuda"]
 )

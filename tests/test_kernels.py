@@ -153,6 +153,7 @@ def test_numbers_do_not_depend_on_the_number_of_threads(fusable):
             assert torch.equal(value, one[name]), f"{name} with {threads} threads"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", kernels.simd_targets())
 def test_every_simd_target_of_this_machine(target):
     kernels.use_simd(target)
