@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 from safetensors.numpy import load_file
 
@@ -222,9 +224,6 @@ def test_bad_rows_are_counted_by_kind():
 
 
 def test_rows_that_were_ragged_or_missing_stay_so():
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
     rows = [[3.0, 1.0, 2.0], [1.0], None, [1.0, 2.0, 3.0]]
     parquet.write_table(pa.table({"logits": pa.array(rows, pa.list_(pa.float32()))}), "teacher.parquet")
     np.save("student.npy", np.ones((4, 3), np.float32))
@@ -458,6 +457,10 @@ def test_the_commands_of_the_docs_run(capsys):
     draw(rows=255, classes=130)  # one chunk of a base file
     np.save("tokens.npy", np.arange(512) % 130)
     Path("tokenizer.json").write_text("{}")
+    rows = pa.array([[[0, 1]] * 255], pa.list_(pa.list_(pa.int64())))
+    values = pa.array([[[-0.5, -1.5]] * 255], pa.list_(pa.list_(pa.float32())))
+    parquet.write_table(pa.table({"token_ids": rows, "top_values": values}), "rows.parquet")
+    Path("codec.json").write_text('{"d": 130}')
     np.save("hidden.npy", np.ones((255, 16), np.float16))
     np.save("head.npy", np.ones((130, 16), np.float16))
     found = commands_of_the_docs()

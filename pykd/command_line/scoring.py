@@ -20,6 +20,11 @@ def add(commands: Any) -> None:
         "What was begun and not finished is taken up where it ended.",
     )
     score.add_argument("--teacher", metavar="FILE", help="logits of the teacher, (rows, classes)")
+    score.add_argument(
+        "--distillkit",
+        metavar="FILE",
+        help="the teacher has rows of DistillKit: the settings of their compression, JSON or YAML",
+    )
     score.add_argument("--student", metavar="FILE", help="logits of the student, the same rows")
     score.add_argument("--labels", metavar="FILE", help="the right class of each row; -100 leaves a row out")
     score.add_argument(
@@ -94,6 +99,7 @@ def _score(options: argparse.Namespace) -> int:
         group=options.group,
         temperature=options.temperature,
         classes=options.classes,
+        distillkit=options.distillkit,
         threads=options.threads,
         progress=progress(),
         say=lambda text: print(text, file=sys.stderr),
@@ -113,7 +119,10 @@ def _check_outputs(options: argparse.Namespace) -> None:
     """Nothing that is read is written over."""
     from pykd.scoring.sources import path_of
 
-    inputs = [*(getattr(options, name) for name in ("teacher", "student", "labels", "group")), *(options.compare or ())]
+    inputs = [
+        *(getattr(options, name) for name in ("teacher", "student", "labels", "group", "distillkit")),
+        *(options.compare or ()),
+    ]
     taken = {os.path.realpath(path_of(where)) for where in inputs if where is not None}
     for name in ("out", "report", "json"):
         path = getattr(options, name)
@@ -137,7 +146,7 @@ def _compare(options: argparse.Namespace, conditions: list[Any]) -> int:
     from pykd.scoring.compare import compare, numbers_of_comparison
     from pykd.scoring.results import Scores
 
-    for name in ("teacher", "student", "labels", "group", "loss", "out", "report"):
+    for name in ("teacher", "student", "labels", "group", "loss", "out", "report", "distillkit"):
         if getattr(options, name) is not None:
             raise ValueError(f"expected no --{name} with --compare, which scores nothing, got one; leave it out")
     _check_outputs(options)
@@ -176,7 +185,7 @@ def _as_llama(options: argparse.Namespace) -> str:
     from pykd.scoring.llama import print_out
     from pykd.scoring.stream import cores, labels_of
 
-    for name in ("temperature", "classes", "loss"):
+    for name in ("temperature", "classes", "loss", "distillkit"):
         if getattr(options, name) is not None:
             raise ValueError(
                 f"expected no --{name} with --format llama, whose numbers are fixed, got one; leave it out"

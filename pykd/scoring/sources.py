@@ -15,6 +15,7 @@ from pykd.scoring import llama
 from pykd.scoring.container import is_container
 from pykd.scoring.formats.arrow_files import arrow
 from pykd.scoring.formats.base_files import base_file as _base_file
+from pykd.scoring.formats.distillkit_rows import distillkit_rows, read_codec
 from pykd.scoring.formats.numpy_files import npy, npz
 from pykd.scoring.formats.parquet_files import parquet
 from pykd.scoring.formats.safetensors_files import safetensors
@@ -33,13 +34,17 @@ _BEGINNINGS = {
 }
 
 
-def open_matrix(where: str | os.PathLike[str], role: str) -> Source:
+def open_matrix(where: str | os.PathLike[str], role: str, distillkit: str | os.PathLike[str] | None = None) -> Source:
     """Logits: rows of equally many floating-point numbers. Axes before the last are rows.
 
     Args:
         where: a path, or path#name.
         role: ``"teacher"`` or ``"student"``, for messages.
+        distillkit: the settings of the compression, where the file has rows of DistillKit
+            (:mod:`pykd.scoring.formats.distillkit_rows`).
     """
+    if distillkit is not None:
+        return distillkit_rows(os.fspath(where), f"the {role} {where}", read_codec(distillkit))
     source = _open(where, role, matrix=True)
     if source.dtype.kind != "f":
         raise ValueError(

@@ -34,6 +34,7 @@ def score_files(
     group: Where | None = None,
     temperature: float | None = None,
     classes: int | None = None,
+    distillkit: Where | None = None,
     threads: int = 0,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = print,
@@ -51,6 +52,7 @@ def score_files(
             independent, and the intervals allow for that. None: the chunks of a base file of llama.cpp, or each row by itself.
         temperature: of the losses; None: 1, or the default of an exported loss.
         classes: compares that many classes, the first ones; the probability of the others is reported.
+        distillkit: the settings of the compression, where the teacher's file has rows of DistillKit.
         threads: that work at once; 0: one per core. The scores do not depend on it.
         progress: called with the rows done, and all rows.
         say: called with what a person should know.
@@ -60,7 +62,7 @@ def score_files(
         OSError: the file of scores cannot be written; what was written is kept.
     """
     sources.require("pyarrow")
-    work = _Work(teacher, student, losses, labels, group, temperature, classes)
+    work = _Work(teacher, student, losses, labels, group, temperature, classes, distillkit)
     path = Path(out)
     settings = {
         "pykd": __version__,
@@ -147,12 +149,13 @@ class _Work:
         group: Where | None,
         temperature: float | None,
         classes: int | None,
+        distillkit: Where | None,
     ) -> None:
         if temperature is not None and not 0 < temperature < float("inf"):
             raise ValueError(f"expected a temperature above 0, got {temperature:g}; pass another")
         if not losses or len(set(losses)) < len(losses):
             raise ValueError(f"expected losses that differ, got {', '.join(losses) or 'none'}; name each once")
-        self.teacher = sources.open_matrix(teacher, "teacher")
+        self.teacher = sources.open_matrix(teacher, "teacher", distillkit)
         self.student = sources.open_matrix(student, "student")
         own = labels_of(teacher, student, None)
         labels = own if labels is None else labels
@@ -162,7 +165,13 @@ class _Work:
         self.group = None if group is None else sources.open_column(group, "group", "iuU")
         self.places = {
             name: where
-            for name, where in (("teacher", teacher), ("student", student), ("labels", labels), ("group", group))
+            for name, where in (
+                ("teacher", teacher),
+                ("student", student),
+                ("labels", labels),
+                ("group", group),
+                ("distillkit", distillkit),
+            )
             if where is not None
         }
         self.rows = self.teacher.rows

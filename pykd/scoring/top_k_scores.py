@@ -105,11 +105,15 @@ class TopKScores:
         rows = np.arange(len(student))
         every, _ = narrow(student)
         logits = np.ascontiguousarray(every[:, : self.classes])
-        ids = top_k.ids.astype(np.int64)
+        ids, empty = top_k.ids.astype(np.int64), teacher.values == -np.inf
+        if empty.any():  # of such classes the others know enough: they count with them
+            first = np.take_along_axis(ids, teacher.values.argmax(axis=1)[:, None], axis=1)
+            ids = np.where(empty, first, ids)
         log_p = self._teacher(teacher, self.place)
         whole, tail = log_masses(logits, ids, self.temperature)
         at_one = whole if self.temperature == 1 else log_sum(logits)
         inside = np.take_along_axis(logits, ids, axis=1) / self.temperature
+        inside[empty] = -np.inf
         log_q = _normalised(np.concatenate([inside, tail[:, None]], axis=1))
         for name, loss in self.losses.items():
             result[name] = np.maximum(

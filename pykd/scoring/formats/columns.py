@@ -22,6 +22,10 @@ def arrow_modules() -> tuple[Any, Any]:
 def _columns(schema: Any, name: str | None, label: str, matrix: bool) -> list[str]:
     """The column of lists, or the flat columns that make up a row."""
     pa, _ = arrow_modules()
+    if matrix and name is None and "compressed_logprobs" in schema.names:
+        raise ValueError(
+            f"expected the settings of the compression for {label}, which has rows of DistillKit, got none; pass --distillkit with them"
+        )
     listed = [f.name for f in schema if _list_kind(pa, f.type)]
     if not matrix:
         return [choose([f.name for f in schema if f.name not in listed], name, label, "column")]

@@ -114,7 +114,10 @@ def exact(chunks: Iterator[Block], rows: int) -> Iterator[Block]:
 
 
 def _part(block: Block, first: int, last: int) -> Block:
-    return Block(*(None if part is None else part[first:last] for part in block))  # type: ignore[arg-type]
+    values, *flags, top_k = block
+    part = slice(first, last)
+    ragged, missing = (None if flag is None else flag[part] for flag in flags)
+    return Block(values[part], ragged, missing, None if top_k is None else TopK(*(array[part] for array in top_k)))
 
 
 def _joined(blocks: list[Block]) -> Block:
@@ -131,7 +134,12 @@ def _joined(blocks: list[Block]) -> Block:
             ]
         )
 
-    return Block(np.concatenate([block.values for block in blocks]), flags("ragged"), flags("missing"))
+    top_k = None
+    if blocks[0].top_k is not None:
+        top_k = TopK(
+            *map(np.concatenate, zip(*(block.top_k for block in blocks if block.top_k is not None), strict=True))
+        )
+    return Block(np.concatenate([block.values for block in blocks]), flags("ragged"), flags("missing"), top_k)
 
 
 def choose(names: list[str], wanted: str | None, label: str, what: str) -> str:
