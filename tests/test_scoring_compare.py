@@ -128,3 +128,85 @@ def test_what_does_not_go_together_is_refused(capsys):
     assert "expected scores at nowhere.parquet, got no file there" in capsys.readouterr().err
     assert main(["score", "--compare", "a.parquet", "b.parquet", "--teacher", "t.npy"]) == 2
     assert "expected no --teacher with --compare" in capsys.readouterr().err
+
+
+class Drawn:
+    """Scores in memory, as far as compare() looks at them."""
+
+    def __init__(self, group, kl):
+        self.path, self.rows, self.has_group = Path("drawn"), len(kl), True
+        self.names = ["row", "status", "kl", "teacher_class_rank", "group"]
+        self.facts = {"losses": ["kl"], "settings": {"files": {"teacher": None}}}
+        self.columns = {
+            "row": np.arange(self.rows),
+            "status": np.zeros(self.rows, np.uint8),
+            "kl": kl.astype(np.float32),
+            "teacher_class_rank": np.where(kl < LIMIT, 1, 2),
+            "group": group,
+        }
+
+    def blocks(self, *names, bad=False):
+        for first in range(0, self.rows, 1000):
+            yield {name: self.columns[name][first : first + 1000] for name in {"row", "status", *names}}
+
+
+LIMIT = 1.5  # below which both have the same best class
+GROUPS = 150
+
+
+def drawn(rng, noise):
+    """Two students in groups of uneven sizes, whose rows share most of their variance; the second drifts, by groups, too."""
+    group = np.repeat(np.arange(GROUPS), rng.integers(1, 30, size=GROUPS))
+    own = rng.normal(size=(2, len(group)))
+    level, drift = rng.normal(size=(2, GROUPS))[:, group]
+    first = 0.5 * level + 0.4 * own[0]
+    return group, np.exp(first), np.exp(first + noise * (0.5 + 0.7 * drift + 0.7 * own[1]))
+
+
+def truths(noise):
+    """Of log-normal scores: differences by name."""
+    spreads = np.sqrt(0.41), np.sqrt(0.41 + 0.98 * noise**2)
+    centres = 0.0, 0.5 * noise
+
+    def difference(of):
+        return of(centres[1], spreads[1]) - of(centres[0], spreads[0])
+
+    found = {"mean": difference(lambda m, s: np.exp(m + s * s / 2))}
+    found["agreement"] = difference(lambda m, s: stats.norm.cdf((np.log(LIMIT) - m) / s))
+    for share in (1, 5, 10, 25, 50, 75, 90, 95, 99):
+        z = stats.norm.ppf(share / 100)
+        found[f"p{share}"] = difference(lambda m, s, z=z: np.exp(m + z * s))
+    return found
+
+
+def coverage(noise, repeats, seed):
+    """How often each interval that is told holds the truth."""
+    rng = np.random.default_rng(seed)
+    truth = truths(noise)
+    inside, told = dict.fromkeys(truth, 0), dict.fromkeys(truth, 0)
+    for _ in range(repeats):
+        group, first, second = drawn(rng, noise)
+        report = compare(Drawn(group, first), Drawn(group, second))
+        ends = {"mean": report["scores"]["kl"]["interval"], "agreement": report["shares"]["agreement"]["interval"]}
+        ends |= {name: entry["interval"] for name, entry in report["scores"]["kl"]["quantiles"].items()}
+        for name, value in truth.items():
+            if ends[name] is not None:
+                inside[name] += ends[name][0] <= value <= ends[name][1]
+                told[name] += 1
+    assert min(told.values()) > 0.6 * repeats, told
+    return {name: count / told[name] for name, count in inside.items()}
+
+
+def test_intervals_of_differences_cover_the_truth_on_grouped_rows():
+    """docs/scoring.md has what many more repeats give; here the bounds are what 100 leave to chance, four standard errors at 95 %."""
+    found = coverage(noise=0.1, repeats=100, seed=1)
+    assert min(found.values()) >= 0.86, found
+    assert 0.93 <= np.mean(list(found.values())) <= 0.985, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [0.03, 0.1, 0.5])
+def test_intervals_of_differences_cover_the_truth_in_many_repeats(noise):
+    found = coverage(noise, repeats=1000, seed=2)
+    print(noise, found)
+    assert min(found.values()) >= 0.93 and max(found.values()) <= 0.985, found

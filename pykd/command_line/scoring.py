@@ -165,7 +165,20 @@ def comparison_as_text(report: dict[str, Any]) -> str:
         lines.append("the teachers are different files: losses are compared as they are")
     head = ("", "first", "second", "difference", "95 % interval", "in st. dev.", "p", "smallest seen")
     rows: list[tuple[str, ...]] = [head]
+    quantiles: list[tuple[str, ...]] = []
     for name, entry in {**report["scores"], **report["shares"]}.items():
+        for title, quantile in entry.get("quantiles", {}).items():
+            if name in report["losses"] and title in ("p50", "p90", "p99"):
+                quantiles.append(
+                    (
+                        f"{name} {title}",
+                        *(f"{quantile[side]:.5g}" for side in ("first", "second", "difference")),
+                        _interval(quantile["interval"]),
+                        "",
+                        "",
+                        "",
+                    )
+                )
         changed = f" (+{entry['gained']:,} −{entry['lost']:,})" if "gained" in entry else ""
         numbers = (entry["first"], entry["second"], entry["difference"])
         rest = (entry["standard_deviations"], entry["p_value"], entry["smallest_seen"])
@@ -177,7 +190,7 @@ def comparison_as_text(report: dict[str, Any]) -> str:
                 *("–" if number is None else f"{number:.3g}" for number in rest),
             )
         )
-    return "\n".join(lines + _table(rows))
+    return "\n".join(lines + _table(rows + quantiles))
 
 
 def _as_llama(options: argparse.Namespace) -> str:

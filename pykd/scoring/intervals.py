@@ -5,12 +5,14 @@ or, where there are more than 1,024, falls into one of 1,024 batches by its hash
 what is held in memory does not grow with their number. Rows without a group are groups of their own.
 
 Means are ratios of two sums, whose variance is linearised, with Student's t on the batches; shares take Wilson's interval at
-the number of independent rows that would have the same variance; a quantile takes the order statistics at the ends of the
-interval of its share (Woodruff 1952).
+the number of independent rows that would have the same variance, with Student's t on as many batches as tell that variance; a quantile takes the order statistics at the ends of the
+interval of its share (Woodruff 1952), with the skewness of the binomial distribution (Cornish and Fisher). The difference of two quantiles of the same rows is linearised like a mean, with the slopes
+of the quantile functions between those ends.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from statistics import NormalDist
 from typing import Any
@@ -19,6 +21,7 @@ import numpy as np
 
 BATCHES = 1024
 LEVEL = 0.95
+_FEWEST = 3  # independent rows beyond a quantile, on average, of which fewer than one sample in forty has none
 Array = np.ndarray[Any, Any]
 Interval = list[float | None] | None  # None: cannot be told; an end that is None: no row lies beyond it
 
@@ -54,9 +57,64 @@ def quantile_places(share: float, below: Array, counts: Array, grouped: bool) ->
     batches, rows = int((counts > 0).sum()), int(counts.sum())
     if batches < 2:
         return None, None
-    low, high = _wilson(share, *_worth(share, float(rows), below, counts, grouped))
-    first, last = math.floor(low * rows) - 1, math.ceil(high * rows)
-    return (first if first >= 0 else None), (last if last < rows else None)
+    worth, errors = _worth(share, float(rows), below, counts, grouped)
+    # The share itself is known, unlike that of an agreement: how many rows fall below it is binomial, and skewed in the tails.
+    half = errors * math.sqrt(share * (1 - share) / worth)
+    skew = (errors * errors - 1) * (1 - 2 * share) / (6 * worth)
+    first = math.floor(min(share - half + skew, share) * rows) - 1
+    last = math.ceil(max(share + half + skew, share) * rows)
+    return (
+        None if first < 0 or worth * share < _FEWEST else first,
+        None if last >= rows or worth * (1 - share) < _FEWEST else last,
+    )
+
+
+def quantile_difference_interval(
+    place: float, places: Array, at: Array, values: Array, upto_at: Array, upto: Array, counts: Array
+) -> Interval:
+    """Of the quantile of a second score minus that of a first one, of the same rows.
+
+    A quantile moves by its slope times what the share of rows below it moves by, and what matters is how the two shares move
+    together. That is taken at all of the places near the quantile, not at it alone: scores that are nearly the same change
+    order too seldom to tell it at one. Where they do not even change order from one row to the next, what is left is how the
+    difference varies from place to place. The slopes to either side, which differ in the tails, share the length between the
+    ends.
+
+    Args:
+        place: of the quantile among the sorted rows, from 0; not whole as a rule.
+        places: ``(n,)`` whole ones around it, ascending, from one end of the interval of its share to the other.
+        at: both quantiles.
+        values: ``(2, n)`` both scores at those places.
+        upto_at: ``(2, batches)`` rows up to the quantile.
+        upto: ``(2, n, batches)`` rows up to those values.
+        counts: rows per batch.
+    """
+    batches, rows = int((counts > 0).sum()), float(counts.sum())
+    if batches < 2:
+        return None
+    slope = (values[:, -1] - values[:, 0]) / (places[-1] - places[0]) * rows
+    together = np.mean([variance(slope[1] * upto[1, i] - slope[0] * upto[0, i], counts) for i in range(len(places))])
+    apart = np.array([variance(each, counts) for each in upto_at])
+    half = student_t(batches - 1) * math.sqrt(max(float(together), _scatter(places, values[1] - values[0])))
+    before, after = max(place - places[0], 1), max(places[-1] - place, 1)
+    falling, rising = (at - values[:, 0]) / before * rows, (values[:, -1] - at) / after * rows
+    whole = float((slope**2 * apart).sum())
+    low, high = (
+        half * math.sqrt(float((steep**2 * apart).sum()) / whole) if whole > 0 else half
+        for steep in (np.array([rising[0], falling[1]]), np.array([falling[0], rising[1]]))
+    )
+    difference = float(at[1] - at[0])
+    return [difference - low, difference + high]
+
+
+def _scatter(places: Array, values: Array) -> float:
+    """Variance of values about the line through them."""
+    if len(places) < 4:
+        return 0.0
+    x = places - places.mean()
+    y = values - values.mean()
+    rest = y - (x @ y) / (x @ x) * x
+    return float(rest @ rest) / (len(places) - 2)
 
 
 def _worth(share: float, rows: float, hits: Array, counts: Array, grouped: bool) -> tuple[float, float]:
@@ -66,7 +124,16 @@ def _worth(share: float, rows: float, hits: Array, counts: Array, grouped: bool)
     batches = int((counts > 0).sum())
     spread = variance(hits, counts)
     worth = share * (1 - share) / spread if spread > 0 else float(batches)
-    return min(worth, rows), student_t(batches - 1)
+    return min(worth, rows), student_t(_freedom(hits, counts, batches))
+
+
+def _freedom(hits: Array, counts: Array, batches: int) -> int:
+    """Degrees of freedom of a share's variance, by the fourth moment (Satterthwaite): few, where few batches have what is rare."""
+    rest = hits - hits.sum() / counts.sum() * counts
+    squares, fourth = float((rest**2).sum()), float((rest**4).sum())
+    spread = fourth - squares**2 / batches
+    freedom = 2 * squares**2 / spread if spread > 0 else math.inf
+    return max(1, int(min(freedom, batches - 1)))
 
 
 def _wilson(share: float, rows: float, errors: float) -> tuple[float, float]:
@@ -77,6 +144,7 @@ def _wilson(share: float, rows: float, errors: float) -> tuple[float, float]:
     return max(min(middle - half, share), 0.0), min(max(middle + half, share), 1.0)
 
 
+@functools.cache
 def student_t(freedom: float) -> float:
     """The 97.5 % quantile of Student's t."""
     if freedom > 10_000:
