@@ -1,12 +1,23 @@
 """Localization distillation: where the teacher expects the edges of a box."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, choice, flag, ops, register, scalar
 from pykd.definition.reference import divergence, log_softmax, reduce_samples, rows
+from pykd.fused.description import SOFT_TARGET, KernelPoint
 
 BINS = ("sum", "mean")
+
+
+def _reduce(
+    values: Tensor, sample_weight: Tensor | None, temperature: float, tau_squared: bool, reduction: str
+) -> Tensor:
+    if tau_squared:
+        values = values * (temperature * temperature)
+    return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
 
 
 def localization_distillation(
@@ -25,9 +36,7 @@ def localization_distillation(
     values = ops.softened_divergence(student, teacher, temperature)
     if over_bins == "mean":
         values = values / student.size(-1)
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return _reduce(values, weight, temperature, tau_squared, reduction)
 
 
 @register("localization_distillation")
@@ -59,6 +68,8 @@ class LocalizationDistillation(Loss):
         Nats (times T² with ``tau_squared``), at least 0; a scalar unless ``reduction="none"``. float32 for half-precision
         inputs, which are computed in float32. A bin that the teacher rules out (−inf) adds 0 whatever the student says; one
         that only the student rules out gives +inf. NaN in an input gives NaN.
+
+    The kernel computes the sum over bins; the mean is computed by the formula.
 
     Raises:
         ValueError: for a temperature that is not positive, shapes that do not fit, an empty batch.
@@ -98,6 +109,14 @@ class LocalizationDistillation(Loss):
     temperature: float = scalar(default=10.0, minimum=0.0, exclusive=True)
     tau_squared: bool = flag(default=True)
     over_bins: str = choice(BINS, default="sum")
+
+    def covered_by_kernel(self, given: Mapping[str, Spec]) -> bool:
+        return self.over_bins == "sum"
+
+    def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight, temperature):
+        tensors = {"student": student_logits, "teacher": teacher_logits, "temperature": temperature}
+        values = kernel(SOFT_TARGET, "soft", ops.softened_divergence, tensors, {"form": "kl"}, weight="soft_weight")
+        return _reduce(ops.at_least_0(values), sample_weight, temperature, self.tau_squared, self.reduction)
 
     def properties(self) -> Properties:
         return Properties(

@@ -1,10 +1,9 @@
-"""What losses on logits share: labels, the classes beside the label, and the kernel of soft_target and hard_target."""
+"""What losses on logits share: labels, and the classes beside the label."""
 
 import torch
 from torch import Tensor
 
 from pykd.definition import ops
-from pykd.fused.description import Argument, Kernel
 
 
 def kept_weight(labels: Tensor, sample_weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -48,24 +47,3 @@ def deviations(logits: Tensor) -> tuple[Tensor, Tensor]:
     kept = (logits - logits.detach().amax(dim=-1, keepdim=True)).masked_fill(masked, 0.0)
     count = (~masked).to(logits.dtype).sum(dim=-1, keepdim=True)
     return (kept - kept.sum(dim=-1, keepdim=True) / count).masked_fill(masked, 0.0), masked
-
-
-# One pass over a row of logits serves the soft term, the hard term, or both.
-KERNEL = Kernel(
-    "soft_target",
-    inputs={
-        "student": Argument("batch classes"),
-        "teacher": Argument("batch classes"),
-        "temperature": Argument("", "number"),
-        "soft_weight": Argument("batch", "float32"),
-        "labels": Argument("batch", "index"),
-        "label_probs": Argument("batch classes"),
-        "hard_weight": Argument("batch", "float32"),
-    },
-    outputs={
-        "soft": Argument("batch", "float32"),
-        "hard": Argument("batch", "float32"),
-        "grad_student": Argument("batch classes"),
-    },
-    attributes={"form": "cross_entropy", "soften_student": True, "beta": 0.5},
-)

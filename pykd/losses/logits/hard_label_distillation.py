@@ -6,7 +6,18 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, ops, register
 from pykd.definition.reference import log_softmax, reduce_samples, rows
+from pykd.fused.description import SOFT_TARGET, KernelPoint
 from pykd.losses.logits._shared import at_label
+
+
+def _decisions(teacher: Tensor) -> Tensor:
+    """The first largest class of each row, and -1, which is no class, where the row has a NaN."""
+    return teacher.argmax(dim=-1).masked_fill(torch.isnan(teacher.amax(dim=-1)), -1)
+
+
+def _rows(student: Tensor, labels: Tensor) -> Tensor:
+    """One value per row, NaN where the label is no class."""
+    return -at_label(torch.log_softmax(ops.upcast(student), dim=-1), labels)
 
 
 def hard_label_distillation(
@@ -18,10 +29,7 @@ def hard_label_distillation(
     """Cross-entropy against the teacher's decisions; see :class:`HardLabelDistillation`."""
     weight = ops.optional_weight(sample_weight)
     teacher = ops.upcast(ops.without_left_out(teacher_logits.detach(), weight))
-    log_q = torch.log_softmax(ops.upcast(ops.without_left_out(student_logits, weight)), dim=-1)
-    values = -at_label(log_q, teacher.argmax(dim=-1))
-    # The largest of a row that has a NaN is no decision.
-    return ops.reduce(values.masked_fill(torch.isnan(teacher).any(dim=-1), float("nan")), weight, reduction)
+    return ops.reduce(_rows(ops.without_left_out(student_logits, weight), _decisions(teacher)), weight, reduction)
 
 
 @register("hard_label_distillation")
@@ -77,6 +85,11 @@ class HardLabelDistillation(Loss):
     )
     aliases = ("hard_distillation", "hard_label")
     paper = "Touvron et al. 2021, arXiv:2012.12877"
+
+    def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight):
+        tensors = {"student": student_logits, "labels": _decisions(ops.upcast(teacher_logits.detach()))}
+        values = kernel(SOFT_TARGET, "hard", _rows, tensors, {}, weight="hard_weight")
+        return ops.reduce(values, ops.optional_weight(sample_weight), self.reduction)
 
     def properties(self) -> Properties:
         return Properties(

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, number, ops, register, whole
 from pykd.definition.reference import labelled, log_softmax, reduce_samples, rows
-from pykd.fused.description import KernelPoint
-from pykd.losses.logits._shared import KERNEL, at_label, kept_weight
+from pykd.fused.description import SOFT_TARGET, KernelPoint
+from pykd.losses.logits._shared import at_label, kept_weight
 
 
 def hard_target_rows(student: Tensor, labels: Tensor) -> Tensor:
@@ -170,10 +170,10 @@ class HardTarget(Loss):
     def fused(self, kernel: KernelPoint, student_logits, labels, sample_weight, class_weight):
         if labels.dim() == student_logits.dim():
             tensors = {"student": student_logits, "label_probs": labels}
-            values = kernel(KERNEL, "hard", hard_target_rows_of_probabilities, tensors, {}, weight="hard_weight")
+            values = kernel(SOFT_TARGET, "hard", hard_target_rows_of_probabilities, tensors, {}, weight="hard_weight")
             return ops.reduce(values, ops.optional_weight(sample_weight), self.reduction)
         tensors = {"student": student_logits, "labels": labels}
-        values = kernel(KERNEL, "hard", hard_target_rows, tensors, {}, weight="hard_weight")
+        values = kernel(SOFT_TARGET, "hard", hard_target_rows, tensors, {}, weight="hard_weight")
         if kernel.all_kept and class_weight is None:
             return ops.reduce(values, ops.optional_weight(sample_weight), self.reduction)
         weight = kept_weight(labels, sample_weight, self.ignore_index)

@@ -21,8 +21,7 @@ from pykd.definition import (
     scalar,
 )
 from pykd.definition.reference import divergence, expectation, log_softmax, reduce_samples, rows
-from pykd.fused.description import KernelPoint
-from pykd.losses.logits._shared import KERNEL
+from pykd.fused.description import SOFT_TARGET, KernelPoint
 
 FORMS = ("cross_entropy", "kl", "reverse_kl", "symmetric_kl", "jsd")
 
@@ -196,7 +195,7 @@ class SoftTarget(Loss):
 
     def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight, temperature):
         values = kernel(
-            KERNEL,
+            SOFT_TARGET,
             "soft",
             soft_target_rows,
             {"student": student_logits, "teacher": teacher_logits, "temperature": temperature},

@@ -1,11 +1,20 @@
 """Transformed teacher matching: the teacher's probabilities raised to a power, the student's as they are."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, flag, ops, register, scalar
 from pykd.definition.reference import divergence, log_softmax, reduce_samples, rows
+from pykd.fused.description import SOFT_TARGET, KernelPoint
+
+
+def _rows(student: Tensor, teacher: Tensor, temperature: float, form: str, soften_student: bool) -> Tensor:
+    """What :func:`transformed_teacher_matching` is without weights, one value per row, as soft targets at the temperature 1/γ."""
+    log_p = torch.log_softmax(ops.soften(teacher.detach(), temperature), dim=-1)
+    return ops.forward_kl(log_p, torch.log_softmax(ops.upcast(student), dim=-1))
 
 
 def transformed_teacher_matching(
@@ -62,7 +71,7 @@ class TransformedTeacherMatching(Loss):
         ValueError: for an exponent that is not positive, shapes that do not fit, an empty batch.
 
     Same as ``TTM`` and ``WTTM`` of the authors' code, which have no T² either, since the student has no temperature. U does
-    not come into the divisor of the mean.
+    not come into the divisor of the mean. The kernel computes it without weights U.
 
     Example:
         >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 4.0]])
@@ -91,6 +100,20 @@ class TransformedTeacherMatching(Loss):
 
     exponent: float = scalar(default=0.5, minimum=0.0, exclusive=True)
     weighted: bool = flag(default=False)
+
+    def covered_by_kernel(self, given: Mapping[str, Spec]) -> bool:
+        return not self.weighted
+
+    def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight, exponent):
+        values = kernel(
+            SOFT_TARGET,
+            "soft",
+            _rows,
+            {"student": student_logits, "teacher": teacher_logits, "temperature": 1.0 / exponent},
+            {"form": "kl", "soften_student": False},
+            weight="soft_weight",
+        )
+        return ops.reduce(ops.at_least_0(values), ops.optional_weight(sample_weight), self.reduction)
 
     def properties(self) -> Properties:
         return Properties(

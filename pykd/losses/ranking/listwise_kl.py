@@ -1,10 +1,18 @@
 """List-wise KL divergence: how the student shares its preference among the candidates of a query, beside the teacher."""
 
-import torch
 from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, ops, register, scalar
 from pykd.definition.reference import divergence, log_softmax, reduce_samples
+from pykd.fused.description import SOFT_TARGET, KernelPoint
+
+
+def _reduce(
+    values: Tensor, sample_weight: Tensor | None, temperature: float, tau_squared: bool, reduction: str
+) -> Tensor:
+    if tau_squared:
+        values = values * (temperature * temperature)
+    return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
 
 
 def listwise_kl(
@@ -19,12 +27,7 @@ def listwise_kl(
     weight = ops.optional_weight(sample_weight)
     student = ops.without_left_out(student_scores, weight)
     teacher = ops.without_left_out(teacher_scores.detach(), weight)
-    log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
-    log_p = torch.log_softmax(ops.soften(teacher, temperature), dim=-1)
-    values = ops.forward_kl(log_p, log_q, temperature)
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return _reduce(ops.softened_divergence(student, teacher, temperature), weight, temperature, tau_squared, reduction)
 
 
 @register("listwise_kl")
@@ -81,6 +84,11 @@ class ListwiseKL(Loss):
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     tau_squared: bool = flag(default=True)
+
+    def fused(self, kernel: KernelPoint, student_scores, teacher_scores, sample_weight, temperature):
+        tensors = {"student": student_scores, "teacher": teacher_scores, "temperature": temperature}
+        values = kernel(SOFT_TARGET, "soft", ops.softened_divergence, tensors, {"form": "kl"}, weight="soft_weight")
+        return _reduce(ops.at_least_0(values), sample_weight, temperature, self.tau_squared, self.reduction)
 
     def properties(self) -> Properties:
         return Properties(
