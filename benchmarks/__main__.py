@@ -1,4 +1,4 @@
-"""``python -m benchmarks [kernels losses in_torch scoring]``: measures and stores the results under benchmarks/results/."""
+"""``python -m benchmarks [kernels losses in_torch scoring tokens]``: measures and stores the results under benchmarks/results/."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, in_torch, kernels, losses, scoring
+from benchmarks import figures, in_torch, kernels, losses, scoring, tokens
 from benchmarks.measure import conditions, copy_bandwidth
 
 BENCHMARKS: dict[str, Callable[[float], list[dict[str, Any]]]] = {
@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, Callable[[float], list[dict[str, Any]]]] = {
     "losses": losses.run,
     "in_torch": in_torch.run,
     "scoring": scoring.run,
+    "tokens": tokens.run,
 }
 
 

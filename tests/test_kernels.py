@@ -5,6 +5,7 @@ for another order of the same sums.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pykd.fused.point import value_and_gradient
 from tests import tolerances
 from tests.conftest import Subject, composed_subjects, loss_subjects
 
+CPP = Path(__file__).parents[1] / "cpp" / "kernels"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SIZES = ("example", "smallest", "some hundreds", "some thousands")
 
@@ -176,6 +178,7 @@ def test_declarations_are_those_of_the_library():
     assert declared.keys() == described.keys()
     for name, kernel in declared.items():
         entry = described[name]
+        assert kernel.cuda == (CPP / name / f"{name}.cu").is_file(), name
         for ours, theirs in ((kernel.inputs, entry["inputs"]), (kernel.outputs, entry["outputs"])):
             assert [(n, a.axes.split(), a.role) for n, a in ours.items()] == [
                 (argument["name"], argument["axes"], argument["role"]) for argument in theirs

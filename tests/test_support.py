@@ -1,7 +1,5 @@
 """What ``pykd list --support`` says: nothing without a reason, and nothing that tests do not know."""
 
-from pathlib import Path
-
 import pytest
 
 from pykd import command_line, kernels
@@ -10,8 +8,6 @@ from pykd.definition import registry
 from pykd.export import DTYPES
 from tests import make_vectors
 from tests.test_settings import declare
-
-CPP = Path(__file__).parents[1] / "cpp" / "kernels"
 
 
 def holes(found):
@@ -45,9 +41,11 @@ def test_a_hole_is_seen():
     assert holes(found) == [("C++", "float16")]
 
 
-def test_every_kernel_has_a_version_for_cuda():
-    for name in kernels.descriptions():
-        assert (CPP / name / f"{name}.cu").is_file(), name
+def test_a_kernel_for_the_cpu_alone_is_told_with_the_reason():
+    found = support.support(registry.get("total_variation"))
+    assert not any(found["kernel, CPU"][dtype] for dtype in ("float32", "float16", "bfloat16"))
+    assert found["kernel, CUDA"]["float32"] == "the kernel divergence has no version for CUDA"
+    assert not support.support(registry.get("soft_target"))["kernel, CUDA"]["float32"]
 
 
 def breaks(student_logits, teacher_logits, reduction: str = "mean"):

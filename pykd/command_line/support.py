@@ -12,6 +12,7 @@ import torch
 from pykd.composition import as_composition
 from pykd.definition import Case, Loss
 from pykd.export import DTYPES
+from pykd.fused.eager import kernel_calls
 
 FILES = ("TorchScript", "ONNX", "ONNX gradient", "C++")
 ROUTES = ("eager", *FILES, "kernel, CPU", "kernel, CUDA")
@@ -26,15 +27,14 @@ def support(cls: type[Loss]) -> Support:
     found: dict[str, dict[str, str]] = {route: dict.fromkeys(DTYPES, "") for route in ROUTES}
     for dtype in DTYPES:
         refused = [_refusals(cls, case, dtype) for case in cls.cases]
-        found["eager"][dtype] = next((eager for eager, _ in refused if eager), "")
-        kernel = [why for _, why in refused]
-        found["kernel, CPU"][dtype] = "" if not all(kernel) else kernel[0]
-        found["kernel, CUDA"][dtype] = found["kernel, CPU"][dtype]  # a test says that none has one without the other
+        found["eager"][dtype] = next((eager for eager, *_ in refused if eager), "")
+        for route, whys in zip(ROUTES[-2:], list(zip(*refused, strict=True))[1:], strict=True):
+            found[route][dtype] = "" if not all(whys) else whys[0]
     return found
 
 
-def _refusals(cls: type[Loss], case: Case, dtype: str) -> tuple[str, str]:
-    """Why a case does not run in eager mode, and by a kernel; empty where it does."""
+def _refusals(cls: type[Loss], case: Case, dtype: str) -> tuple[str, str, str]:
+    """Why a case does not run in eager mode, by a kernel on the CPU, and by one on CUDA; empty where it does."""
     loss = cls(**case.settings)
     composition = as_composition(loss)
     specs = composition.choose(case.layouts, case.optional)
@@ -44,13 +44,15 @@ def _refusals(cls: type[Loss], case: Case, dtype: str) -> tuple[str, str]:
         value = loss(**given, kernels="off")
         value.sum().backward()
     except (RuntimeError, TypeError, ValueError) as error:
-        return str(error), str(error)
+        return str(error), str(error), str(error)
     finite = all(
         bool(torch.isfinite(t).all()) for t in (value, *(t.grad for t in given.values() if t.grad is not None))
     )
     call = loss.planned(tensors)
     assert call is not None  # these are ordinary tensors
-    return "" if finite else "what it gives is not finite", loss.why_formula(call, "auto")
+    on_cpu = loss.why_formula(call, "auto")
+    on_cuda = on_cpu or next(filter(None, (c.kernel.why_not_on_cuda for c in kernel_calls(loss, tensors))), "")
+    return "" if finite else "what it gives is not finite", on_cpu, on_cuda
 
 
 def lines(losses: Iterable[type[Loss]]) -> list[str]:

@@ -30,12 +30,19 @@ class Kernel:
         inputs: by name, in the library's order.
         outputs: values first, then ``grad_<input>``.
         attributes: settings with their defaults; a string where the setting is a choice.
+        cuda: whether there is a version for CUDA; without one the formula computes there.
     """
 
     name: str
     inputs: Mapping[str, Argument]
     outputs: Mapping[str, Argument]
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cuda: bool = True
+
+    @property
+    def why_not_on_cuda(self) -> str:
+        """Why it does not run there, as far as that is known beforehand; empty where it may."""
+        return "" if self.cuda else f"the kernel {self.name} has no version for CUDA"
 
     @property
     def differentiable(self) -> tuple[str, ...]:
@@ -103,4 +110,19 @@ SOFT_TARGET = Kernel(
         "grad_student": Argument("batch classes"),
     },
     attributes={"form": "cross_entropy", "soften_student": True, "beta": 0.5},
+)
+
+# Sums over the classes of a function of both probabilities.
+DIVERGENCE = Kernel(
+    "divergence",
+    inputs={
+        "student": Argument("batch classes"),
+        "teacher": Argument("batch classes"),
+        "temperature": Argument("", "number"),
+        "emphasis": Argument("", "number"),
+        "weight": Argument("batch", "float32"),
+    },
+    outputs={"value": Argument("batch", "float32"), "grad_student": Argument("batch classes")},
+    attributes={"form": "skewed_kl", "alpha": 0.2, "beta": 0.7},
+    cuda=False,
 )

@@ -51,10 +51,15 @@ class Evaluator:
         return evaluate(call, walk)["loss"]
 
     def refusal(self, loss: Loss, tensors: Mapping[str, Tensor]) -> str:
-        point = Forms()
-        with torch.no_grad():
-            loss.by_kernel(point, tensors)
-        return refusal(point.calls)
+        return refusal(kernel_calls(loss, tensors))
+
+
+def kernel_calls(loss: Loss, tensors: Mapping[str, Tensor]) -> list[Call]:
+    """The kernel calls of a loss that kernels cover."""
+    point = Forms()
+    with torch.no_grad():
+        loss.by_kernel(point, tensors)
+    return point.calls
 
 
 _descriptions = functools.cache(kernels.descriptions)
@@ -72,7 +77,7 @@ def refusal(calls: Sequence[Call]) -> str:
                     return f"no kernel computes {dtype}"
         if call.device.type not in ("cpu", "cuda"):
             return f"no kernel runs on {call.device.type}"
-        if call.device.type == "cuda" and (why := _why_not_on_cuda(call)):
+        if call.device.type == "cuda" and (why := call.kernel.why_not_on_cuda or _why_not_on_cuda(call)):
             return why
     return ""
 

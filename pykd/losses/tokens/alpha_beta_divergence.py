@@ -1,5 +1,7 @@
 """Alpha-beta divergence: two exponents lead from the forward to the reverse KL divergence, and beyond."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from pykd.definition import (
     scalar,
 )
 from pykd.definition.reference import log_softmax, reduce_samples, rows
+from pykd.fused.description import DIVERGENCE, KernelPoint
+from pykd.losses.tokens._shared import reduce_softened
 
 
 def _power(log: Tensor) -> Tensor:
@@ -52,6 +56,13 @@ def _divergence(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tens
     return ops.at_least_0(terms.sum(dim=-1))
 
 
+def _rows(student: Tensor, teacher: Tensor, temperature: float, form: str, alpha: float, beta: float) -> Tensor:
+    """One value per row; see :class:`AlphaBetaDivergence`."""
+    log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
+    log_p = torch.log_softmax(ops.soften(teacher.detach(), temperature), dim=-1)
+    return _divergence(log_p, log_q, alpha, beta)
+
+
 def alpha_beta_divergence(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -66,18 +77,14 @@ def alpha_beta_divergence(
     """Divergence with an exponent for each side; see :class:`AlphaBetaDivergence`."""
     weight = ops.optional_weight(sample_weight)
     student = ops.without_left_out(student_logits, weight)
-    teacher = ops.without_left_out(teacher_logits.detach(), weight)
-    log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
-    log_p = torch.log_softmax(ops.soften(teacher, temperature), dim=-1)
-    values = _divergence(log_p, log_q, alpha, beta)
+    teacher = ops.without_left_out(teacher_logits, weight)
+    values = _rows(student, teacher, temperature, "alpha_beta", alpha, beta)
     if limits == "authors":
         if alpha != 0 and (beta == 0 or alpha + beta == 0):
             values = values * alpha
         elif alpha == 0 and beta != 0:
             values = values * beta
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("alpha_beta_divergence")
@@ -127,6 +134,8 @@ class AlphaBetaDivergence(Loss):
     Raises:
         ValueError: for a temperature that is not positive, exponents out of range, shapes that do not fit, an empty batch.
 
+    The kernel computes α and β above 0; anything else is computed by the formula.
+
     Who differs: ABKD's code: see ``limits``; it leaves out classes with infinite logits.
 
     Example:
@@ -166,6 +175,15 @@ class AlphaBetaDivergence(Loss):
     beta: float = number(default=0.7, minimum=-5.0, maximum=5.0)
     limits: str = choice(("exact", "authors"), default="exact")
     tau_squared: bool = flag(default=False)
+
+    def covered_by_kernel(self, given: Mapping[str, Spec]) -> bool:
+        return self.alpha > 0 and self.beta > 0
+
+    def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight, temperature):
+        tensors = {"student": student_logits, "teacher": teacher_logits, "temperature": temperature}
+        settings = {"form": "alpha_beta", "alpha": self.alpha, "beta": self.beta}
+        values = kernel(DIVERGENCE, "value", _rows, tensors, settings, weight="weight")
+        return reduce_softened(values, sample_weight, temperature, self.tau_squared, self.reduction)
 
     def properties(self) -> Properties:
         return Properties(

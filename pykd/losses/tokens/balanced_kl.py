@@ -6,6 +6,20 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, ops, register, scalar
 from pykd.definition.reference import divergence, expectation, log_softmax, reduce_samples, rows
+from pykd.fused.description import DIVERGENCE, KernelPoint
+from pykd.losses.tokens._shared import reduce_softened
+
+
+def _rows(student: Tensor, teacher: Tensor, temperature: float, emphasis: float, form: str) -> Tensor:
+    """One value per row; see :class:`BalancedKL`."""
+    log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
+    log_p = torch.log_softmax(ops.soften(teacher.detach(), temperature), dim=-1)
+    of_teacher = -ops.expectation(torch.exp(log_p), log_p)
+    of_student = -ops.expectation(torch.exp(log_q.detach()), log_q.detach())
+    forward = ops.forward_kl(log_p, log_q, temperature)
+    reverse = ops.reverse_kl(log_p, log_q, temperature)
+    values = torch.where(of_teacher > of_student, emphasis * forward, forward)
+    return values + torch.where(of_student > of_teacher, emphasis * reverse, reverse)
 
 
 def balanced_kl(
@@ -20,18 +34,9 @@ def balanced_kl(
     """Forward and reverse KL divergence, one of them emphasised in each sample; see :class:`BalancedKL`."""
     weight = ops.optional_weight(sample_weight)
     student = ops.without_left_out(student_logits, weight)
-    teacher = ops.without_left_out(teacher_logits.detach(), weight)
-    log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
-    log_p = torch.log_softmax(ops.soften(teacher, temperature), dim=-1)
-    of_teacher = -ops.expectation(torch.exp(log_p), log_p)
-    of_student = -ops.expectation(torch.exp(log_q.detach()), log_q.detach())
-    forward = ops.forward_kl(log_p, log_q, temperature)
-    reverse = ops.reverse_kl(log_p, log_q, temperature)
-    values = torch.where(of_teacher > of_student, emphasis * forward, forward)
-    values = values + torch.where(of_student > of_teacher, emphasis * reverse, reverse)
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    teacher = ops.without_left_out(teacher_logits, weight)
+    values = _rows(student, teacher, temperature, emphasis, "balanced_kl")
+    return reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("balanced_kl")
@@ -101,6 +106,16 @@ class BalancedKL(Loss):
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     emphasis: float = scalar(default=3.0, minimum=0.0)
     tau_squared: bool = flag(default=False)
+
+    def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight, temperature, emphasis):
+        tensors = {
+            "student": student_logits,
+            "teacher": teacher_logits,
+            "temperature": temperature,
+            "emphasis": emphasis,
+        }
+        values = kernel(DIVERGENCE, "value", _rows, tensors, {"form": "balanced_kl"}, weight="weight")
+        return reduce_softened(values, sample_weight, temperature, self.tau_squared, self.reduction)
 
     def properties(self) -> Properties:
         return Properties(logit_shift=True, masked_classes=True, zero_when_equal=True, symmetric=True)

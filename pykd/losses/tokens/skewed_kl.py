@@ -19,8 +19,27 @@ from pykd.definition import (
     scalar,
 )
 from pykd.definition.reference import log_softmax, reduce_samples, rows
+from pykd.fused.description import DIVERGENCE, KernelPoint
+from pykd.losses.tokens._shared import reduce_softened
 
 DIRECTIONS = ("forward", "reverse")
+
+
+def _form(direction: str) -> str:
+    """What the kernel calls it."""
+    return "skewed_kl" if direction == "forward" else "skewed_reverse_kl"
+
+
+def _rows(student: Tensor, teacher: Tensor, temperature: float, form: str, alpha: float) -> Tensor:
+    """One value per row; see :class:`SkewedKL`."""
+    log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
+    log_p = torch.log_softmax(ops.soften(teacher.detach(), temperature), dim=-1)
+    log_ratio = ops.log_ratio(log_p, log_q)
+    if form == "skewed_kl":  # log(m / p), of which little is left where p and q are almost equal
+        log_of_mixture = torch.log1p((1 - alpha) * torch.expm1(log_ratio))
+        return ops.negative_of((torch.exp(log_p) * log_of_mixture).sum(dim=-1))
+    log_of_mixture = torch.log1p((1 - alpha) * torch.expm1(-log_ratio))
+    return ops.negative_of((torch.exp(log_q) * log_of_mixture).sum(dim=-1))
 
 
 def skewed_kl(
@@ -36,19 +55,9 @@ def skewed_kl(
     """KL divergence from a distribution to its mixture with the other; see :class:`SkewedKL`."""
     weight = ops.optional_weight(sample_weight)
     student = ops.without_left_out(student_logits, weight)
-    teacher = ops.without_left_out(teacher_logits.detach(), weight)
-    log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
-    log_p = torch.log_softmax(ops.soften(teacher, temperature), dim=-1)
-    log_ratio = ops.log_ratio(log_p, log_q)
-    if direction == "forward":  # log(m / p), of which little is left where p and q are almost equal
-        log_of_mixture = torch.log1p((1 - alpha) * torch.expm1(log_ratio))
-        values = ops.negative_of((torch.exp(log_p) * log_of_mixture).sum(dim=-1))
-    else:
-        log_of_mixture = torch.log1p((1 - alpha) * torch.expm1(-log_ratio))
-        values = ops.negative_of((torch.exp(log_q) * log_of_mixture).sum(dim=-1))
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    teacher = ops.without_left_out(teacher_logits, weight)
+    values = _rows(student, teacher, temperature, _form(direction), alpha)
+    return reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("skewed_kl")
@@ -127,6 +136,12 @@ class SkewedKL(Loss):
     alpha: float = number(default=0.1, above=0.0, below=1.0)
     direction: str = choice(DIRECTIONS, default="forward")
     tau_squared: bool = flag(default=False)
+
+    def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight, temperature):
+        tensors = {"student": student_logits, "teacher": teacher_logits, "temperature": temperature}
+        settings = {"form": _form(self.direction), "alpha": self.alpha}
+        values = kernel(DIVERGENCE, "value", _rows, tensors, settings, weight="weight")
+        return reduce_softened(values, sample_weight, temperature, self.tau_squared, self.reduction)
 
     def properties(self) -> Properties:
         return Properties(

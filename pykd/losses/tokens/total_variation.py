@@ -6,6 +6,15 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples, rows
+from pykd.fused.description import DIVERGENCE, KernelPoint
+from pykd.losses.tokens._shared import reduce_softened
+
+
+def _rows(student: Tensor, teacher: Tensor, temperature: float, form: str) -> Tensor:
+    """One value per row; see :class:`TotalVariation`."""
+    q = torch.softmax(ops.soften(student, temperature), dim=-1)
+    p = torch.softmax(ops.soften(teacher.detach(), temperature), dim=-1)
+    return 0.5 * (q - p).abs().sum(dim=-1)
 
 
 def total_variation(
@@ -19,13 +28,9 @@ def total_variation(
     """Half the sum of absolute differences of probabilities; see :class:`TotalVariation`."""
     weight = ops.optional_weight(sample_weight)
     student = ops.without_left_out(student_logits, weight)
-    teacher = ops.without_left_out(teacher_logits.detach(), weight)
-    q = torch.softmax(ops.soften(student, temperature), dim=-1)
-    p = torch.softmax(ops.soften(teacher, temperature), dim=-1)
-    values = 0.5 * (q - p).abs().sum(dim=-1)
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    teacher = ops.without_left_out(teacher_logits, weight)
+    values = _rows(student, teacher, temperature, "total_variation")
+    return reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("total_variation")
@@ -89,6 +94,11 @@ class TotalVariation(Loss):
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     tau_squared: bool = flag(default=False)
+
+    def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight, temperature):
+        tensors = {"student": student_logits, "teacher": teacher_logits, "temperature": temperature}
+        values = kernel(DIVERGENCE, "value", _rows, tensors, {"form": "total_variation"}, weight="weight")
+        return reduce_softened(values, sample_weight, temperature, self.tau_squared, self.reduction)
 
     def properties(self) -> Properties:
         return Properties(logit_shift=True, masked_classes=True, zero_when_equal=True, symmetric=True)

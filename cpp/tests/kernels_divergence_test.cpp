@@ -1,0 +1,305 @@
+// The kernel divergence against a float64 reference written from the formulas in its header, on every instruction set
+// of this machine.
+#include "kernels/divergence/divergence.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <functional>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/kernel.h"
+#include "tests/every_target.h"
+#include "tests/half_numbers.h"
+#include "tests/kernel_threads.h"
+
+namespace pykd::kernels {
+namespace {
+
+using divergence::Form;
+using tests::on_every_target;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr Form kForms[] = {Form::kSkewedKl, Form::kSkewedReverseKl, Form::kTotalVariation, Form::kAlphaBeta,
+                           Form::kBalancedKl};
+
+struct Data {
+  std::int64_t rows, classes;
+  std::vector<float> student, teacher, weight;
+  pykd_dtype dtype = PYKD_FLOAT32;
+  float temperature = 2.0f, emphasis = 3.0f;
+  double alpha = 0.3, beta = 0.6;
+};
+
+struct Result {
+  std::vector<double> value, gradient;
+};
+
+// ---- The definition ------------------------------------------------------------------------------
+
+std::vector<double> log_softmax(const float* logits, std::int64_t classes, double temperature) {
+  std::vector<double> logs(logits, logits + classes);
+  const double top = *std::max_element(logs.begin(), logs.end());
+  double sum = 0;
+  for (const double log : logs) sum += std::exp((log - top) / temperature);
+  for (double& log : logs) log = (log - top) / temperature - std::log(sum);
+  return logs;
+}
+
+double times(double factor, double x) { return factor == 0 ? 0 : factor * x; }
+
+double entropy(const std::vector<double>& logs) {
+  double sum = 0;
+  for (const double log : logs) sum -= times(std::exp(log), log);
+  return sum;
+}
+
+// What a class adds to the value, and d(that)/d(log q).
+struct Class {
+  double value, slope;
+};
+
+Class one_class(const Data& data, Form form, double log_p, double log_q, double of_teacher, double of_student) {
+  const double p = std::exp(log_p), q = std::exp(log_q), a = data.alpha, b = data.beta;
+  switch (form) {
+    case Form::kSkewedKl: {
+      const double m = a * p + (1 - a) * q;
+      return p == 0 ? Class{0, 0} : Class{p * std::log(p / m), -p * (1 - a) * q / m};
+    }
+    case Form::kSkewedReverseKl: {
+      const double m = a * q + (1 - a) * p;
+      return q == 0 ? Class{0, 0} : Class{q * std::log(q / m), q * (std::log(q / m) + 1 - a * q / m)};
+    }
+    case Form::kTotalVariation:
+      return {std::abs(p - q) / 2, q > p ? q / 2 : q < p ? -q / 2 : 0};
+    case Form::kAlphaBeta:
+      return {(a * std::pow(p, a + b) + b * std::pow(q, a + b)) / ((a + b) * a * b) -
+                  std::pow(p, a) * std::pow(q, b) / (a * b),
+              (std::pow(q, a + b) - std::pow(p, a) * std::pow(q, b)) / a};
+    case Form::kBalancedKl:
+      break;
+  }
+  const double apart = times(q, log_q - log_p);
+  return {of_teacher * times(p, log_p - log_q) + of_student * apart, -of_teacher * p + of_student * (apart + q)};
+}
+
+Result reference(const Data& data, Form form) {
+  Result result;
+  for (std::int64_t row = 0; row < data.rows; ++row) {
+    const std::vector<double> log_p = log_softmax(&data.teacher[row * data.classes], data.classes, data.temperature);
+    const std::vector<double> log_q = log_softmax(&data.student[row * data.classes], data.classes, data.temperature);
+    const double of_p = entropy(log_p), of_q = entropy(log_q);
+    const double w = of_p > of_q ? data.emphasis : 1, v = of_q > of_p ? data.emphasis : 1;
+    double value = 0, mean = 0;
+    std::vector<double> slopes;
+    for (std::int64_t c = 0; c < data.classes; ++c) {
+      const bool absent = std::isinf(log_p[c]) && std::isinf(log_q[c]);
+      const Class one = absent ? Class{0, 0} : one_class(data, form, log_p[c], log_q[c], w, v);
+      value += one.value;
+      mean += one.slope;
+      slopes.push_back(one.slope);
+    }
+    result.value.push_back(value);
+    for (std::int64_t c = 0; c < data.classes; ++c) {
+      result.gradient.push_back(double{data.weight[row]} / data.temperature * (slopes[c] - std::exp(log_q[c]) * mean));
+    }
+  }
+  return result;
+}
+
+// ---- The kernel ----------------------------------------------------------------------------------
+
+Result run(const Data& data, Form form, int thread_count = 1) {
+  const Kernel* kernel = find("divergence");
+  const std::int64_t shape[] = {data.rows, data.classes};
+  tests::Bytes student = tests::encode(data.dtype, data.student), teacher = tests::encode(data.dtype, data.teacher);
+  tests::Bytes gradient(student.size(), 0xFF);
+  std::vector<float> weight = data.weight, value(data.rows, -1.0f);
+  float temperature = data.temperature, emphasis = data.emphasis;
+  const bool balanced = form == Form::kBalancedKl;
+  const Array inputs[] = {{student.data(), data.dtype, 2, shape},
+                          {teacher.data(), data.dtype, 2, shape},
+                          {&temperature, PYKD_FLOAT32, 0, nullptr},
+                          {balanced ? &emphasis : nullptr, PYKD_FLOAT32, 0, nullptr},
+                          {weight.data(), PYKD_FLOAT32, 1, shape}};
+  const Array outputs[] = {{value.data(), PYKD_FLOAT32, 1, shape}, {gradient.data(), data.dtype, 2, shape}};
+  const double attributes[] = {static_cast<double>(form), data.alpha, data.beta};
+  const Parallel parallel = tests::threads(&thread_count);
+  Call call;
+  call.inputs = inputs;
+  call.outputs = outputs;
+  call.attributes = attributes;
+  call.dtype = data.dtype;
+  call.parallel = &parallel;
+  check(*kernel, call);
+  kernel->cpu(call);
+  const std::vector<float> gradients = tests::decode(data.dtype, gradient);
+  return {{value.begin(), value.end()}, {gradients.begin(), gradients.end()}};
+}
+
+Data draw(std::int64_t rows, std::int64_t classes, float spread, pykd_dtype dtype = PYKD_FLOAT32) {
+  std::mt19937 random(static_cast<unsigned>(classes));
+  std::normal_distribution<float> normal(0, spread);
+  Data data{rows, classes, {}, {}, {}};
+  data.dtype = dtype;
+  for (std::int64_t i = 0; i < rows * classes; ++i) {
+    data.student.push_back(tests::rounded(dtype, normal(random)));
+    data.teacher.push_back(tests::rounded(dtype, normal(random)));
+  }
+  for (std::int64_t row = 0; row < rows; ++row) data.weight.push_back(0.5f + 0.25f * static_cast<float>(row % 5));
+  return data;
+}
+
+// Values to `exactness` of the larger of 1 and themselves; gradients of the largest entry of their row, or of `least`,
+// and to the rounding of their type.
+void expect_close(const Data& data, Form form, const std::string& what, double exactness = 3e-6, double least = 1e-2) {
+  const Result want = reference(data, form), got = run(data, form);
+  const std::string where = what + ", form " + std::to_string(static_cast<int>(form));
+  for (std::int64_t row = 0; row < data.rows; ++row) {
+    const double value = want.value[row];
+    EXPECT_LE(std::abs(got.value[row] - value), exactness * std::max(1.0, value)) << where << ", row " << row;
+    EXPECT_GE(got.value[row], 0) << where << ", row " << row;
+    double largest = least, worst = 0;
+    for (std::int64_t i = row * data.classes; i < (row + 1) * data.classes; ++i) {
+      largest = std::max(largest, std::abs(want.gradient[i]));
+      const double unit = data.dtype == PYKD_FLOAT32 ? 0 : data.dtype == PYKD_FLOAT16 ? 0x1p-11 : 0x1p-8;
+      const double error = std::abs(got.gradient[i] - want.gradient[i]) - unit * std::abs(want.gradient[i]);
+      worst = std::isnan(error) ? kInfinity : std::max(worst, error);
+    }
+    EXPECT_LE(worst, exactness * largest + (data.dtype == PYKD_FLOAT16 ? 0x1p-25 : 0)) << where << ", row " << row;
+  }
+}
+
+void for_every_form(const std::function<void(Form)>& check) {
+  on_every_target([&] {
+    for (const Form form : kForms) check(form);
+  });
+}
+
+// ---- The tests -----------------------------------------------------------------------------------
+
+TEST(Divergence, IsItsFormula) {
+  for_every_form([](Form form) {
+    for (const std::int64_t classes : {1, 2, 7, 33, 300, 5000}) {
+      for (const pykd_dtype dtype : {PYKD_FLOAT32, PYKD_FLOAT16, PYKD_BFLOAT16}) {
+        expect_close(draw(3, classes, 2.0f, dtype), form, std::to_string(classes) + " classes");
+      }
+    }
+  });
+}
+
+TEST(Divergence, OfSureOnesIsItsFormula) {
+  for_every_form([](Form form) {
+    Data data = draw(6, 40, 25.0f);
+    // Where one class has nearly all, the gradient is a difference of slopes of which little is left.
+    expect_close(data, form, "wide", 1e-5, 0.1);
+    data.temperature = 0.5f;
+    expect_close(data, form, "wider", 2e-5, 0.1);
+  });
+}
+
+TEST(Divergence, KnowsNoOffset) {
+  for_every_form([](Form form) {
+    Data data = draw(3, 21, 0.0f);
+    for (std::int64_t i = 0; i < data.rows * data.classes; ++i) {
+      data.student[i] = 20000.0f + static_cast<float>(i % 5);
+      data.teacher[i] = -3000.0f + static_cast<float>(i % 7);
+    }
+    expect_close(data, form, "offsets");
+  });
+}
+
+TEST(Divergence, LeavesMaskedClassesOut) {
+  for_every_form([](Form form) {
+    Data data = draw(4, 29, 2.0f);
+    for (std::size_t i = 0; i < data.student.size(); i += 3) data.student[i] = data.teacher[i] = -kInfinity;
+    expect_close(data, form, "masked in both");
+    if (form == Form::kBalancedKl) return;  // infinite where one of them masks a class
+    for (std::size_t i = 1; i < data.student.size(); i += 6) data.student[i] = -kInfinity;
+    for (std::size_t i = 4; i < data.student.size(); i += 6) data.teacher[i] = -kInfinity;
+    expect_close(data, form, "masked in one");
+  });
+}
+
+TEST(Divergence, OfEqualOnesIsZero) {
+  for_every_form([](Form form) {
+    for (const pykd_dtype dtype : {PYKD_FLOAT32, PYKD_FLOAT16, PYKD_BFLOAT16}) {
+      for (const float temperature : {1.0f, 3.0f, 50.0f}) {
+        Data data = draw(3, 1234, 3.0f, dtype);
+        data.temperature = temperature;
+        data.teacher = data.student;
+        const Result got = run(data, form);
+        for (const double value : got.value) EXPECT_EQ(value, 0.0);
+        for (const double entry : got.gradient) EXPECT_EQ(entry, 0.0);
+      }
+    }
+  });
+}
+
+// Times T^2, as trainers have it, the divergence of two that are almost equal keeps its digits.
+TEST(Divergence, KeepsItsDigitsAtHighTemperatures) {
+  for_every_form([](Form form) {
+    Data data = draw(3, 100, 2.0f);
+    data.temperature = 200.0f;
+    const Result want = reference(data, form), got = run(data, form);
+    for (std::int64_t row = 0; row < data.rows; ++row) {
+      EXPECT_NEAR(got.value[row] / want.value[row], 1.0, 2e-4) << static_cast<int>(form);
+    }
+    double largest = 0;
+    for (const double entry : want.gradient) largest = std::max(largest, std::abs(entry));
+    for (std::size_t i = 0; i < want.gradient.size(); ++i) {
+      EXPECT_NEAR(got.gradient[i], want.gradient[i], 2e-4 * largest) << static_cast<int>(form);
+    }
+  });
+}
+
+TEST(Divergence, WeighsItsRows) {
+  for_every_form([](Form form) {
+    Data data = draw(4, 9, 2.0f);
+    data.weight = {1.0f, 0.0f, -2.0f, 0.0f};
+    data.student[9] = kNaN;
+    data.teacher[28] = kInfinity;
+    const Result want = reference(data, form), got = run(data, form);
+    EXPECT_TRUE(std::isnan(got.value[1]) && std::isnan(got.value[3]));
+    for (const int row : {0, 1, 2, 3}) {
+      for (int i = 9 * row; i < 9 * row + 9; ++i) {
+        EXPECT_NEAR(got.gradient[i], row % 2 == 0 ? want.gradient[i] : 0.0, 2e-7) << row;
+      }
+    }
+  });
+}
+
+TEST(Divergence, IsTheSameOnThreads) {
+  for_every_form([](Form form) {
+    const Data data = draw(70, 2000, 2.0f);
+    const Result one = run(data, form), many = run(data, form, 5);
+    EXPECT_TRUE(one.value == many.value && one.gradient == many.gradient);
+  });
+}
+
+TEST(Divergence, RefusesWhatMakesNoSense) {
+  Data data = draw(1, 3, 1.0f);
+  const auto refused = [&](Form form, const std::function<void(Data&)>& change) {
+    Data other = data;
+    change(other);
+    EXPECT_ANY_THROW(run(other, form));
+  };
+  for (const float temperature : {0.0f, -1.0f, kNaN, kInfinity}) {
+    refused(Form::kTotalVariation, [=](Data& other) { other.temperature = temperature; });
+  }
+  for (const double alpha : {0.0, 1.0, -0.5}) refused(Form::kSkewedKl, [=](Data& other) { other.alpha = alpha; });
+  refused(Form::kAlphaBeta, [](Data& other) { other.alpha = 0.0; });
+  refused(Form::kAlphaBeta, [](Data& other) { other.beta = -0.1; });
+  refused(Form::kBalancedKl, [](Data& other) { other.emphasis = -1.0f; });
+  EXPECT_NO_THROW(run(data, Form::kAlphaBeta));
+}
+
+}  // namespace
+}  // namespace pykd::kernels
