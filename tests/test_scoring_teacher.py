@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file
 
 from pykd.command_line import main
@@ -463,6 +464,17 @@ def test_the_commands_of_the_docs_run(capsys):
     Path("codec.json").write_text('{"d": 130}')
     np.save("hidden.npy", np.ones((255, 16), np.float16))
     np.save("head.npy", np.ones((130, 16), np.float16))
+    np.save("pixels.npy", np.ones((255, 16), np.float32))
+    info = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width])
+        for name, width in (("pixels", 16), ("logits", 130))
+    ]
+    head = numpy_helper.from_array(np.ones((16, 130), np.float32), "head")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["pixels", "head"], ["logits"])], "model", info[:1], info[1:], [head]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    Path("teacher.onnx").write_bytes(model.SerializeToString())
     found = commands_of_the_docs()
     assert len(found) > 4
     for command in found:

@@ -17,9 +17,21 @@ def add(commands: Any) -> None:
     teacher.add_argument(
         "--teacher",
         metavar="FILE",
-        required=True,
         help="logits of the teacher, (rows, classes); of --form hidden its states",
     )
+    teacher.add_argument(
+        "--model",
+        metavar="FILE.onnx",
+        help="in place of --teacher: a model, run by ONNX Runtime over the files of --input",
+    )
+    teacher.add_argument(
+        "--input",
+        action="append",
+        metavar="NAME=FILE",
+        help="of --model: an input, and the file of its samples; again: one more",
+    )
+    teacher.add_argument("--output", metavar="NAME", help="of --model: its output, where there are several")
+    teacher.add_argument("--batch", type=int, metavar="N", help="of --model: samples of a run (default 32)")
     teacher.add_argument("--out", type=Path, metavar="FILE.safetensors", required=True, help="the file to write")
     teacher.add_argument(
         "--form",
@@ -70,7 +82,7 @@ def _teacher(options: argparse.Namespace) -> int:
     from pykd.scoring.stream import cores
 
     _check(options)
-    source = open_matrix(options.teacher, "teacher")
+    source = open_matrix(options.teacher, "teacher") if options.model is None else _of_model(options)
     if options.form == "llama":
         return _base_file(options, source)
     shared: dict[str, Any] = {
@@ -95,6 +107,18 @@ def _teacher(options: argparse.Namespace) -> int:
     return 0
 
 
+def _of_model(options: argparse.Namespace) -> Any:
+    from pykd.scoring.model_rows import open_model
+
+    inputs = {}
+    for text in options.input or ():
+        name, sign, where = text.partition("=")
+        if not sign or name in inputs:
+            raise ValueError(f"expected --input NAME=FILE, each name once, got {text}; correct it")
+        inputs[name] = where
+    return open_model(options.model, inputs, options.output, 32 if options.batch is None else options.batch)
+
+
 def _base_file(options: argparse.Namespace, source: Any) -> int:
     from pykd.command_line.scoring import progress
     from pykd.scoring.llama import read_head, write_base
@@ -115,6 +139,11 @@ def _say(out: Path, rows: int) -> None:
 def _check(options: argparse.Namespace) -> None:
     from pykd.scoring.sources import path_of
 
+    if (options.teacher is None) == (options.model is None):
+        raise ValueError("expected either --teacher FILE or --model FILE.onnx, got both or none; pass one")
+    for name in ("input", "output", "batch"):
+        if options.model is None and getattr(options, name) is not None:
+            raise ValueError(f"expected no --{name} without --model, got one; leave it out, or pass --model")
     for name, form in _OF_FORM.items():
         if getattr(options, name) is not None and options.form != form:
             raise ValueError(
@@ -133,7 +162,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"expected --out FILE.safetensors, got {options.out}; name it so")
     if not options.out.parent.is_dir():
         raise FileNotFoundError(f"expected a folder for --out, got none at {options.out.parent}; make it")
-    for name in ("teacher", "head", "bias", "tokenizer", "tokens"):
-        where = getattr(options, name)
+    read = {name: getattr(options, name) for name in ("teacher", "model", "head", "bias", "tokenizer", "tokens")}
+    read |= {f"input {text.partition('=')[0]}": text.partition("=")[2] for text in options.input or ()}
+    for name, where in read.items():
         if where is not None and options.out.resolve() == Path(path_of(where)).resolve():
             raise ValueError(f"expected another file for --out than the {name}, got {options.out}; name another")

@@ -8,6 +8,8 @@ the process, and one that is cut off while it is read ends the process.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,18 @@ from pykd.scoring.formats.safetensors_files import safetensors
 from pykd.scoring.formats.source import Block, Load, Source, require
 from pykd.scoring.formats.teacher_files import teacher_file
 
-__all__ = ["Block", "Load", "Source", "base_file", "fingerprint", "open_column", "open_matrix", "path_of", "require"]
+__all__ = [
+    "Block",
+    "Load",
+    "Source",
+    "base_file",
+    "fingerprint",
+    "open_array",
+    "open_column",
+    "open_matrix",
+    "path_of",
+    "require",
+]
 
 # Kinds of files by the bytes that they begin with.
 _BEGINNINGS = {
@@ -44,6 +57,7 @@ def open_matrix(where: str | os.PathLike[str], role: str, distillkit: str | os.P
             (:mod:`pykd.scoring.formats.distillkit_rows`).
     """
     if distillkit is not None:
+        _regular(os.fspath(where), role)
         return distillkit_rows(os.fspath(where), f"the {role} {where}", read_codec(distillkit))
     source = _open(where, role, matrix=True)
     if source.dtype.kind != "f":
@@ -70,12 +84,25 @@ def open_column(where: str | os.PathLike[str], role: str, kinds: str = "iu") -> 
     return source
 
 
+def open_array(where: str | os.PathLike[str], role: str, axes: int) -> Source:
+    """What a model takes: rows are the first axis, ``shape`` has all of them; ``axes`` is how many there are."""
+    source = _open(where, role, matrix=axes > 1)
+    shape = source.shape or ((source.rows,) if source.width is None else (source.rows, source.width))
+    if len(shape) != axes or 0 in shape:
+        raise ValueError(
+            f"expected {axes} axes without a length of 0 in {source.name}, got the shape {shape}; reshape it"
+        )
+    inner = source.rows // shape[0]  # rows of the source per row of the first axis
+
+    def blocks(start: int, rows: int) -> Iterator[Load]:
+        return source.load(start * inner, rows * inner)
+
+    return replace(source, rows=shape[0], shape=shape, load=blocks)
+
+
 def _open(where: str | os.PathLike[str], role: str, matrix: bool) -> Source:
     path, name = _split(os.fspath(where))
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"expected the {role} at {path}, got no file there; check the path")
-    if not os.path.isfile(path):
-        raise ValueError(f"expected the {role} in a regular file, got {path}; name one file")
+    _regular(path, role)
     with open(path, "rb") as file:
         start = file.read(8)
     label = f"the {role} {where}"
@@ -91,6 +118,13 @@ def _open(where: str | os.PathLike[str], role: str, matrix: bool) -> Source:
         f"file of llama.cpp, got a file that begins with "
         f"{start!r}; convert it"
     )
+
+
+def _regular(path: str, role: str) -> None:
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"expected the {role} at {path}, got no file there; check the path")
+    if not os.path.isfile(path):
+        raise ValueError(f"expected the {role} in a regular file, got {path}; name one file")
 
 
 def _split(where: str) -> tuple[str, str | None]:

@@ -74,7 +74,7 @@ def npz(path: str, label: str, name: str | None, matrix: bool) -> Source:
                 values = np.frombuffer(_exactly(member, count * row_bytes, label), dtype)
                 yield Block(values.reshape(count if width is None else (count, width)).astype(native, copy=False))
 
-    return Source(label, rows, width, native, dtype.name, in_turn(chunks), True)
+    return Source(label, rows, width, native, dtype.name, in_turn(chunks), True, shape=shape)
 
 
 def _exactly(file: IO[bytes], count: int, label: str) -> bytes:

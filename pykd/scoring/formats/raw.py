@@ -66,4 +66,4 @@ def raw(path: str, offset: int, shape: tuple[int, ...], stored: np.dtype[Any], l
             last = min(first + block_rows, rows)
             yield lambda first=first, last=last: read(first, last)  # type: ignore[misc]
 
-    return Source(label, rows, width, native, stored.name, blocks)
+    return Source(label, rows, width, native, stored.name, blocks, shape=shape)

@@ -61,7 +61,7 @@ def _widened(source: Source) -> Source:
         for load in source.load(start, rows):
             yield lambda load=load: Block(from_bfloat16(load().values))  # type: ignore[misc]
 
-    return Source(source.name, source.rows, source.width, np.dtype(np.float32), "bfloat16", blocks)
+    return Source(source.name, source.rows, source.width, np.dtype(np.float32), "bfloat16", blocks, shape=source.shape)
 
 
 def from_bfloat16(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

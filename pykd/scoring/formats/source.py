@@ -54,6 +54,7 @@ class Source:
     in_turn: bool = False  # whether a block is read while it is waited for, not when it is loaded
     kept: int | None = None  # K, where blocks have the K most probable classes alone
     temperatures: tuple[float, ...] = (1.0,)  # where the mass of the others is known
+    shape: tuple[int, ...] | None = None  # of the whole array, where the file has one
     facts: Mapping[str, Any] = field(default_factory=dict)  # what the file says of itself
 
     def blocks(self, start: int, rows: int) -> Iterator[Load]:
