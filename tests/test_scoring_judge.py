@@ -216,6 +216,7 @@ def expected_report(data, number, name):
         "losses": ["kl", "jsd"],
         "classes_compared": CLASSES,
         "temperature": TEMPERATURE,
+        "left_out": {},  # of a teacher that was stored in part
         "seed": SEED,
         "independent": "groups" if data.grouped else "rows",
     }
