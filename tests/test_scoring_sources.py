@@ -11,6 +11,7 @@ import pyarrow.parquet as parquet
 import pytest
 from safetensors.numpy import save_file
 
+from pykd.scoring.formats.source import Memory
 from pykd.scoring.sources import open_column, open_matrix
 
 ROWS, CLASSES = 103, 7
@@ -301,3 +302,27 @@ def test_a_length_that_is_no_number_is_told(tmp_path, length):
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(ValueError, match=r"expected a tensor of F16, .* convert it"):
         open_matrix(path, "teacher")
+
+
+def test_memory_is_written_again_when_nobody_holds_it():
+    memory, dtype = Memory(), np.dtype(np.float32)
+    first = memory.empty((4, 3), dtype)
+    address = first.ctypes.data
+    assert first.shape == (4, 3) and first.dtype == dtype
+    row = first[2]  # a view holds it, too
+    row[:] = 7
+    del first
+    second = memory.empty((4, 3), dtype)
+    second[:] = 1
+    assert second.ctypes.data != address and (row == 7).all()
+    del row
+    assert memory.empty((2, 5), np.dtype(np.int16)).ctypes.data == address
+    assert memory.empty((3,), dtype).ctypes.data == address
+
+
+def test_blocks_that_are_kept_keep_their_rows(tmp_path):
+    """Whoever holds a block holds its memory: the next one is read beside it."""
+    rows = np.arange(60, dtype=np.float32).reshape(20, 3)
+    np.save(tmp_path / "rows.npy", rows)
+    held = [load().values for load in open_matrix(tmp_path / "rows.npy", "teacher").blocks(0, 4)]
+    np.testing.assert_array_equal(np.concatenate(held), rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,10 +96,11 @@ def read_head(path: str, label: str) -> BaseFile:
     return head
 
 
-def decoded(words: Array, classes: int) -> Array:
-    """Log-probabilities of rows of a base file."""
+def decoded(words: Array, classes: int, empty: Callable[..., Array] = np.empty) -> Array:
+    """Log-probabilities of rows of a base file, in memory that ``empty`` gives."""
     head = np.ascontiguousarray(words[:, :4]).view("<f4")
-    values = words[:, 4 : 4 + classes].astype(np.float32)
+    values = empty((len(words), classes), np.dtype(np.float32))
+    values[:] = words[:, 4 : 4 + classes]
     values *= head[:, :1]
     values += head[:, 1:]
     return values

@@ -8,7 +8,7 @@ import numpy as np
 
 from pykd.scoring import llama
 from pykd.scoring.formats.raw import raw
-from pykd.scoring.formats.source import Block, Load, Source, in_turn
+from pykd.scoring.formats.source import Block, Load, Memory, Source, in_turn
 
 
 def base_file(path: str, label: str, name: str | None, matrix: bool) -> Source:
@@ -24,7 +24,8 @@ def base_file(path: str, label: str, name: str | None, matrix: bool) -> Source:
     words = raw(path, head.offset, (head.rows, head.codes), np.dtype("<u2"), label, matrix)
 
     def blocks(start: int, rows: int) -> Iterator[Load]:
+        memory = Memory()
         for load in words.load(start, rows):
-            yield lambda load=load: Block(llama.decoded(load().values, head.classes))  # type: ignore[misc]
+            yield lambda load=load: Block(llama.decoded(load().values, head.classes, memory.empty))  # type: ignore[misc]
 
     return Source(label, head.rows, head.classes, np.dtype(np.float32), "16-bit codes", blocks)

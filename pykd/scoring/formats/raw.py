@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pykd.scoring.formats.source import Block, Load, Source
+from pykd.scoring.formats.source import Block, Load, Memory, Source
 
 
 def shape_of(shape: tuple[int, ...], label: str, matrix: bool) -> tuple[int, int | None]:
@@ -47,9 +47,10 @@ def raw(path: str, offset: int, shape: tuple[int, ...], stored: np.dtype[Any], l
 
     def blocks(start: int, block_rows: int) -> Iterator[Load]:
         file = _Descriptor(path)
+        memory = Memory()
 
         def read(first: int, last: int) -> Block:
-            values = np.empty((last - first) if width is None else (last - first, width), stored)
+            values = memory.empty((last - first,) if width is None else (last - first, width), stored)
             view = values.reshape(-1).view(np.uint8).data
             done = 0
             while done < len(view):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +15,32 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 BUFFER = 1 << 20  # bytes that pyarrow reads ahead of a column
+_AHEAD = 3  # blocks that are read before they are asked for
+
+
+class Memory:
+    """Arrays in memory that is written again once nobody holds an array of it: to get new pages for each block costs more
+    than to decode it.
+
+    Any number of threads may ask at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+        """As ``np.empty``."""
+        size = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            for kept in self._kept:
+                # The list, the loop and the call: every array of it, and every view of one, counts once more.
+                if len(kept) >= size and sys.getrefcount(kept) == 3:
+                    break
+            else:
+                kept = np.empty(size, np.uint8)
+                self._kept.append(kept)
+            return kept[:size].view(dtype).reshape(shape)
 
 
 class TopK(NamedTuple):
@@ -63,11 +92,11 @@ class Source:
 
 
 def ahead(loads: Iterator[Load]) -> Iterator[Load]:
-    """The same blocks, each read on a thread of its own while the one before is worked on."""
+    """The same blocks, read on a thread of its own while those before are worked on."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, loads, None)
-        while (load := coming.result()) is not None:
-            coming = pool.submit(next, loads, None)
+        coming = deque(pool.submit(next, loads, None) for _ in range(_AHEAD))
+        while (load := coming.popleft().result()) is not None:
+            coming.append(pool.submit(next, loads, None))
             yield load
 
 
