@@ -1,5 +1,7 @@
 """``python -m benchmarks [kernels losses in_torch scoring tokens]``: measures and stores the results under benchmarks/results/."""
 
+import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -18,9 +20,14 @@ BENCHMARKS: dict[str, Callable[[float], list[dict[str, Any]]]] = {
 }
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Runs the benchmarks of these names (all by default); 0 where every answer of ours was right."""
-    names = names or list(BENCHMARKS)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--rows", type=int, default=200_000, help="that are scored (default 200,000)")
+    options = parser.parse_args(arguments)
+    names = options.names or list(BENCHMARKS)
+    benchmarks = BENCHMARKS | {"scoring": functools.partial(scoring.run, rows=options.rows)}
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         print(f"expected benchmarks out of {', '.join(BENCHMARKS)}, got {', '.join(unknown)}; pass one of these")
@@ -30,7 +37,7 @@ def main(names: list[str]) -> int:
     wrong = False
     for name in names:
         bandwidth = copy_bandwidth()
-        rows = BENCHMARKS[name](bandwidth)
+        rows = benchmarks[name](bandwidth)
         # A competitor beyond the limits has no time; one of ours is a failure.
         wrong |= any("wrong" in row and row["route"] not in figures.COMPETITORS for row in rows)
         file = f"{name}-{where['machine']}-{where['threads']}threads-torch{where['torch']}.json".replace("+", "-")

@@ -1,11 +1,11 @@
 """Scoring two files of logits, end to end, beside what people write by hand.
 
-Two float16 arrays in ``.npy`` files that the machine has in memory, and the same as Parquet lists. The limit is reading the same
-bytes and widening them to float32, with the same number of threads; for Parquet it is pyarrow's ``iter_batches``. Every
+Two float16 arrays in ``.npy`` files that the machine has in memory (the page cache is warm), and the same as Parquet lists; and two
+base files of llama.cpp with 32,000 classes. The limit is reading the same bytes and widening them to float32, with the same number of threads; for Parquet it is pyarrow's ``iter_batches``. Every
 route's divergences are compared with float64 before it is timed; routes by hand compute the divergence and the agreement,
 and nothing else. Rates are rows per second, medians of runs in turn. The hand-written routes run on the first rows alone.
 
-``PYKD_BENCHMARK_ROWS`` sets the number of rows (default 200,000).
+``python -m benchmarks scoring --rows N`` sets the number of rows (default 200,000; 4 kB each in ``.npy``, twice that on the disk in all).
 """
 
 import os
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +23,13 @@ from typing import Any
 import numpy as np
 
 import pykd
-from pykd.scoring import quantiles
+from pykd.scoring import llama, quantiles
 from pykd.scoring.results import Scores
-from pykd.scoring.statistics import summary
+from pykd.scoring.statistics import SHARES, summary
 from pykd.scoring.stream import score_files
 
 CLASSES = 1000
+_VOCABULARY = 32_000
 _BLOCK = 1000  # rows of the routes by hand
 _FEW = 20_000  # rows that they run on
 _ROUNDS = 3
@@ -140,10 +142,12 @@ def _iter_batches(folder: Path, rows: int) -> None:
             assert sum(batch.num_rows for batch in file.iter_batches(_BLOCK, use_threads=False)) == rows
 
 
-def _score(folder: Path, ending: str) -> Array:
+def _score(folder: Path, ending: str, threads: int = 0) -> Array:
     out = folder / "scores.parquet"
     out.unlink(missing_ok=True)
-    scores = score_files(folder / f"teacher.{ending}", folder / f"student.{ending}", out, say=lambda line: None)
+    scores = score_files(
+        folder / f"teacher.{ending}", folder / f"student.{ending}", out, threads=threads, say=lambda line: None
+    )
     return np.concatenate([block["kl"] for block in scores.blocks("kl")])
 
 
@@ -156,12 +160,12 @@ with open("/proc/self/status") as file:
 """
 
 
-def _memory(folder: Path, ending: str) -> int:
-    """Largest resident bytes of the whole command, report included."""
+def _memory(folder: Path, ending: str, report: bool = True) -> int:
+    """Largest resident bytes of the whole command."""
     (folder / "scores.parquet").unlink(missing_ok=True)
     command = [sys.executable, "-c", _MEMORY, "score", "--out", str(folder / "scores.parquet")]
     command += ["--teacher", str(folder / f"teacher.{ending}"), "--student", str(folder / f"student.{ending}")]
-    command += ["--report", str(folder / "report.html")]
+    command += ["--report", str(folder / "report.html")] if report else []
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(done.stdout.split()[-1]) * 1024
 
@@ -181,9 +185,53 @@ def _start(folder: Path) -> float:
     return statistics.median(taken)
 
 
-def run(bandwidth: float) -> list[dict[str, Any]]:
+def _write_base_files(folder: Path) -> None:
+    """Two of one text: a teacher, and a student that is a little off."""
+    rng = np.random.default_rng(1)
+    chunks, context = 8, 514  # 2,048 rows
+    tokens = rng.integers(0, _VOCABULARY, (chunks, context), np.int32)
+    for name in ("teacher", "student"):
+        with open(folder / f"{name}.kld", "wb") as file:
+            file.write(llama.MAGIC + np.array([context, _VOCABULARY, chunks], "<i4").tobytes() + tokens.tobytes())
+    with open(folder / "teacher.kld", "ab") as teacher, open(folder / "student.kld", "ab") as student:
+        for _ in range(chunks):
+            logits = 3 * rng.standard_normal((context - 1 - context // 2, _VOCABULARY), np.float32)
+            teacher.write(llama.encoded(logits).tobytes())
+            student.write(llama.encoded(logits + 0.3 * rng.standard_normal(logits.shape, np.float32)).tobytes())
+
+
+def _base_files(folder: Path) -> list[dict[str, Any]]:
+    """Two base files, on one thread and on all."""
+    _write_base_files(folder)
+    head = llama.read_head(str(folder / "teacher.kld"), "the teacher")
+    sides = []
+    for name in ("teacher", "student"):
+        words = np.fromfile(folder / f"{name}.kld", "<u2", offset=head.offset, count=_PROBED * head.codes)
+        sides.append(llama.decoded(words.reshape(_PROBED, -1), _VOCABULARY).astype(np.float64))
+    log_p, log_q = (_log_softmax(side) for side in sides)
+    want = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    entries = []
+    for threads in dict.fromkeys([1, len(os.sched_getaffinity(0))]):
+        entry = {"route": f"pykd score, base files of llama.cpp, {threads} threads", "rows": head.rows}
+        taken = []
+        for number in range(2 * _ROUNDS):
+            start = time.perf_counter()
+            got = _score(folder, "kld", threads)
+            if number:
+                taken.append(time.perf_counter() - start)
+            elif (error := float(np.abs(got[:_PROBED] - want).max())) > 1e-4:
+                entry["wrong"] = error
+        entry |= {
+            "rows_per_second": head.rows / statistics.median(taken),
+            "best_rows_per_second": head.rows / min(taken),
+        }
+        entries.append(entry)
+    memory = _memory(folder, "kld", report=False)
+    return [*entries, {"route": "largest resident memory, base files of llama.cpp", "bytes": memory, "rows": head.rows}]
+
+
+def run(bandwidth: float, rows: int = 200_000) -> list[dict[str, Any]]:
     """Measures; one row per route."""
-    rows = int(os.environ.get("PYKD_BENCHMARK_ROWS", "200000"))
     threads = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -238,24 +286,35 @@ def run(bandwidth: float) -> list[dict[str, Any]]:
             "start to end on ten rows": {"seconds": _start(folder), "rows": 10},
             "largest resident memory, .npy": {"bytes": _memory(folder, "npy"), "rows": rows},
             "largest resident memory, Parquet lists": {"bytes": _memory(folder, "parquet"), "rows": rows},
-            "exact quantiles": _of_quantiles(),
+            "exact quantiles": _of_quantiles(100 * rows),
         }
         for route, entry in others.items():
             print(route, entry)
-        return [*result.values(), *({"route": route, **entry} for route, entry in others.items())]
+        base_files = _base_files(folder)
+        for entry in base_files:
+            print(entry)
+        return [*result.values(), *base_files, *({"route": route, **entry} for route, entry in others.items())]
 
 
-def _of_quantiles(count: int = 20_000_000) -> dict[str, Any]:
-    values = np.random.default_rng(0).standard_normal(count, np.float32)
-    shares = (0.01, 0.5, 0.9, 0.99, 0.999)
+def _of_quantiles(count: int) -> dict[str, Any]:
+    """Of values that are drawn anew in each pass, so that what is held is the method's own: bytes are its largest memory."""
+    block = 1 << 17
 
     def stream() -> Any:
-        return (values[first : first + (1 << 17)] for first in range(0, count, 1 << 17))
+        for first in range(0, count, block):
+            yield np.random.default_rng(first).standard_normal(min(block, count - first), np.float32)
 
     start = time.perf_counter()
-    got = quantiles.quantiles(stream, count, shares)
-    seconds = time.perf_counter() - start
-    entry: dict[str, Any] = {"seconds": seconds, "rows": count}
-    if not np.allclose(got, np.quantile(values.astype(np.float64), shares), rtol=1e-12):
-        entry["wrong"] = got
+    tracemalloc.start()
+    got = quantiles.quantiles(stream, count, SHARES)
+    entry: dict[str, Any] = {"bytes": tracemalloc.get_traced_memory()[1], "rows": count}
+    tracemalloc.stop()
+    entry["seconds"] = time.perf_counter() - start
+    places = [share * (count - 1) for share in SHARES]
+    whole = np.concatenate(list(stream()))
+    whole.partition(sorted({int(place) + side for place in places for side in (0, 1)}))
+    for value, place in zip(got, places, strict=True):
+        low, high = map(float, whole[int(place) : int(place) + 2])
+        if value != low + (high - low) * (place - int(place)):
+            entry["wrong"] = got
     return entry
