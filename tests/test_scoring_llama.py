@@ -8,6 +8,8 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from pykd.command_line import main
@@ -241,6 +243,14 @@ def test_what_the_print_out_cannot_say_is_refused(capsys):
     np.save("student.npy", student[:, :-1])
     assert main(call) == 2
     assert "expected 51 classes of the student, got 50" in capsys.readouterr().err
+    np.save("student.npy", student)
+    assert main(["teacher", "--teacher", "student.npy", "--keep", str(CLASSES), "--out", "top.safetensors"]) == 0
+    for side, message in (
+        ("teacher", "expected a base file of llama.cpp as the teacher with --format llama, got top.safetensors"),
+        ("student", f"expected logits of all classes of the student, got top {CLASSES} of {CLASSES}"),
+    ):  # the classes of a top K are in another order
+        assert main([*call, f"--{side}", "top.safetensors"]) == 2
+        assert message in capsys.readouterr().err
 
 
 def words_of_the_tool(row):
@@ -308,6 +318,17 @@ def test_a_base_file_is_written_as_the_tool_does(given, monkeypatch):
     np.testing.assert_array_equal(read, tokens[:, CONTEXT // 2 + 1 :].reshape(-1))
 
 
+def test_a_base_file_of_float64_has_the_differences_of_its_logits():
+    scored, _ = draw_logits()
+    rows = []
+    for offset in (0.0, 2.0**40):  # float32 would take all of the second for one number
+        np.save("scored.npy", scored.astype(np.float64) + offset)
+        assert main([*WRITE, "--teacher", "scored.npy"]) == 0
+        (load,) = open_matrix("base.kld", "teacher").blocks(0, ROWS)
+        rows.append(load().values)
+    np.testing.assert_allclose(rows[1], rows[0], atol=2 * 16 / 65535)
+
+
 def test_a_base_file_of_the_student_itself_shows_the_noise_of_its_codes_alone(capsys):
     draw_logits(spread=3.0)
     assert main([*WRITE, "--teacher", "scored.npy"]) == 0
@@ -324,11 +345,17 @@ def test_a_base_file_of_the_student_itself_shows_the_noise_of_its_codes_alone(ca
         (["--teacher", "few.npy"], "expected logits of 288 tokens, or of the 135 that are scored, in the teacher few.npy, got 9 rows"),
         (["--teacher", "bad.npy"], "expected finite logits in the teacher bad.npy, got others in row 17"),
         (["--dtype", "float16"], "expected no --classes, --dtype and --tokenizer with --form llama"),
+        (["--classes", "0"], "expected no --classes, --dtype and --tokenizer with --form llama"),
+        (["--tokens", "null.parquet"], "expected a value in every row of the tokens null.parquet, got null"),
+        (["--tokens", "none.npy"], "in the tokens none.npy, got 0 tokens in chunks of 32"),
     ],
 )  # fmt: skip
 def test_what_no_base_file_can_hold_is_refused(arguments, message, capsys):
     scored, tokens = draw_logits()
     np.save("large.npy", np.full(tokens.shape, CLASSES))
+    np.save("none.npy", tokens[:0].reshape(-1))
+    some = pa.array(tokens.reshape(-1), mask=np.arange(tokens.size) == 40)
+    parquet.write_table(pa.table({"token": some}), "null.parquet")
     np.save("few.npy", scored[:9])
     scored[17, 3] = -np.inf
     np.save("bad.npy", scored)

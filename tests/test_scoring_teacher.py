@@ -320,13 +320,28 @@ def test_the_head_may_have_padding():
     np.testing.assert_array_equal(load_file("t.safetensors")["head"], np.load("head.npy")[:33])
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [(None, "expected a value in every row of the bias bias.parquet, got null"), (np.nan, "expected finite numbers in the bias")],
+)  # fmt: skip
+def test_a_bias_has_a_number_for_every_class(entry, message, capsys):
+    states()
+    parquet.write_table(pa.table({"bias": pa.array([entry, -np.inf] + [0.5] * (CLASSES - 2))}), "bias.parquet")
+    call = ["teacher", "--form", "hidden", "--teacher", "hidden.npy", "--head", "head.npy", "--bias", "bias.parquet"]
+    assert main([*call, "--out", "t.safetensors"]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(Path().glob("t.*"))
+
+
 def test_bad_states_are_bad_rows():
     hidden, _ = states()
     hidden[3, 2] = np.nan
+    hidden[4, 1] = -np.inf
     np.save("hidden.npy", hidden)
     write_hidden(open_matrix("hidden.npy", "teacher"), open_matrix("head.npy", "head"), "t.safetensors")
+    assert load_file("t.safetensors")["kind"].tolist() == [0, 0, 0, 1, 2, *[0] * (len(hidden) - 5)]
     bad = summary(score_files("t.safetensors", "student.npy", "s.parquet"))["bad_rows"]
-    assert bad["nan"] == 1 and sum(bad.values()) == 1
+    assert bad["nan"] + bad["infinite"] == sum(bad.values()) == 2
 
 
 def test_a_flipped_byte_is_seen_and_its_block_named():
@@ -413,6 +428,8 @@ def test_a_file_that_is_there_stays_until_the_new_one_is_whole(monkeypatch):
         (["teacher", "--out", "u.safetensors", "--temperature", "0"], "expected a temperature above 0, got 0"),
         (["teacher", "--out", "u.safetensors", "--form", "hidden"], "expected --head with --form hidden, got none; add it"),
         (["teacher", "--out", "u.safetensors", "--form", "full", "--keep", "3"], "expected no --keep with --form full"),
+        (["teacher", "--out", "u.safetensors", "--form", "hidden", "--teacher", "t.safetensors", "--head", "teacher.npy"], "expected all columns of the teacher t.safetensors, got top 6 of 40"),
+        (["teacher", "--out", "u.safetensors", "--form", "hidden", "--head", "hole.npy"], "expected finite numbers in the head hole.npy"),
         (["teacher", "--out", "u.safetensors", "--form", "hidden", "--head", "head.npy"], "expected as many columns in the head head.npy as the states have, 40, got 16"),
         (["teacher", "--out", "u.safetensors", "--form", "hidden", "--head", "teacher.npy", "--bias", "labels.npy"], "expected floating-point numbers in the bias"),
         (["teacher", "--out", "u.safetensors", "--form", "hidden", "--head", "teacher.npy", "--dtype", "float16", "--teacher", "large.npy"], "expected numbers up to 65504 in the teacher large.npy for float16"),
@@ -423,6 +440,7 @@ def test_wrong_arguments_are_said_in_three_parts(arguments, message, capsys):
     write()
     np.save("head.npy", np.ones((CLASSES, 16), np.float32))
     np.save("large.npy", np.full((3, CLASSES), 1e6, np.float32))
+    np.save("hole.npy", np.full((CLASSES, CLASSES), np.nan, np.float32))
     command, *rest = arguments
     given = (
         {"--teacher": "teacher.npy"}

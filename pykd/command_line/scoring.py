@@ -205,6 +205,15 @@ def _as_llama(options: argparse.Namespace) -> str:
             )
     teacher = sources.open_matrix(options.teacher, "teacher")
     student = sources.open_matrix(options.student, "student")
+    if sources.base_file(options.teacher) is None:
+        raise ValueError(
+            f"expected a base file of llama.cpp as the teacher with --format llama, got {options.teacher}; leave it out, or write one with "
+            "`pykd teacher --form llama`"
+        )
+    if student.kept is not None:
+        raise ValueError(
+            f"expected logits of all classes of the student, got {student.stored} in {student.name}; only the teacher may be a top K"
+        )
     labels = labels_of(options.teacher, options.student, options.labels)
     if labels is None:
         raise ValueError(

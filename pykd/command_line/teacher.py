@@ -152,7 +152,8 @@ def _check(options: argparse.Namespace) -> None:
     for name in _NEEDED.get(options.form, ()):
         if getattr(options, name) is None:
             raise ValueError(f"expected --{name} with --form {options.form}, got none; add it")
-    if options.form == "llama" and (options.classes or options.dtype or options.tokenizer):
+    fixed = (options.classes, options.dtype, options.tokenizer)
+    if options.form == "llama" and fixed != (None, None, None):
         raise ValueError(
             "expected no --classes, --dtype and --tokenizer with --form llama, whose format is fixed, got one; leave it out"
         )

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from pykd.scoring.formats.source import worked
+from pykd.scoring.top_k import narrow
 from pykd.scoring.whole_file import WholeFile
 
 MAGIC = b"_logits_"
@@ -138,11 +139,11 @@ def write_base(source: Any, tokens: Any, context: int, out: Path, threads: int, 
         raise ValueError(
             f"expected logits of all classes in {source.name}, got {source.stored}; name the file that it was made of"
         )
-    text = np.concatenate([load().values for load in tokens.blocks(0, _TOKENS)]).astype(np.int64)
-    if context < 3 or len(text) % context:
+    if context < 3 or not tokens.rows or tokens.rows % context:
         raise ValueError(
-            f"expected whole chunks of at least 3 tokens in {tokens.name}, got {len(text)} tokens in chunks of {context}; correct --context"
+            f"expected whole chunks of at least 3 tokens in {tokens.name}, got {tokens.rows} tokens in chunks of {context}; correct --context"
         )
+    text = np.concatenate([load().whole(tokens.name).values for load in tokens.blocks(0, _TOKENS)]).astype(np.int64)
     if text.min() < 0 or text.max() >= source.width:
         raise ValueError(
             f"expected tokens from 0 to {source.width - 1} in {tokens.name}, got {text.min()} to {text.max()}; pass those of the model's own vocabulary"
@@ -166,7 +167,7 @@ def write_base(source: Any, tokens: Any, context: int, out: Path, threads: int, 
             raise ValueError(
                 f"expected finite logits in {source.name}, got others in row {bad}; a base file has no place for them"
             )
-        return encoded(logits)
+        return encoded(narrow(logits)[0])
 
     start = MAGIC + np.array([context, head.classes, chunks], "<i4").tobytes() + text.astype("<i4").tobytes()
     with WholeFile(out, len(start) + 2 * head.rows * head.codes) as file:

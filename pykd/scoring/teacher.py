@@ -135,6 +135,11 @@ def write_hidden(
         bias: one number per class (:func:`pykd.scoring.sources.open_column`, ``kinds="f"``), or none.
         dtype: of states, matrix and bias; None: float16 where the states are, float32 elsewhere.
     """
+    for given in (source, head):
+        if given.kept is not None:
+            raise ValueError(
+                f"expected all columns of {given.name}, got {given.stored}; name the file that it was made of"
+            )
     if head.width != source.width:
         raise ValueError(
             f"expected as many columns in {head.name} as the states have, {source.width}, got {head.width}; write one row per class"
@@ -155,14 +160,20 @@ def write_hidden(
 
     def reduced(load: Load) -> dict[str, Array]:
         block = load()
-        return {"hidden": _fitting(block.values, stored, source), "kind": kinds(block, block.values)}
+        with np.errstate(invalid="ignore"):
+            size = np.abs(block.values)  # no class is masked here: −∞ is as bad as ∞
+        return {"hidden": _fitting(block.values, stored, source), "kind": kinds(block, size)}
 
     def parts() -> Iterator[dict[str, Array]]:
         for name, part in (("head", head), ("bias", bias)):
             if part is not None:
                 rows = _block_rows(part)
                 for first, load in zip(range(0, width, rows), part.blocks(0, rows), strict=False):
-                    yield {name: _fitting(load().values[: width - first], stored, part)}
+                    values = load().whole(part.name).values[: width - first]
+                    # A bias of −∞ masks a class; all else would make every row NaN or infinite.
+                    if not (np.isfinite(values) | ((values == -np.inf) & (part is bias))).all():
+                        raise ValueError(f"expected finite numbers in {part.name}, got others; write it again")
+                    yield {name: _fitting(values, stored, part)}
 
     _write(source, out, facts, {"hidden": (stored, (source.width,))}, reduced, threads, progress, whole, parts())
 

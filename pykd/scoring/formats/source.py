@@ -63,6 +63,13 @@ class Block(NamedTuple):
     missing: np.ndarray[Any, np.dtype[np.bool_]] | None = None  # rows that are null; None: no row
     top_k: TopK | None = None  # None: the values are those of all classes
 
+    def whole(self, name: str) -> Block:
+        """The block itself, where every row has a value; for columns and matrices that cannot do without one."""
+        for flags, what in ((self.missing, "null"), (self.ragged, "a list of another length")):
+            if flags is not None and flags.any():
+                raise ValueError(f"expected a value in every row of {name}, got {what}; write the whole of it")
+        return self
+
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
