@@ -12,7 +12,7 @@ import numpy as np
 
 from pykd.scoring.container import Shapes, Writer
 from pykd.scoring.formats.source import ROW_KINDS, Block, Load, Source, worked
-from pykd.scoring.top_k import keep, log_sum, narrow
+from pykd.scoring.top_k import keep, log_parts, narrow
 
 _BLOCK_BYTES = 2 << 20  # of logits: what stays in the caches while it is worked on
 _LEAST_ROWS, _MOST_ROWS = 8, 1 << 16  # of a block
@@ -106,11 +106,14 @@ def write_full(
         kind = kinds(block, logits)
         with np.errstate(all="ignore"):  # of bad rows
             values, offset = narrow(logits)
-            lse = log_sum(values)[:, None]
-            log_probs = _stored(values - lse, dtype)
+            largest, rest = (part[:, None] for part in log_parts(values))
+            log_probs = values - largest  # first: large logits keep their differences
+            log_probs -= rest
+            log_probs = _stored(log_probs, dtype)
         log_probs[kind != _OK] = np.nan
         log_probs[kind == _INFINITE] = np.inf
-        return {"lse": (lse + offset[:, None]).astype("<f4"), "logprobs": log_probs, "kind": kind}
+        lse = largest.astype(np.float64) + rest + offset[:, None]
+        return {"lse": lse.astype("<f4"), "logprobs": log_probs, "kind": kind}
 
     _write(source, out, {"form": "full", **_facts(source, width, tokenizer)}, shapes, reduced, threads, progress)
 
@@ -219,8 +222,10 @@ def kinds(block: Block, logits: Array) -> Array:
 
 def _stored(log_probs: Array, dtype: str) -> Array:
     """In the type of the file, whose range no finite number leaves."""
-    finite = log_probs > -np.inf
-    return np.where(finite, np.maximum(log_probs, float(np.finfo(dtype).min)), log_probs).astype(dtype)
+    least = log_probs.dtype.type(np.finfo(dtype).min)
+    stored: Array = np.maximum(log_probs, least).astype(dtype)
+    stored[log_probs == -np.inf] = -np.inf
+    return stored
 
 
 def _fitting(values: Array, dtype: np.dtype[Any], source: Source) -> Array:

@@ -50,12 +50,17 @@ def log_masses(values: Array, ids: Array, temperature: float) -> tuple[Array, Ar
 
 
 def log_sum(values: Array) -> Array:
-    """log Σ exp of rows of float32, by the kernel; −inf of rows without a finite class."""
+    """log Σ exp of rows of float32; −inf of rows without a finite class."""
+    largest, rest = log_parts(values)
+    return np.where(largest == -np.inf, -np.inf, largest.astype(np.float64) + rest)
+
+
+def log_parts(values: Array) -> tuple[Array, Array]:
+    """The largest of each row of float32, and what log Σ exp is above it, by the kernel; both float32."""
     best = values.argmax(axis=1)
-    largest = values[np.arange(len(values)), best].astype(np.float64)
     share = np.empty(len(values), np.float32)
     kernels.run("soft_target", {"student": values, "labels": best}, {}, {"hard": share}, threads=1)
-    return np.where(largest == -np.inf, -np.inf, largest + share)
+    return values[np.arange(len(values)), best], share
 
 
 def narrow(logits: Array) -> tuple[Array, Array]:
@@ -76,7 +81,7 @@ def _largest(values: Array, kept: int) -> Array:
     counts = at_least.sum(axis=1)
     ids = np.zeros((rows, kept), np.int64)
     plain = counts == kept
-    ids[plain] = np.nonzero(at_least[plain])[1].reshape(-1, kept)
+    ids[plain] = np.flatnonzero(at_least[plain]).reshape(-1, kept) % classes
     for row in np.flatnonzero(~plain):  # several classes are as large as the least that is kept
         candidates = np.flatnonzero(at_least[row])
         best = candidates[np.argsort(-values[row, candidates], kind="stable")[:kept]]
