@@ -1,4 +1,4 @@
-"""``python -m benchmarks [kernels losses in_torch scoring tokens]``: measures and stores the results under benchmarks/results/."""
+"""``python -m benchmarks [kernels losses in_torch scoring tokens relations]``: measures and stores the results under benchmarks/results/."""
 
 import argparse
 import functools
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, in_torch, kernels, losses, scoring, tokens
+from benchmarks import figures, in_torch, kernels, losses, relations, scoring, tokens
 from benchmarks.measure import conditions, copy_bandwidth
 
 BENCHMARKS: dict[str, Callable[[float], list[dict[str, Any]]]] = {
@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, Callable[[float], list[dict[str, Any]]]] = {
     "in_torch": in_torch.run,
     "scoring": scoring.run,
     "tokens": tokens.run,
+    "relations": relations.run,
 }
 
 

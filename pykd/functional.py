@@ -41,7 +41,7 @@ def _routed(name: str) -> Callable[..., Any]:
     """The formula of a loss, or its kernel, with the argument ``kernels``."""
     cls = registry.get(name)
     formula: Callable[..., Any] = getattr(sys.modules[cls.__module__], name)
-    if not cls.has_kernel():
+    if not cls.is_accelerated():
 
         @functools.wraps(formula)
         def by_formula(*args: Any, kernels: str | None = None, **kwargs: Any) -> Any:

@@ -32,7 +32,7 @@ def test_every_route_and_type_is_there_or_has_a_reason(loss_class):
         if loss_class.has_kernel() and dtype in known and why:
             assert why.startswith("no kernel computes")
         elif not loss_class.has_kernel():
-            assert why == "it has no kernel"
+            assert why.startswith("it has no kernel")
 
 
 def test_a_hole_is_seen():

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pykd.composition.graph import LossGraph, Now, build, compute_outputs
+from pykd.composition.graph import LossGraph, Now, build, compute_outputs, goes_by_blocks
 from pykd.composition.interface import Interface
 from pykd.composition.terms import STUDENTS, Part, Term
 from pykd.definition import Loss, Spec, checks, routing
@@ -27,6 +27,8 @@ from pykd.definition.sizes import example_sizes, fitting, trial_sizes
 from pykd.fused import eager
 from pykd.fused.linear import Linear
 from pykd.fused.point import Call
+
+_NOTHING = "no kernel computes these losses and inputs"
 
 
 class Composition(nn.Module, Interface):
@@ -87,7 +89,7 @@ class Composition(nn.Module, Interface):
         else:
             why = self._why_formula(call, mode)
             if not why:
-                return eager.evaluate(call, lambda: self._walk(call))
+                return eager.evaluate(call, lambda: self._walk(call, mode))
             specs = call.plan.specs
         routing.note_formula("the composition", why, mode)
         return compute_outputs(Now(), self, specs, tensors, self.all_numbers(numbers))
@@ -117,22 +119,36 @@ class Composition(nn.Module, Interface):
         return PlannedCall(plan, {name: tensors[name] for name in plan.specs}, every, kept)
 
     def _why_formula(self, call: PlannedCall, mode: str) -> str:
-        """Why formulas alone compute a call; empty where kernels have part in it."""
+        """Why formulas alone compute a call; empty where kernels, or blocks of rows, have part in it."""
         if mode == "off":
             return 'kernels="off"'
         plan = call.plan
         if plan.refusal is None:
             with torch.no_grad():
-                calls, outputs = self._walk(call)
+                calls, outputs = self._walk(call, mode)
             plan.alone = len(calls) == 1 and all(isinstance(o, Linear) and o.rest is None for o in outputs.values())
-            plan.refusal = eager.refusal(calls) if calls else "no kernel computes these losses and inputs"
+            plan.refusal = eager.refusal(calls) if calls else _NOTHING
+        if plan.refusal == _NOTHING and self._goes_by_blocks(call, mode):
+            return routing.learned(call.numbers)
         return plan.refusal or routing.learned(call.numbers)
 
-    def _walk(self, call: PlannedCall) -> tuple[list[Call], dict[str, Any]]:
+    def _goes_by_blocks(self, call: PlannedCall, mode: str) -> bool:
+        """Whether any of the losses does."""
+        return any(
+            goes_by_blocks(
+                part.loss,
+                {n: call.tensors[g] for n in part.loss.inputs if (g := part.graph_input(n)) in call.tensors},
+                mode,
+            )
+            for term in self.named_terms
+            for part in term.parts
+        )
+
+    def _walk(self, call: PlannedCall, mode: str) -> tuple[list[Call], dict[str, Any]]:
         """The kernel calls, and the outputs in terms of what they return."""
         point = eager.Forms(call.kept)
         # The gradients of halves are added in float32 and rounded once, unless one kernel writes them all.
-        make = Now(point, widen=not call.plan.alone, all_kept=call.kept)
+        make = Now(point, widen=not call.plan.alone, all_kept=call.kept, mode=mode)
         return point.calls, compute_outputs(make, self, call.plan.specs, call.tensors, call.numbers)
 
     def __setattr__(self, name: str, value: Any) -> None:

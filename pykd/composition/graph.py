@@ -6,11 +6,12 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from pykd.composition.interface import Interface
 from pykd.composition.terms import STUDENTS, Parameter, Part, Term
-from pykd.definition import Loss, Spec, checks, names, ops
+from pykd.definition import Loss, Spec, checks, names, ops, routing
 from pykd.fused.point import Point
 
 
@@ -99,12 +100,14 @@ class Now:
         point: the kernel point for losses that a kernel computes; None: all are computed by their formulas.
         widen: whether halves are widened before the losses see them.
         all_kept: whether it is known that no index is ignored.
+        mode: ``"auto"`` or ``"on"``, which decides what goes by blocks of rows where there is a kernel point.
     """
 
-    def __init__(self, point: Any = None, widen: bool = True, all_kept: bool = False) -> None:
+    def __init__(self, point: Any = None, widen: bool = True, all_kept: bool = False, mode: str = "auto") -> None:
         self.point = point
         self.widen = widen
         self.all_kept = all_kept
+        self.mode = mode
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
@@ -112,8 +115,19 @@ class Now:
     def loss(self, path: str, loss: Loss, arguments: Mapping[str, Any], covered: bool) -> Any:
         if covered and self.point is not None:
             return loss.by_kernel(self.point, arguments)
+        if self.point is not None and goes_by_blocks(loss, arguments, self.mode):
+            assert routing.evaluator is not None
+            return routing.evaluator.by_blocks(loss, arguments)
         formula, every = loss.formula_call(arguments)
         return formula(**every)
+
+
+def goes_by_blocks(loss: Loss, arguments: Mapping[str, Any], mode: str) -> bool:
+    """Whether a loss of a composition is computed by blocks of rows."""
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    return loss.has_blocks() and not any(
+        (loss.why_whole(arguments, mode), loss.has_kernel(), *(t.dtype == torch.float64 for t in tensors))
+    )
 
 
 class _Later:

@@ -332,7 +332,7 @@ class Loss(_WithFields):
             return "it has a forward of its own"
         if call.plan.refusal is None:
             call.plan.refusal = self._refusal(call.tensors, call.plan.specs)
-        return call.plan.refusal or routing.learned(call.numbers)
+        return call.plan.refusal or self.why_whole(call.tensors, mode) or routing.learned(call.numbers)
 
     def compute_by_kernel(self, call: PlannedCall) -> Tensor:
         """The loss by its kernel, with autograd, where :meth:`why_formula` says nothing."""
@@ -340,9 +340,9 @@ class Loss(_WithFields):
         return routing.evaluator.loss(self, call)
 
     def _refusal(self, tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> str:
-        if not self.has_kernel() or routing.evaluator is None:
+        if not self.is_accelerated() or routing.evaluator is None:
             return "it has no kernel"
-        if not self.covered_by_kernel(specs):
+        if self.has_kernel() and not self.covered_by_kernel(specs):
             return "no kernel computes these settings and inputs"
         return routing.evaluator.refusal(self, tensors)
 
@@ -425,17 +425,69 @@ class Loss(_WithFields):
 
     def by_kernel(self, kernel: Any, given: Mapping[str, Any]) -> Tensor:
         """``fused`` of these tensors and numbers."""
+        return self.fused(kernel, *self._in_order(given))
+
+    def _in_order(self, given: Mapping[str, Any]) -> list[Any]:
+        """Every input, or None, and the value of every scalar."""
         numbers = (given.get(name) for name in self.scalars)
-        scalars = (getattr(self, name) if n is None else n for name, n in zip(self.scalars, numbers, strict=True))
-        return self.fused(kernel, *map(given.get, self.inputs), *scalars)
+        scalars = [getattr(self, name) if n is None else n for name, n in zip(self.scalars, numbers, strict=True)]
+        return [*map(given.get, self.inputs), *scalars]
 
     @classmethod
     def has_kernel(cls) -> bool:
         """Whether a fused kernel computes this loss: by a ``fused`` that is of its own formula, or of a base without one."""
-        if cls.fused is Loss.fused or cls.formula_call is not Loss.formula_call:
+        return cls._is_of_own_formula("fused")
+
+    @classmethod
+    def _is_of_own_formula(cls, method: str) -> bool:
+        """Whether a method that this class has, and no loss as such, says the same as its formula."""
+        if getattr(cls, method) is getattr(Loss, method) or cls.formula_call is not Loss.formula_call:
             return False
-        owner: Any = next(base for base in cls.__mro__ if "fused" in base.__dict__)
+        owner: Any = next(base for base in cls.__mro__ if method in base.__dict__)
         return "_formula" not in owner.__dict__ or owner._formula is cls._formula
+
+    def in_blocks(self, blocks: Any, *inputs_and_scalars: Any) -> Tensor:
+        """The same as the formula, by blocks of rows; see :mod:`pykd.fused.blocks`. Losses that hold no large matrices have none.
+
+        Takes what ``fused`` takes.
+        """
+        raise NotImplementedError
+
+    def by_blocks(self, blocks: Any, given: Mapping[str, Any]) -> Tensor:
+        """``in_blocks`` of these tensors and numbers."""
+        return self.in_blocks(blocks, *self._in_order(given))
+
+    @classmethod
+    def has_blocks(cls) -> bool:
+        """Whether this loss can go by blocks of rows."""
+        return cls._is_of_own_formula("in_blocks")
+
+    @classmethod
+    def is_accelerated(cls) -> bool:
+        """Whether anything but the formula, as it stands, computes this loss."""
+        return cls.has_kernel() or cls.has_blocks()
+
+    def relation(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """The samples, and how many numbers each of them has in the largest matrix that the formula holds."""
+        samples = next(tensors[name] for name in self.inputs).size(0)
+        return samples, samples
+
+    def why_whole(self, tensors: Mapping[str, Tensor], mode: str) -> str:
+        """Why a loss that has blocks does not go by them, as far as shapes and settings go; empty where it does, or has none."""
+        if not self.has_blocks():
+            return ""
+        if self.reduction == "none":
+            return "it has no kernel, and blocks of rows add up their values"
+        if mode == "on":
+            return ""
+        if any(isinstance(tensor, Tensor) and tensor.device.type != "cpu" for tensor in tensors.values()):
+            return "it has no kernel, and blocks of rows are measured on the CPU alone"
+        samples, per_sample = self.relation(tensors)
+        return (
+            "it has no kernel, and is too small for blocks of rows"
+            if samples * per_sample < routing.least_entries
+            else ""
+        )
 
     def covered_by_kernel(self, given: Mapping[str, Spec]) -> bool:
         """Whether ``fused`` computes it with these settings and inputs; where not, the formula does."""

@@ -267,9 +267,17 @@ def pool_tokens(features: Tensor, spatial_avg: str | None) -> Tensor:
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """``‖x_i − y_j‖²`` of the rows of two matrices, by the Gram matrix: no tensor of pairs times features."""
-    xx = (x * x).sum(dim=-1, keepdim=True)
-    yy = (y * y).sum(dim=-1, keepdim=True)
-    return (xx + yy.transpose(0, 1) - 2 * matmul(x, y.transpose(0, 1))).clamp(min=0.0)
+    return squared_distances_of(matmul(x, y.transpose(0, 1)), squares(x), squares(y))
+
+
+def squared_distances_of(products: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The same of the products of the rows with each other, and of each one's with itself."""
+    return torch.sub(rows.unsqueeze(1) + columns.unsqueeze(0), products, alpha=2).clamp(min=0.0)
+
+
+def squares(x: Tensor) -> Tensor:
+    """The product of every row with itself."""
+    return (x * x).sum(dim=-1)
 
 
 def distances(x: Tensor) -> Tensor:
@@ -278,17 +286,25 @@ def distances(x: Tensor) -> Tensor:
     Rows whose distance is lost in the rounding of their lengths coincide: their distance is 0, and so is its gradient.
     Rows near 0 keep the most digits: take their mean off first.
     """
-    squares = (x * x).sum(dim=-1)
-    sums = squares.unsqueeze(1) + squares.unsqueeze(0)
-    squared = sums - 2 * matmul(x, x.transpose(0, 1))
-    rounding = 1e-14 if x.dtype == torch.float64 else 4e-6
-    coincide = (squared.detach() <= sums.detach() * rounding) | (
-        distinct_pairs(x) == 0
-    )  # false for NaN off the diagonal
+    own = squares(x)
+    return distances_of(matmul(x, x.transpose(0, 1)), own, own, same_pairs(x))
+
+
+def distances_of(products: Tensor, rows: Tensor, columns: Tensor, same: Tensor) -> Tensor:
+    """:func:`distances` of the products of rows with each other, of each one's with itself, and where both are one row."""
+    sums = rows.unsqueeze(1) + columns.unsqueeze(0)
+    squared = torch.sub(sums, products, alpha=2)
+    rounding = 1e-14 if products.dtype == torch.float64 else 4e-6
+    coincide = (squared.detach() <= sums.detach() * rounding) | same  # false for NaN off the diagonal
     return torch.sqrt(squared.masked_fill(coincide, 1.0)).masked_fill(coincide, 0.0)
 
 
 def distinct_pairs(x: Tensor) -> Tensor:
     """``[n, n]`` with 0 on the diagonal and 1 elsewhere, for the n rows of ``x``."""
+    return (~same_pairs(x)).to(x.dtype)
+
+
+def same_pairs(x: Tensor) -> Tensor:
+    """``[n, n]``, true on the diagonal, for the n rows of ``x``."""
     rows = torch.arange(x.size(0), device=x.device)
-    return (rows.unsqueeze(0) != rows.unsqueeze(1)).to(x.dtype)
+    return rows.unsqueeze(0) == rows.unsqueeze(1)

@@ -29,13 +29,19 @@ class Evaluator(Protocol):
     """What computes losses by their kernels."""
 
     def loss(self, loss: Any, call: Any) -> Tensor:
-        """A loss, with autograd, of a :class:`pykd.definition.plan.PlannedCall` for which it has a kernel."""
+        """A loss, with autograd, of a :class:`pykd.definition.plan.PlannedCall` for which it has a kernel, or blocks."""
+
+    def by_blocks(self, loss: Any, given: Mapping[str, Any]) -> Tensor:
+        """A loss by blocks of rows, with autograd, of tensors and numbers by name."""
 
     def refusal(self, loss: Any, tensors: Mapping[str, Tensor]) -> str:
         """Why no kernel computes such a call, whatever its numbers are; empty where one does."""
 
 
 evaluator: Evaluator | None = None
+least_entries = (
+    0  # of the largest matrix of a loss that goes by blocks of rows without being told to; pykd.fused sets it
+)
 _default = "auto"
 _block: contextvars.ContextVar[str | None] = contextvars.ContextVar("pykd_kernels", default=None)
 _ran: contextvars.ContextVar["Ran | None"] = contextvars.ContextVar("pykd_ran", default=None)

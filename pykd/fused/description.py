@@ -1,4 +1,4 @@
-"""What the fused kernels compute, as Python needs to know it: names, axes, roles and settings."""
+"""What losses say of work that is not theirs: to kernels, names, axes, roles and settings; to blocks of rows, what they hold."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -126,3 +126,69 @@ DIVERGENCE = Kernel(
     attributes={"form": "skewed_kl", "alpha": 0.2, "beta": 0.7},
     cuda=False,
 )
+
+
+# ---- Blocks of rows ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """The products of rows of ``x`` with rows of ``y``: of a block of rows, ``(block, samples)``."""
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What a tensor holds of the samples that are the rows of a block."""
+
+    x: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """What a tensor holds of the samples that are the columns of a block."""
+
+    x: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """Where row and column of a block are one sample; of as many samples as ``like``."""
+
+    like: Tensor
+
+
+Piece = Products | Rows | Columns | Same | Tensor | float | bool | str | int | None
+
+
+class BlockPoint(Protocol):
+    """What a loss's method ``in_blocks`` is given; see :mod:`pykd.fused.blocks`.
+
+    ``function`` is a plain function of what ``pieces`` hold of a block of rows, in their order; whatever is no piece is the
+    same in every block. Gradients flow to the tensors of all pieces that require one.
+    """
+
+    def each(self, function: Callable[..., Tensor], *pieces: Piece) -> Tensor:
+        """What a function makes of every sample by itself, a row each; nothing is kept for the gradient but the pieces."""
+
+    def over_rows(
+        self, function: Callable[..., Tensor], *pieces: Piece, weight: Tensor | None, reduction: str = "mean"
+    ) -> Tensor:
+        """:func:`pykd.definition.ops.reduce` of one value per row."""
+
+    def over_pairs(
+        self, function: Callable[..., Tensor], *pieces: Piece, weight: Tensor | None, symmetric: bool = False
+    ) -> Tensor:
+        """The mean of one value per pair of a row and a column, which weighs the product of its samples' weights.
+
+        Args:
+            function: returns ``(block, samples)``.
+            pieces: its arguments.
+            weight: of the samples; None: all of them 1.
+            symmetric: whether the value of a pair is that of the pair the other way round, so that half of them will do.
+        """
+
+    def largest(self, function: Callable[..., Tensor], *pieces: Piece) -> Tensor:
+        """The largest of one value per pair, whose value is the same the other way round."""

@@ -14,7 +14,7 @@ Second derivatives, and several upstream gradients at once, differentiate the fo
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from pykd import _core, kernels
 from pykd.definition import Loss, ops, routing
 from pykd.definition.plan import PlannedCall
-from pykd.fused import torch_operators
+from pykd.fused import blocks, torch_operators
 from pykd.fused.linear import Linear, Reduced
 from pykd.fused.point import Call, Collector, Value
 
@@ -44,13 +44,21 @@ class Evaluator:
     """Losses by their kernels, for :mod:`pykd.definition.routing`."""
 
     def loss(self, loss: Loss, call: PlannedCall) -> Tensor:
+        if loss.has_blocks() and not loss.has_kernel():
+            return self.by_blocks(loss, {**call.tensors, **call.numbers})
+
         def walk() -> tuple[list[Call], dict[str, Any]]:
             point = Forms(call.kept)
             return point.calls, {"loss": loss.by_kernel(point, {**call.tensors, **call.numbers})}
 
         return evaluate(call, walk)["loss"]
 
+    def by_blocks(self, loss: Loss, given: Mapping[str, Any]) -> Tensor:
+        return blocks.evaluate(loss, given)
+
     def refusal(self, loss: Loss, tensors: Mapping[str, Tensor]) -> str:
+        if not loss.has_kernel():
+            return "it has no kernel, and no blocks of rows for float64" if _is_double(tensors.values()) else ""
         return refusal(kernel_calls(loss, tensors))
 
 
@@ -60,6 +68,10 @@ def kernel_calls(loss: Loss, tensors: Mapping[str, Tensor]) -> list[Call]:
     with torch.no_grad():
         loss.by_kernel(point, tensors)
     return point.calls
+
+
+def _is_double(tensors: Iterable[Tensor]) -> bool:
+    return any(tensor.dtype == torch.float64 for tensor in tensors)
 
 
 _descriptions = functools.cache(kernels.descriptions)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Spec, ops
+from pykd.fused.description import BlockPoint, Columns, Piece, Products, Rows, Same
 
 COUPLES = "compares every sample of the batch with every other"
 
@@ -26,11 +27,21 @@ def centred(x: Tensor, weight: Tensor | None) -> Tensor:
     Near the centre the expansion of a distance keeps its digits; at this scale no square overflows or vanishes.
     The result is constant in the factor, so only ratios of distances have the gradient of ``x``.
     """
+    middle, largest = centre(x.detach(), weight)
+    return moved(x, kept(x, weight), middle, largest)
+
+
+def centre(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean of the rows that are kept, and the largest entry of their differences from it, or 1 where that is 0."""
     count = kept(x, weight)
-    middle = x.detach().sum(dim=0) / count.sum().clamp(min=1.0)  # what is left out is 0
-    moved = (x - middle) * count.unsqueeze(1)
-    largest = moved.detach().abs().amax(dim=[0, 1])
-    return moved / torch.where(largest == 0, torch.ones_like(largest), largest)
+    middle = x.sum(dim=0) / count.sum().clamp(min=1.0)  # what is left out is 0
+    largest = ((x - middle) * count.unsqueeze(1)).abs().amax(dim=[0, 1])
+    return middle, torch.where(largest == 0, torch.ones_like(largest), largest)
+
+
+def moved(x: Tensor, count: Tensor, middle: Tensor, largest: Tensor) -> Tensor:
+    """Rows less the mean of all, over the largest entry; 0 for those that do not count."""
+    return (x - middle) * count.unsqueeze(1) / largest
 
 
 def over_pairs(values: Tensor, weight: Tensor | None) -> Tensor:
@@ -41,10 +52,34 @@ def over_pairs(values: Tensor, weight: Tensor | None) -> Tensor:
     return (shares * ops.matmul(values, shares.unsqueeze(1)).squeeze(1)).sum()
 
 
-def smooth_l1(difference: Tensor) -> Tensor:
-    """x²/2 where |x| < 1, |x| − 1/2 elsewhere."""
-    inner = torch.nn.functional.hardtanh(difference)
-    return inner * (difference - 0.5 * inner)
+def alike(x: Tensor, weight: Tensor | None) -> Tensor | None:
+    """:func:`kept` where there are weights: what an average takes in which all samples that are kept count the same."""
+    return None if weight is None else kept(x, weight)
+
+
+def own_products(blocks: BlockPoint, x: Tensor) -> list[Piece]:
+    """The products of all pairs of samples, and of each with itself: what distances are made of."""
+    squares = blocks.each(ops.squares, Rows(x))
+    return [Products(x, x), Rows(squares), Columns(squares), Same(x)]
+
+
+def centred_by_blocks(blocks: BlockPoint, x: Tensor, weight: Tensor | None) -> Tensor:
+    """:func:`centred`."""
+    return blocks.each(moved, Rows(x), Rows(kept(x, weight)), *centre(x.detach(), weight))
+
+
+def weights_of_rows(weight: Tensor | None) -> Rows | None:
+    return None if weight is None else Rows(weight)
+
+
+def smooth_l1(x: Tensor, y: Tensor) -> Tensor:
+    """d²/2 where |d| < 1, |d| − 1/2 elsewhere, of the difference d = x − y."""
+    return torch.nn.functional.smooth_l1_loss(x, y, reduction="none")
+
+
+def squared_differences(x: Tensor, y: Tensor) -> Tensor:
+    """(x − y)²."""
+    return torch.nn.functional.mse_loss(x, y, reduction="none")
 
 
 class Relation(Loss):

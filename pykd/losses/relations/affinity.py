@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, choice, ops, register
 from pykd.definition.reference import reduce_samples, unit
+from pykd.fused.description import BlockPoint, Rows
 
 
 def _root(squares: Tensor) -> Tensor:
@@ -33,6 +34,17 @@ def _per_channel(student: Tensor, teacher: Tensor) -> Tensor:
     return _root(squares).sum(dim=1)
 
 
+def _positions(features: Tensor, weight: Tensor | None) -> Tensor:
+    """``(batch, channels, positions)``."""
+    return ops.upcast(ops.without_left_out(features, weight)).flatten(2)
+
+
+def _values(student: Tensor, teacher: Tensor, per: str) -> Tensor:
+    """One value per image."""
+    values = _whole_image(student, teacher) if per == "image" else _per_channel(student, teacher)
+    return values / student.size(2)
+
+
 def affinity(
     student_features: Tensor,
     teacher_features: Tensor,
@@ -42,10 +54,8 @@ def affinity(
 ) -> Tensor:
     """Norm of the difference of affinities of positions; see :class:`Affinity`."""
     weight = ops.optional_weight(sample_weight)
-    student = ops.upcast(ops.without_left_out(student_features, weight)).flatten(2)
-    teacher = ops.upcast(ops.without_left_out(teacher_features.detach(), weight)).flatten(2)
-    values = _whole_image(student, teacher) if per == "image" else _per_channel(student, teacher)
-    return ops.reduce(values / student.size(2), weight, reduction)
+    student, teacher = _positions(student_features, weight), _positions(teacher_features.detach(), weight)
+    return ops.reduce(_values(student, teacher, per), weight, reduction)
 
 
 @register("affinity")
@@ -107,6 +117,16 @@ class Affinity(Loss):
     paper = "He et al. 2019, arXiv:1903.04688"
 
     per: str = choice(("image", "channel"), default="image")
+
+    def relation(self, tensors):
+        samples, channels, height, width = tensors["student_features"].shape
+        return samples, height * width * (height * width if self.per == "image" else channels)
+
+    def in_blocks(self, blocks: BlockPoint, student_features, teacher_features, sample_weight):
+        weight = ops.optional_weight(sample_weight)
+        student, teacher = _positions(student_features, weight), _positions(teacher_features.detach(), weight)
+        pieces = (Rows(student), Rows(teacher), self.per)
+        return blocks.over_rows(_values, *pieces, weight=weight, reduction=self.reduction)
 
     def properties(self) -> Properties:
         return Properties(feature_scale=True, zero_when_equal=True, symmetric=True)

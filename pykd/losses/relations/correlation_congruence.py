@@ -8,17 +8,25 @@ from torch import Tensor
 
 from pykd.definition import Alias, Case, Properties, choice, flag, number, ops, register, whole
 from pykd.definition.reference import unit
-from pykd.losses.relations._shared import Relation, kept, numpy_kept, numpy_over_pairs, over_pairs
+from pykd.fused.description import BlockPoint, Products, Rows
+from pykd.losses.relations._shared import (
+    Relation,
+    kept,
+    numpy_kept,
+    numpy_over_pairs,
+    over_pairs,
+    squared_differences,
+    weights_of_rows,
+)
 
 
-def _correlations(
-    embeddings: Tensor, weight: Tensor | None, kernel: str, gamma: float, order: int, normalized: bool
-) -> Tensor:
-    """The kernel of all pairs of samples."""
+def _samples(embeddings: Tensor, weight: Tensor | None, normalized: bool) -> Tensor:
     x = ops.upcast(ops.without_left_out(embeddings, weight))
-    if normalized:
-        x = ops.normalize(x, dim=[-1])
-    products = ops.matmul(x, x.transpose(0, 1))
+    return ops.normalize(x, dim=[-1]) if normalized else x
+
+
+def _correlations(products: Tensor, kernel: str, gamma: float, order: int) -> Tensor:
+    """The kernel of pairs of samples, of their products."""
     if kernel == "bilinear":
         return products
     # The factors of the powers of the product, from the last on: Σ_p c_p zᵖ = c_0 + z (c_1 + z (…)).
@@ -33,6 +41,20 @@ def _correlations(
     return total
 
 
+def _values(student: Tensor, teacher: Tensor, kernel: str, gamma: float, order: int) -> Tensor:
+    """The squared differences of pairs, of their products."""
+    return squared_differences(
+        _correlations(student, kernel, gamma, order), _correlations(teacher, kernel, gamma, order)
+    )
+
+
+def _norm(mean: Tensor, count: Tensor) -> Tensor:
+    """The root of the mean over the number of samples, with the gradient 0 at 0."""
+    zero = mean == 0
+    root = torch.where(zero, torch.zeros_like(mean), torch.sqrt(torch.where(zero, torch.ones_like(mean), mean)))
+    return root / count.clamp(min=1.0)
+
+
 def correlation_congruence(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
@@ -45,14 +67,10 @@ def correlation_congruence(
 ) -> Tensor:
     """Difference of correlations under a kernel; see :class:`CorrelationCongruence`."""
     weight = ops.optional_weight(sample_weight)
-    student = _correlations(student_embeddings, weight, kernel, gamma, order, normalized)
-    difference = student - _correlations(teacher_embeddings.detach(), weight, kernel, gamma, order, normalized)
-    mean = over_pairs(difference * difference, weight)
-    if form == "mean_square":
-        return mean
-    zero = mean == 0
-    root = torch.where(zero, torch.zeros_like(mean), torch.sqrt(torch.where(zero, torch.ones_like(mean), mean)))
-    return root / kept(difference, weight).sum().clamp(min=1.0)
+    x, y = _samples(student_embeddings, weight, normalized), _samples(teacher_embeddings.detach(), weight, normalized)
+    student, teacher = ops.matmul(x, x.transpose(0, 1)), ops.matmul(y, y.transpose(0, 1))
+    mean = over_pairs(_values(student, teacher, kernel, gamma, order), weight)
+    return mean if form == "mean_square" else _norm(mean, kept(x, weight).sum())
 
 
 @register("correlation_congruence")
@@ -100,7 +118,8 @@ class CorrelationCongruence(Relation):
         ValueError: for another form or kernel, a gamma that is not positive, another order, shapes that do not fit, an
             empty batch.
 
-    There is no value per sample: every sample is compared with every other. Memory is O(batch²) beside the embeddings.
+    There is no value per sample: every sample is compared with every other. The formula's memory is O(batch²) beside the
+    embeddings; from 512 samples on ``kernels="auto"`` goes by blocks of rows, which is O(batch).
 
     Who differs: see the table. torchdistill's ``reduction`` other than ``"batchmean"`` leaves out the division by N².
 
@@ -131,6 +150,17 @@ class CorrelationCongruence(Relation):
     gamma: float = number(default=0.4, above=0.0)
     order: int = whole(default=2, minimum=1, maximum=10)
     normalized: bool = flag(default=True)
+
+    def in_blocks(self, blocks: BlockPoint, student_embeddings, teacher_embeddings, sample_weight):
+        weight = ops.optional_weight(sample_weight)
+        given = (student_embeddings, teacher_embeddings.detach())
+        if self.normalized:
+            x, y = (blocks.each(_samples, Rows(embeddings), weights_of_rows(weight), True) for embeddings in given)
+        else:
+            x, y = (_samples(embeddings, weight, False) for embeddings in given)
+        settings = (self.kernel, self.gamma, self.order)
+        mean = blocks.over_pairs(_values, Products(x, x), Products(y, y), *settings, weight=weight, symmetric=True)
+        return mean if self.form == "mean_square" else _norm(mean, kept(x, weight).sum())
 
     def properties(self) -> Properties:
         return Properties(

@@ -6,18 +6,19 @@ from torch import Tensor
 
 from pykd.definition import Case, Properties, flag, ops, register, scalar, whole
 from pykd.definition.reference import unit
-from pykd.losses.relations._shared import Relation, kept, numpy_kept
+from pykd.fused.description import BlockPoint, Columns, Rows
+from pykd.losses.relations._shared import Relation, kept, numpy_kept, own_products, weights_of_rows
 
 
-def _distances(embeddings: Tensor, weight: Tensor | None, normalized: bool) -> Tensor:
+def _samples(embeddings: Tensor, weight: Tensor | None, normalized: bool) -> Tensor:
     x = ops.upcast(ops.without_left_out(embeddings, weight))
-    return ops.distances(ops.normalize(x, dim=[-1]) if normalized else x)
+    return ops.normalize(x, dim=[-1]) if normalized else x
 
 
-def _nearest(distances: Tensor, weight: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
+def _nearest(distances: Tensor, alike: Tensor, same: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Of every row, the columns of its nearest others that are kept, nearest first, and which of these places are taken."""
-    columns = torch.arange(distances.size(0), device=distances.device).unsqueeze(0)
-    others = (ops.distinct_pairs(distances) * kept(distances, weight)) != 0
+    columns = torch.arange(distances.size(1), device=distances.device).unsqueeze(0)
+    others = (alike != 0) & ~same
     count = others.sum(dim=1, keepdim=True)
     far = torch.where(others, distances, float("inf"))
     found: list[Tensor] = []
@@ -28,6 +29,45 @@ def _nearest(distances: Tensor, weight: Tensor | None, length: int) -> tuple[Ten
         taken.append(count > place)
         far = torch.where(columns == nearest, float("inf"), far)
     return torch.cat(found, dim=1), torch.cat(taken, dim=1)
+
+
+def _values(
+    student: Tensor,
+    teacher: Tensor,
+    alike: Tensor,
+    same: Tensor,
+    alpha: float,
+    beta: float,
+    length: int,
+) -> Tensor:
+    """One value for every row of a block, of the distances to all samples."""
+    nearest, taken = _nearest(teacher, alike, same, length)
+    scores = torch.gather(student, 1, nearest).pow(beta) * -alpha
+    scores = torch.where(taken, scores, -1e30)  # not −∞, which would have gradients of NaN where nobody is left
+    values = torch.zeros_like(scores[:, 0])
+    for place in range(length):
+        better = torch.logsumexp(scores[:, place:], dim=1) - scores[:, place]
+        values = values + torch.where(taken[:, place], better, 0.0)
+    return values + (teacher - teacher).sum()  # which is nothing; the order alone would lose the teacher's NaN
+
+
+def _block(
+    products: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    same: Tensor,
+    teacher_products: Tensor,
+    teacher_rows: Tensor,
+    teacher_columns: Tensor,
+    teacher_same: Tensor,
+    alike: Tensor,
+    alpha: float,
+    beta: float,
+    length: int,
+) -> Tensor:
+    student = ops.distances_of(products, rows, columns, same)
+    teacher = ops.distances_of(teacher_products, teacher_rows, teacher_columns, teacher_same)
+    return _values(student, teacher, alike, same, alpha, beta, length)
 
 
 def hard_dark_rank(
@@ -41,16 +81,9 @@ def hard_dark_rank(
 ) -> Tensor:
     """Likelihood of the teacher's order of neighbours; see :class:`HardDarkRank`."""
     weight = ops.optional_weight(sample_weight)
-    teacher = _distances(teacher_embeddings.detach(), weight, normalized)
-    nearest, taken = _nearest(teacher, weight, length)
-    scores = torch.gather(_distances(student_embeddings, weight, normalized), 1, nearest).pow(beta) * -alpha
-    scores = torch.where(taken, scores, -1e30)  # not −∞, which would have gradients of NaN where nobody is left
-    values = torch.zeros_like(scores[:, 0])
-    for place in range(length):
-        better = torch.logsumexp(scores[:, place:], dim=1) - scores[:, place]
-        values = values + torch.where(taken[:, place], better, 0.0)
-    nothing = (teacher - teacher).sum()  # the order alone would lose the teacher's NaN
-    return ops.reduce(values + nothing, weight, "mean")
+    x, y = _samples(student_embeddings, weight, normalized), _samples(teacher_embeddings.detach(), weight, normalized)
+    values = _values(ops.distances(x), ops.distances(y), kept(x, weight), ops.same_pairs(x), alpha, beta, length)
+    return ops.reduce(values, weight, "mean")
 
 
 @register("hard_dark_rank")
@@ -90,7 +123,8 @@ class HardDarkRank(Relation):
         ValueError: for an alpha below 0, a beta below 1, another length, one channel of the teacher, shapes that do not fit, an
             empty batch.
 
-    There is no value per sample: every sample is compared with every other. Memory is O(batch²) beside the embeddings.
+    There is no value per sample: every sample is compared with every other. The formula's memory is O(batch²) beside the
+    embeddings; from 512 samples on ``kernels="auto"`` goes by blocks of rows, which is O(batch).
 
     Who differs: TFace agrees. The code of Park et al. takes embeddings as they are (``normalized=False``). Both take the first
     of the sorted row to be the sample itself, which need not be so where embeddings coincide.
@@ -123,6 +157,22 @@ class HardDarkRank(Relation):
     beta: float = scalar(default=3.0, minimum=1.0)
     length: int = whole(default=3, minimum=2, maximum=100)
     normalized: bool = flag(default=True)
+
+    def in_blocks(self, blocks: BlockPoint, student_embeddings, teacher_embeddings, sample_weight, alpha, beta):
+        weight = ops.optional_weight(sample_weight)
+        x, y = (
+            blocks.each(_samples, Rows(embeddings), weights_of_rows(weight), self.normalized)
+            for embeddings in (student_embeddings, teacher_embeddings.detach())
+        )
+        pieces = (
+            *own_products(blocks, x),
+            *own_products(blocks, y),
+            Columns(kept(x, weight)),
+            alpha,
+            beta,
+            self.length,
+        )
+        return blocks.over_rows(_block, *pieces, weight=weight)
 
     def properties(self) -> Properties:
         return Properties(

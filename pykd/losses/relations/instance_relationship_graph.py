@@ -5,18 +5,69 @@ import torch
 from torch import Tensor
 
 from pykd.definition import Properties, ops, register
-from pykd.losses.relations._shared import FeatureRelation, centred, kept, numpy_kept, numpy_over_pairs, over_pairs
+from pykd.fused.description import BlockPoint, Columns, Piece, Rows
+from pykd.losses.relations._shared import (
+    FeatureRelation,
+    alike,
+    centred,
+    centred_by_blocks,
+    numpy_kept,
+    numpy_over_pairs,
+    over_pairs,
+    own_products,
+    squared_differences,
+)
+
+
+def _squares(
+    products: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    same: Tensor,
+    row_kept: Tensor | None,
+    column_kept: Tensor | None,
+) -> Tensor:
+    """Squared distances; 0 for pairs with a sample that is left out, which would be the distance from the centre."""
+    squared = ops.squared_distances_of(products, rows, columns).masked_fill(same, 0.0)
+    if row_kept is not None and column_kept is not None:
+        squared = squared * (column_kept.unsqueeze(0) * row_kept.unsqueeze(1))
+    return squared
+
+
+def _divisor(largest: Tensor) -> Tensor:
+    return torch.where(largest == 0, torch.ones_like(largest), largest)
 
 
 def _edges(features: Tensor, weight: Tensor | None) -> Tensor:
     """Squared distances over the largest of them; 0 for pairs with a sample that is left out."""
     x = centred(ops.upcast(ops.without_left_out(features, weight)).flatten(1), weight)
-    squared = ops.squared_distances(x, x) * ops.distinct_pairs(x)
-    if weight is not None:
-        count = kept(x, weight)
-        squared = squared * count.unsqueeze(0) * count.unsqueeze(1)
-    largest = squared.amax(dim=[0, 1])
-    return squared / torch.where(largest == 0, torch.ones_like(largest), largest)
+    own, count = ops.squares(x), alike(x, weight)
+    squared = _squares(ops.matmul(x, x.transpose(0, 1)), own, own, ops.same_pairs(x), count, count)
+    return squared / _divisor(squared.amax(dim=[0, 1]))
+
+
+def _values(
+    products: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    same: Tensor,
+    row_kept: Tensor | None,
+    column_kept: Tensor | None,
+    divisor: Tensor,
+    teacher_products: Tensor,
+    teacher_rows: Tensor,
+    teacher_columns: Tensor,
+    teacher_same: Tensor,
+    teacher_row_kept: Tensor | None,
+    teacher_column_kept: Tensor | None,
+    teacher_divisor: Tensor,
+) -> Tensor:
+    """The squared difference of every pair in a block of rows."""
+    student = _squares(products, rows, columns, same, row_kept, column_kept) / divisor
+    teacher = _squares(
+        teacher_products, teacher_rows, teacher_columns, teacher_same, teacher_row_kept, teacher_column_kept
+    )
+    return squared_differences(student, teacher / teacher_divisor)
 
 
 def instance_relationship_graph(
@@ -26,8 +77,8 @@ def instance_relationship_graph(
 ) -> Tensor:
     """Squared difference of edges; see :class:`InstanceRelationshipGraph`."""
     weight = ops.optional_weight(sample_weight)
-    difference = _edges(student_features, weight) - _edges(teacher_features.detach(), weight)
-    return over_pairs(difference * difference, weight)
+    edges = squared_differences(_edges(student_features, weight), _edges(teacher_features.detach(), weight))
+    return over_pairs(edges, weight)
 
 
 @register("instance_relationship_graph")
@@ -61,7 +112,8 @@ class InstanceRelationshipGraph(FeatureRelation):
     Raises:
         ValueError: for shapes that do not fit, an empty batch.
 
-    There is no value per sample: every sample is compared with every other. Memory is O(batch²) beside the features.
+    There is no value per sample: every sample is compared with every other. The formula's memory is O(batch²) beside the
+    features; from 512 samples on ``kernels="auto"`` goes by blocks of rows, which is O(batch).
 
     Who differs: the Zoo takes this of three layers and divides the sum by 3; compose three terms of the weight 1/3.
 
@@ -77,6 +129,17 @@ class InstanceRelationshipGraph(FeatureRelation):
 
     aliases = ("IRG",)
     paper = "Liu et al. CVPR 2019"
+
+    def in_blocks(self, blocks: BlockPoint, student_features, teacher_features, sample_weight):
+        weight = ops.optional_weight(sample_weight)
+        pieces: list[Piece] = []
+        for features in (student_features, teacher_features.detach()):
+            flat = ops.upcast(ops.without_left_out(features, weight)).flatten(1)
+            x = centred_by_blocks(blocks, flat, weight)
+            count = alike(x, weight)
+            own = [*own_products(blocks, x), *((None, None) if count is None else (Rows(count), Columns(count)))]
+            pieces += [*own, _divisor(blocks.largest(_squares, *own))]
+        return blocks.over_pairs(_values, *pieces, weight=weight, symmetric=True)
 
     def properties(self) -> Properties:
         return Properties(

@@ -5,19 +5,24 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, ops, register
 from pykd.definition.reference import reduce_samples, unit
+from pykd.fused.description import BlockPoint, Rows
+from pykd.losses.relations._shared import squared_differences
 
 
-def _channels(features: Tensor) -> Tensor:
+def _channels(features: Tensor, weight: Tensor | None) -> Tensor:
     """``(batch, channels, positions)`` of maps or tokens."""
-    x = ops.upcast(features)
+    x = ops.upcast(ops.without_left_out(features, weight))
     return x.flatten(2) if x.dim() == 4 else x.transpose(1, 2)
 
 
-def _correlations(features: Tensor) -> Tensor:
-    x = ops.normalize(
-        _channels(features), dim=[1, 2]
-    )  # which changes no correlation; products of long ones would not fit
+def _correlations(channels: Tensor) -> Tensor:
+    x = ops.normalize(channels, dim=[1, 2])  # which changes no correlation; products of long ones would not fit
     return ops.normalize(ops.matmul(x, x.transpose(1, 2)), dim=[2])
+
+
+def _values(student: Tensor, teacher: Tensor) -> Tensor:
+    """One value per image, of its channels."""
+    return squared_differences(_correlations(student), _correlations(teacher)).sum(dim=2).mean(dim=1)
 
 
 def inter_channel_correlation(
@@ -28,9 +33,8 @@ def inter_channel_correlation(
 ) -> Tensor:
     """Squared difference of correlations of channels; see :class:`InterChannelCorrelation`."""
     weight = ops.optional_weight(sample_weight)
-    student = _correlations(ops.without_left_out(student_features, weight))
-    difference = student - _correlations(ops.without_left_out(teacher_features.detach(), weight))
-    return ops.reduce((difference * difference).sum(dim=2).mean(dim=1), weight, reduction)
+    student, teacher = _channels(student_features, weight), _channels(teacher_features.detach(), weight)
+    return ops.reduce(_values(student, teacher), weight, reduction)
 
 
 @register("inter_channel_correlation")
@@ -102,6 +106,15 @@ class InterChannelCorrelation(Loss):
     )
     aliases = ("ICKD", "ICKD-C", "ICKDLoss", "ChSimLoss")
     paper = "Liu et al. 2021, arXiv:2202.03680"
+
+    def relation(self, tensors):
+        shape = tensors["student_features"].shape
+        return shape[0], (shape[1] if len(shape) == 4 else shape[2]) ** 2
+
+    def in_blocks(self, blocks: BlockPoint, student_features, teacher_features, sample_weight):
+        weight = ops.optional_weight(sample_weight)
+        student, teacher = _channels(student_features, weight), _channels(teacher_features.detach(), weight)
+        return blocks.over_rows(_values, Rows(student), Rows(teacher), weight=weight, reduction=self.reduction)
 
     def properties(self) -> Properties:
         return Properties(feature_scale=True, zero_when_equal=True, symmetric=True)

@@ -6,13 +6,43 @@ from torch import Tensor
 
 from pykd.definition import Case, Properties, choice, ops, register
 from pykd.definition.reference import unit
-from pykd.losses.relations._shared import Relation, numpy_kept
+from pykd.fused.description import BlockPoint, Products, Rows
+from pykd.losses.relations._shared import Relation, numpy_kept, weights_of_rows
 
 
-def _potential(gram: Tensor, trace: Tensor) -> Tensor:
-    """Sum of squares of a matrix over its trace; 0 where that is 0."""
+def _samples(embeddings: Tensor, weight: Tensor | None) -> Tensor:
+    return ops.normalize(ops.upcast(ops.without_left_out(embeddings, weight)), dim=[-1])
+
+
+def _weighted_samples(embeddings: Tensor, weight: Tensor | None) -> Tensor:
+    """Samples whose products have the factor √(w_i w_j)."""
+    x = _samples(embeddings, weight)
+    return x if weight is None else x * torch.sqrt(weight.to(x.dtype)).unsqueeze(1)
+
+
+def _squares(gram: Tensor, trace: Tensor) -> Tensor:
+    """The squares of a matrix over its trace; 0 where that is 0."""
     over = gram / torch.where(trace == 0, torch.ones_like(trace), trace)
-    return (over * over).sum()
+    return over * over
+
+
+def _joint_squares(gram: Tensor, teacher: Tensor, trace: Tensor) -> Tensor:
+    return _squares(gram * teacher, trace)
+
+
+def _differences(gram: Tensor, teacher: Tensor, trace: Tensor, joint_trace: Tensor) -> Tensor:
+    return _squares(gram, trace) - _joint_squares(gram, teacher, joint_trace)
+
+
+def _compared(student: Tensor, joint: Tensor, form: str) -> Tensor:
+    """The loss, of the sums of the two kinds of squares."""
+    if form == "difference":
+        return student - joint
+    nothing = joint == 0
+    ratio = torch.where(nothing, torch.ones_like(student), student) / torch.where(
+        nothing, torch.ones_like(joint), joint
+    )
+    return torch.log(ratio) * 1.4426950408889634  # bits
 
 
 def mutual_information(
@@ -23,21 +53,11 @@ def mutual_information(
 ) -> Tensor:
     """Entropy of similarities that the teacher does not share; see :class:`MutualInformation`."""
     weight = ops.optional_weight(sample_weight)
-    x = ops.normalize(ops.upcast(ops.without_left_out(student_embeddings, weight)), dim=[-1])
-    y = ops.normalize(ops.upcast(ops.without_left_out(teacher_embeddings.detach(), weight)), dim=[-1])
-    if weight is not None:
-        x = x * torch.sqrt(weight.to(x.dtype)).unsqueeze(1)  # so that G_ij has the factor √(w_i w_j)
-    gram = ops.matmul(x, x.transpose(0, 1))
-    own = (x * x).sum(dim=-1)
-    student = _potential(gram, own.sum())
-    joint = _potential(gram * ops.matmul(y, y.transpose(0, 1)), (own * (y * y).sum(dim=-1)).sum())
-    if form == "difference":
-        return student - joint
-    nothing = joint == 0
-    ratio = torch.where(nothing, torch.ones_like(student), student) / torch.where(
-        nothing, torch.ones_like(joint), joint
-    )
-    return torch.log(ratio) * 1.4426950408889634  # bits
+    x, y = _weighted_samples(student_embeddings, weight), _samples(teacher_embeddings.detach(), weight)
+    gram, own = ops.matmul(x, x.transpose(0, 1)), ops.squares(x)
+    student = _squares(gram, own.sum()).sum()
+    joint = _joint_squares(gram, ops.matmul(y, y.transpose(0, 1)), (own * ops.squares(y)).sum()).sum()
+    return _compared(student, joint, form)
 
 
 @register("mutual_information")
@@ -73,7 +93,8 @@ class MutualInformation(Relation):
     Raises:
         ValueError: for another form, shapes that do not fit, an empty batch.
 
-    There is no value per sample: every sample is compared with every other. Memory is O(batch²) beside the embeddings.
+    There is no value per sample: every sample is compared with every other. The formula's memory is O(batch²) beside the
+    embeddings; from 512 samples on ``kernels="auto"`` goes by blocks of rows, which is O(batch).
 
     It does not lead to the teacher by itself: a student whose samples are all orthogonal has the least value, 0.
 
@@ -96,6 +117,22 @@ class MutualInformation(Relation):
     paper = "Miles et al. 2022, arXiv:2112.00459"
 
     form: str = choice(("difference", "log_ratio"), default="difference")
+
+    def in_blocks(self, blocks: BlockPoint, student_embeddings, teacher_embeddings, sample_weight):
+        weight = ops.optional_weight(sample_weight)
+        x = blocks.each(_weighted_samples, Rows(student_embeddings), weights_of_rows(weight))
+        y = blocks.each(_samples, Rows(teacher_embeddings.detach()), weights_of_rows(weight))
+        own = blocks.each(ops.squares, Rows(x))
+        trace, joint_trace = own.sum(), (own * blocks.each(ops.squares, Rows(y))).sum()
+        pairs = len(x) ** 2
+        if self.form == "difference":
+            pieces = (Products(x, x), Products(y, y), trace, joint_trace)
+            return blocks.over_pairs(_differences, *pieces, weight=None, symmetric=True) * pairs
+        student = blocks.over_pairs(_squares, Products(x, x), trace, weight=None, symmetric=True)
+        joint = blocks.over_pairs(
+            _joint_squares, Products(x, x), Products(y, y), joint_trace, weight=None, symmetric=True
+        )
+        return _compared(student * pairs, joint * pairs, self.form)
 
     def properties(self) -> Properties:
         return Properties(

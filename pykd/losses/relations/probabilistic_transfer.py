@@ -6,23 +6,44 @@ from torch import Tensor
 
 from pykd.definition import Alias, Case, Properties, choice, flag, number, ops, register
 from pykd.definition.reference import unit
-from pykd.losses.relations._shared import Relation, kept, numpy_kept
+from pykd.fused.description import BlockPoint, Columns, Products, Rows, Same
+from pykd.losses.relations._shared import Relation, alike, kept, numpy_kept, weights_of_rows
 
 
-def _probabilities(embeddings: Tensor, weight: Tensor | None, own: bool) -> Tensor:
-    """Rows of probabilities: cosines, moved to between 0 and 1, over their sums; 0 in the columns of what is left out."""
-    x = ops.normalize(ops.upcast(ops.without_left_out(embeddings, weight)), dim=[-1])
-    affinities = (ops.matmul(x, x.transpose(0, 1)) + 1.0) / 2.0
+def _samples(embeddings: Tensor, weight: Tensor | None) -> Tensor:
+    return ops.normalize(ops.upcast(ops.without_left_out(embeddings, weight)), dim=[-1])
+
+
+def _probabilities(cosines: Tensor, alike: Tensor | None, same: Tensor | None) -> Tensor:
+    """Rows of probabilities: cosines, moved to between 0 and 1, over their sums; 0 in the columns of what is left out.
+
+    Args:
+        cosines: of a block of rows with all samples.
+        alike: 1 for every column that counts, else 0; None: all do.
+        same: where row and column are one sample; None: a sample is a neighbour of itself.
+    """
+    affinities = (cosines + 1.0) / 2.0
     strangers = affinities.detach() <= (
-        1e-14 if x.dtype == torch.float64 else 1e-6
+        1e-14 if cosines.dtype == torch.float64 else 1e-6
     )  # the rounding of opposite embeddings
-    if weight is not None:
-        strangers = strangers | (kept(x, weight) == 0)
-    if not own:
-        strangers = strangers | (ops.distinct_pairs(x) == 0)
+    if alike is not None:
+        strangers = strangers | (alike == 0)
+    if same is not None:
+        strangers = strangers | same
     affinities = affinities.masked_fill(strangers, 0.0)
     sums = affinities.sum(dim=1, keepdim=True)
     return affinities / torch.where(sums == 0, torch.ones_like(sums), sums)
+
+
+def _divergences(student: Tensor, teacher: Tensor, alike: Tensor | None, same: Tensor | None, epsilon: float) -> Tensor:
+    """One value for every row of a block, of cosines."""
+    q, p = _probabilities(student, alike, same), _probabilities(teacher, alike, same)
+    scale = 1.0 / epsilon  # log(p + ε) is log(1 + p/ε), but for what both have
+    return (p * (torch.log1p(p * scale) - torch.log1p(q * scale))).sum(dim=1)
+
+
+def _average(value: Tensor, count: Tensor, average: str) -> Tensor:
+    return ops.at_least_0(value / count.clamp(min=1.0) if average == "pairs" else value)
 
 
 def probabilistic_transfer(
@@ -35,13 +56,11 @@ def probabilistic_transfer(
 ) -> Tensor:
     """Divergence of the probabilities of neighbours; see :class:`ProbabilisticTransfer`."""
     weight = ops.optional_weight(sample_weight)
-    q = _probabilities(student_embeddings, weight, own)
-    p = _probabilities(teacher_embeddings.detach(), weight, own)
-    scale = 1.0 / epsilon  # log(p + ε) is log(1 + p/ε), but for what both have
-    value = ops.reduce((p * (torch.log1p(p * scale) - torch.log1p(q * scale))).sum(dim=1), weight, "mean")
-    if average == "pairs":
-        value = value / kept(q, weight).sum().clamp(min=1.0)
-    return ops.at_least_0(value)
+    x, y = _samples(student_embeddings, weight), _samples(teacher_embeddings.detach(), weight)
+    student, teacher = ops.matmul(x, x.transpose(0, 1)), ops.matmul(y, y.transpose(0, 1))
+    same = None if own else ops.same_pairs(x)
+    values = _divergences(student, teacher, alike(x, weight), same, epsilon)
+    return _average(ops.reduce(values, weight, "mean"), kept(x, weight).sum(), average)
 
 
 @register("probabilistic_transfer")
@@ -77,7 +96,8 @@ class ProbabilisticTransfer(Relation):
     Raises:
         ValueError: for an epsilon that is not positive, another average, shapes that do not fit, an empty batch.
 
-    There is no value per sample: every sample is compared with every other. Memory is O(batch²) beside the embeddings.
+    There is no value per sample: every sample is compared with every other. The formula's memory is O(batch²) beside the
+    embeddings; from 512 samples on ``kernels="auto"`` goes by blocks of rows, which is O(batch).
 
     Who differs: the paper sums over samples, N times this. The authors' code, RepDistiller, MDistiller and torchdistill have
     ``own=True, average="pairs"`` and add ε to the lengths of embeddings, too; the Zoo has ε = 1e-6.
@@ -102,6 +122,19 @@ class ProbabilisticTransfer(Relation):
     own: bool = flag(default=False)
     average: str = choice(("samples", "pairs"), default="samples")
     epsilon: float = number(default=1e-7, above=0.0)
+
+    def in_blocks(self, blocks: BlockPoint, student_embeddings, teacher_embeddings, sample_weight):
+        weight = ops.optional_weight(sample_weight)
+        x, y = (
+            blocks.each(_samples, Rows(embeddings), weights_of_rows(weight))
+            for embeddings in (student_embeddings, teacher_embeddings.detach())
+        )
+        columns = None if weight is None else Columns(kept(x, weight))
+        same = None if self.own else Same(x)
+        value = blocks.over_rows(
+            _divergences, Products(x, x), Products(y, y), columns, same, self.epsilon, weight=weight
+        )
+        return _average(value, kept(x, weight).sum(), self.average)
 
     def properties(self) -> Properties:
         return Properties(

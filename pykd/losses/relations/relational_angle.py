@@ -5,20 +5,47 @@ import torch
 from torch import Tensor
 
 from pykd.definition import Properties, ops, register
+from pykd.fused.description import BlockPoint, Piece, Rows
 from pykd.losses.relations._shared import Relation, centred, numpy_kept, numpy_smooth_l1, smooth_l1
 
 
-def _cosines(embeddings: Tensor, weight: Tensor | None) -> Tensor:
-    """``[j, i, k]``: the cosine of the angle at sample j between samples i and k; 0 where one of them coincides with j."""
+def _pairs(embeddings: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What angles are made of: products ``[i, k]``; of j and i half of ‖x_j‖² less x_i·x_j, and the inverse distance (or 0)."""
     x = centred(ops.upcast(ops.without_left_out(embeddings, weight)), weight)
     distances = ops.distances(x)
     apart = distances.detach() != 0
     inverse = torch.where(apart, 1.0 / torch.where(apart, distances, 1.0), 0.0)
-    # (x_i − x_j)·(x_k − x_j) of the products of all pairs: no tensor of pairs times channels.
     products = ops.matmul(x, x.transpose(0, 1))
-    own = (x * x).sum(dim=-1, keepdim=True) / 2 - products  # [j, i]: half of ‖x_j‖², less x_i·x_j
+    return products, (x * x).sum(dim=-1, keepdim=True) / 2 - products, inverse
+
+
+def _cosines(products: Tensor, own: Tensor, inverse: Tensor) -> Tensor:
+    """``[j, i, k]``: the cosine of the angle at sample j between samples i and k; 0 where one of them coincides with j."""
+    # (x_i − x_j)·(x_k − x_j) of the products of all pairs: no tensor of pairs times channels.
     spans = products.unsqueeze(0) + (own.unsqueeze(2) + own.unsqueeze(1))
     return spans * (inverse.unsqueeze(2) * inverse.unsqueeze(1))
+
+
+def _values(
+    products: Tensor,
+    own: Tensor,
+    inverse: Tensor,
+    teacher_products: Tensor,
+    teacher_own: Tensor,
+    teacher_inverse: Tensor,
+    shares: Tensor | None,
+) -> Tensor:
+    """Of every sample j in a block of rows, the mean over the pairs of others."""
+    teacher = _cosines(teacher_products, teacher_own, teacher_inverse)
+    values = smooth_l1(_cosines(products, own, inverse), teacher)
+    if shares is None:
+        return values.mean(dim=[1, 2])
+    column = shares.unsqueeze(1)
+    return ops.matmul(ops.matmul(values, column).squeeze(2), column).squeeze(1)
+
+
+def _shares(weight: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if weight is None else ops.shares(weight.to(like.dtype), "mean")
 
 
 def relational_angle(
@@ -28,13 +55,10 @@ def relational_angle(
 ) -> Tensor:
     """Smooth L1 between cosines of angles; see :class:`RelationalAngle`."""
     weight = ops.optional_weight(sample_weight)
-    teacher = _cosines(teacher_embeddings.detach(), weight)
-    values = smooth_l1(_cosines(student_embeddings, weight) - teacher)
-    if weight is None:
-        return values.mean()
-    shares = ops.shares(weight.to(values.dtype), "mean").unsqueeze(1)
-    pairs = ops.matmul(values, shares).squeeze(2)
-    return ops.matmul(shares.transpose(0, 1), ops.matmul(pairs, shares)).sum()
+    products, own, inverse = _pairs(student_embeddings, weight)
+    teacher_products, teacher_own, teacher_inverse = _pairs(teacher_embeddings.detach(), weight)
+    values = _values(products, own, inverse, teacher_products, teacher_own, teacher_inverse, _shares(weight, products))
+    return ops.reduce(values, weight, "mean")
 
 
 @register("relational_angle")
@@ -69,6 +93,7 @@ class RelationalAngle(Relation):
 
     There is no value per sample: every sample is compared with every other. Time and memory are O(batch³), without the
     channels: angles come of the products of pairs. 256 samples take 64 MiB for one tensor of triples in float32.
+    From 64 samples on ``kernels="auto"`` goes sample by sample, which is O(batch²).
 
     Who differs: the paper sums over triples where its authors' code, RepDistiller, MDistiller and torchdistill take the mean
     over all N³ as here (their weight of 50 is for that mean). They hold all N² differences of embeddings, which is O(batch² ·
@@ -88,6 +113,18 @@ class RelationalAngle(Relation):
 
     aliases = ("RKD-A", "AngleWiseRKD")
     paper = "Park et al. 2019, arXiv:1904.05068"
+
+    def relation(self, tensors):
+        samples = len(tensors["student_embeddings"])
+        return samples, samples * samples
+
+    def in_blocks(self, blocks: BlockPoint, student_embeddings, teacher_embeddings, sample_weight):
+        weight = ops.optional_weight(sample_weight)
+        pieces: list[Piece] = []
+        for embeddings in (student_embeddings, teacher_embeddings.detach()):
+            products, own, inverse = _pairs(embeddings, weight)
+            pieces += [products, Rows(own), Rows(inverse)]
+        return blocks.over_rows(_values, *pieces, _shares(weight, products), weight=weight)
 
     def properties(self) -> Properties:
         return Properties(

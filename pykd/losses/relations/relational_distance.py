@@ -5,28 +5,51 @@ import torch
 from torch import Tensor
 
 from pykd.definition import Properties, ops, register
+from pykd.fused.description import BlockPoint, Piece
 from pykd.losses.relations._shared import (
     Relation,
+    alike,
     centred,
+    centred_by_blocks,
     kept,
     numpy_kept,
     numpy_over_pairs,
     numpy_smooth_l1,
     over_pairs,
+    own_products,
     smooth_l1,
 )
 
 
+def _divisor(mean: Tensor, count: Tensor) -> Tensor:
+    """The mean over pairs of distinct samples, from that over all pairs, of which ``count`` are 0; 1 where it is 0."""
+    mean = mean * count / (count - 1.0).clamp(min=1.0)
+    return torch.where(mean == 0, torch.ones_like(mean), mean)
+
+
 def _relative_distances(embeddings: Tensor, weight: Tensor | None) -> Tensor:
     """Distances over the mean of those of two distinct samples that are kept."""
-    x = ops.upcast(ops.without_left_out(embeddings, weight))
-    distances = ops.distances(centred(x, weight))
-    count = kept(x, weight).sum()
-    alike = None if weight is None else kept(x, weight)
-    mean = (
-        over_pairs(distances, alike) * count / (count - 1.0).clamp(min=1.0)
-    )  # the N pairs of a sample with itself are 0
-    return distances / torch.where(mean == 0, torch.ones_like(mean), mean)
+    x = centred(ops.upcast(ops.without_left_out(embeddings, weight)), weight)
+    distances = ops.distances(x)
+    return distances / _divisor(over_pairs(distances, alike(x, weight)), kept(x, weight).sum())
+
+
+def _values(
+    products: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    same: Tensor,
+    divisor: Tensor,
+    teacher_products: Tensor,
+    teacher_rows: Tensor,
+    teacher_columns: Tensor,
+    teacher_same: Tensor,
+    teacher_divisor: Tensor,
+) -> Tensor:
+    """The loss of every pair in a block of rows."""
+    student = ops.distances_of(products, rows, columns, same) / divisor
+    teacher = ops.distances_of(teacher_products, teacher_rows, teacher_columns, teacher_same) / teacher_divisor
+    return smooth_l1(student, teacher)
 
 
 def relational_distance(
@@ -38,7 +61,7 @@ def relational_distance(
     weight = ops.optional_weight(sample_weight)
     student = _relative_distances(student_embeddings, weight)
     teacher = _relative_distances(teacher_embeddings.detach(), weight)
-    return over_pairs(smooth_l1(student - teacher), weight)
+    return over_pairs(smooth_l1(student, teacher), weight)
 
 
 @register("relational_distance")
@@ -73,7 +96,8 @@ class RelationalDistance(Relation):
     Raises:
         ValueError: for shapes that do not fit, an empty batch.
 
-    There is no value per sample: every sample is compared with every other. Memory is O(batch²) beside the embeddings.
+    There is no value per sample: every sample is compared with every other. The formula's memory is O(batch²) beside the
+    embeddings; from 512 samples on ``kernels="auto"`` goes by blocks of rows, which is O(batch).
 
     Who differs: the paper sums over pairs where its authors' code, RepDistiller, MDistiller and torchdistill take the mean over
     all N² as here (their weight of 25 is for that mean); they take 1e-6 for the distance of samples that coincide.
@@ -94,6 +118,16 @@ class RelationalDistance(Relation):
 
     aliases = ("RKD-D", "DistanceWiseRKD")
     paper = "Park et al. 2019, arXiv:1904.05068"
+
+    def in_blocks(self, blocks: BlockPoint, student_embeddings, teacher_embeddings, sample_weight):
+        weight = ops.optional_weight(sample_weight)
+        pieces: list[Piece] = []
+        for embeddings in (student_embeddings, teacher_embeddings.detach()):
+            x = centred_by_blocks(blocks, ops.upcast(ops.without_left_out(embeddings, weight)), weight)
+            own = own_products(blocks, x)
+            mean = blocks.over_pairs(ops.distances_of, *own, weight=alike(x, weight), symmetric=True)
+            pieces += [*own, _divisor(mean, kept(x, weight).sum())]
+        return blocks.over_pairs(_values, *pieces, weight=weight, symmetric=True)
 
     def properties(self) -> Properties:
         return Properties(

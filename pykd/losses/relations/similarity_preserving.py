@@ -5,13 +5,17 @@ from torch import Tensor
 
 from pykd.definition import Properties, ops, register
 from pykd.definition.reference import unit
-from pykd.losses.relations._shared import FeatureRelation, numpy_kept, numpy_over_pairs, over_pairs
+from pykd.fused.description import BlockPoint, Products
+from pykd.losses.relations._shared import FeatureRelation, numpy_kept, numpy_over_pairs, over_pairs, squared_differences
 
 
-def _similarities(features: Tensor, weight: Tensor | None) -> Tensor:
-    """Products of all pairs of flattened samples, every row divided by its length."""
-    x = ops.upcast(ops.without_left_out(features, weight)).flatten(1)
-    return ops.normalize(ops.matmul(x, x.transpose(0, 1)), dim=[1])
+def _samples(features: Tensor, weight: Tensor | None) -> Tensor:
+    return ops.upcast(ops.without_left_out(features, weight)).flatten(1)
+
+
+def _values(student: Tensor, teacher: Tensor) -> Tensor:
+    """Of products of rows of samples with all samples: squared differences, every row divided by its length before."""
+    return squared_differences(ops.normalize(student, dim=[1]), ops.normalize(teacher, dim=[1]))
 
 
 def similarity_preserving(
@@ -21,8 +25,8 @@ def similarity_preserving(
 ) -> Tensor:
     """Squared difference of similarities; see :class:`SimilarityPreserving`."""
     weight = ops.optional_weight(sample_weight)
-    difference = _similarities(student_features, weight) - _similarities(teacher_features.detach(), weight)
-    return over_pairs(difference * difference, weight)
+    x, y = _samples(student_features, weight), _samples(teacher_features.detach(), weight)
+    return over_pairs(_values(ops.matmul(x, x.transpose(0, 1)), ops.matmul(y, y.transpose(0, 1))), weight)
 
 
 @register("similarity_preserving")
@@ -53,7 +57,8 @@ class SimilarityPreserving(FeatureRelation):
     Raises:
         ValueError: for shapes that do not fit, an empty batch.
 
-    There is no value per sample: every sample is compared with every other. Memory is O(batch²) beside the features.
+    There is no value per sample: every sample is compared with every other. The formula's memory is O(batch²) beside the
+    features; from 512 samples on ``kernels="auto"`` goes by blocks of rows, which is O(batch).
 
     Who differs: RepDistiller, MDistiller and the Zoo agree. torchdistill's ``SPKDLoss`` divides a row by the sum of its absolute
     entries, not by its length. TFace takes cosines of the features and does not divide the rows at all.
@@ -70,6 +75,11 @@ class SimilarityPreserving(FeatureRelation):
 
     aliases = ("SP", "SPKD", "SPKDLoss", "Similarity")
     paper = "Tung and Mori 2019, arXiv:1907.09682"
+
+    def in_blocks(self, blocks: BlockPoint, student_features, teacher_features, sample_weight):
+        weight = ops.optional_weight(sample_weight)
+        x, y = _samples(student_features, weight), _samples(teacher_features.detach(), weight)
+        return blocks.over_pairs(_values, Products(x, x), Products(y, y), weight=weight)
 
     def properties(self) -> Properties:
         return Properties(
