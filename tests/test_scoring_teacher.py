@@ -1,5 +1,6 @@
 """`pykd teacher`: what is written comes back, damage is seen, and scores against it are those of the definitions."""
 
+import fcntl
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from pykd.scoring.sources import open_matrix
 from pykd.scoring.statistics import summary
 from pykd.scoring.stream import score_files
 from pykd.scoring.teacher import write_full, write_hidden, write_top_k
+from pykd.scoring.whole_file import WholeFile
 
 ROWS, CLASSES, KEPT = 230, 40, 6
 LOSSES = ("kl", "reverse_kl", "symmetric_kl", "jsd", "cross_entropy")
@@ -411,6 +413,50 @@ def test_a_file_that_is_there_stays_until_the_new_one_is_whole(monkeypatch):
         write(kept=3)
     assert Path("t.safetensors").read_bytes() == before
     assert [path.name for path in Path().glob("t.*")] == ["t.safetensors"]
+
+
+def test_of_two_runs_that_write_one_file_the_second_is_refused():
+    with WholeFile(Path("t.bin"), 6) as first:
+        first.write(0, b"first ")
+        with (
+            pytest.raises(RuntimeError, match=r"expected to be alone with .*t.bin.writing, got another run"),
+            WholeFile(Path("t.bin"), 3),
+        ):
+            pass
+    assert Path("t.bin").read_bytes() == b"first "
+    Path("t.bin.writing").write_bytes(b"of a run that was killed")
+    with WholeFile(Path("t.bin"), 3) as second:
+        second.write(0, b"2nd")
+    assert Path("t.bin").read_bytes() == b"2nd"
+    assert [path.name for path in Path().glob("t.bin*")] == ["t.bin"]
+
+
+def test_a_file_that_was_done_with_meanwhile_is_not_written_over(monkeypatch):
+    flock = fcntl.flock
+
+    def late(file, how):  # the first run takes its name between the opening and the lock of the second
+        monkeypatch.setattr(fcntl, "flock", flock)
+        os.replace("t.bin.writing", "t.bin")
+        flock(file, how)
+
+    Path("t.bin.writing").write_bytes(b"first")
+    monkeypatch.setattr(fcntl, "flock", late)
+    with WholeFile(Path("t.bin"), 3):
+        assert Path("t.bin").read_bytes() == b"first"
+
+
+def test_a_link_leads_to_the_new_file_and_a_folder_is_refused_before_the_work():
+    Path("elsewhere").mkdir()
+    os.symlink("elsewhere/t.bin", "t.bin")
+    with WholeFile(Path("t.bin"), 3) as file:
+        assert Path("elsewhere/t.bin.writing").exists()  # on that disk
+        file.write(0, b"new")
+    assert Path("t.bin").is_symlink() and Path("elsewhere/t.bin").read_bytes() == b"new"
+    with (
+        pytest.raises(OSError, match="expected to write elsewhere, got 'Is a directory'"),
+        WholeFile(Path("elsewhere"), 1),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
@@ -21,14 +22,18 @@ class WholeFile:
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
         self._size = size
-        self._beside = path.with_name(path.name + ".writing")
+        self._target = Path(os.path.realpath(path))  # a link goes on leading where it leads
+        self._beside = self._target.with_name(self._target.name + ".writing")
 
     def __enter__(self) -> WholeFile:
         try:
-            self._file = os.open(self._beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            if self._target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            self._file = self._alone()
         except OSError as error:
             raise self._failed(error) from error
         try:
+            os.ftruncate(self._file, 0)  # what a killed run has left
             os.posix_fallocate(self._file, 0, self._size)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # where files cannot be reserved
@@ -43,9 +48,9 @@ class WholeFile:
             return
         try:
             os.fsync(self._file)
-            os.close(self._file)
-            os.replace(self._beside, self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
+            os.replace(self._beside, self._target)
+            os.close(self._file)  # after it has its name: nobody else may take it before
+            folder = os.open(self._target.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:
@@ -53,6 +58,26 @@ class WholeFile:
         except OSError as failure:
             self._remove()
             raise self._failed(failure) from failure
+
+    def _alone(self) -> int:
+        """The file beside, opened and locked; a lock ends with the process that has it."""
+        while True:
+            file = os.open(self._beside, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(file), os.stat(self._beside)):
+                    return file
+            except FileNotFoundError:  # another run was done with it in between
+                pass
+            except BlockingIOError as error:
+                os.close(file)
+                raise RuntimeError(
+                    f"expected to be alone with {self._beside}, got another run that writes it; wait for it, or take another --out"
+                ) from error
+            except BaseException:
+                os.close(file)
+                raise
+            os.close(file)
 
     def write(self, place: int, data: Any) -> None:
         """Bytes from a place on; the system may take them in parts."""
@@ -66,9 +91,9 @@ class WholeFile:
             raise self._failed(error) from error
 
     def _remove(self) -> None:
+        self._beside.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # closed already
             os.close(self._file)
-        self._beside.unlink(missing_ok=True)
 
     def _failed(self, error: OSError) -> OSError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
