@@ -78,6 +78,12 @@ def test_logits_score_as_files_of_them_do(dtype, size):
     same(in_pieces(LogitScorer(losses, labels="labels", temperature=2.0, classes=4), table, size), want)
 
 
+def test_a_table_without_rows_has_no_scores():
+    table, score = logits(), LogitScorer(labels="labels")
+    for none in (table.slice(3, 0), table.slice(0, 0).combine_chunks()):
+        same(score(none), score(table).slice(0, 0))
+
+
 def test_inputs_are_read_where_they_lie_and_never_written():
     """In a file that is mapped to be read: to write there would end the process."""
     with ipc.new_file("rows.arrow", logits().schema) as file:
