@@ -499,6 +499,14 @@ def test_wrong_arguments_are_said_in_three_parts(arguments, message, capsys):
     assert not Path("u.safetensors").exists()
 
 
+def test_no_base_file_is_made_of_a_top_k(capsys):
+    draw()
+    write()
+    call = ["teacher", "--teacher", "t.safetensors", "--form", "llama", "--tokens", "labels.npy", "--context", "10"]
+    assert main([*call, "--out", "base.kld"]) == 2
+    assert "expected logits of all classes in the teacher t.safetensors, got top 6 of 40" in capsys.readouterr().err
+
+
 def test_neither_torch_nor_the_exporter_is_imported():
     draw()
     code = (
