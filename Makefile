@@ -15,7 +15,7 @@ unexport PYTHONPATH
 
 # Stamps carry a checksum of what they were made from: installing again happens when that changes, not before.
 sum       = $(firstword $(shell cat $(1) | cksum))
-INSTALLED := $(VENV)/.installed-$(call sum,pyproject.toml scripts/bootstrap scripts/fetch-onnxruntime-headers scripts/python-environment tests/oracles.txt)
+INSTALLED := $(VENV)/.installed-$(call sum,pyproject.toml scripts/bootstrap scripts/fetch-onnxruntime-headers scripts/python-environment tests/oracles.txt tests/formats.txt)
 LINTERS   := $(VENV)/.linters-$(call sum,pyproject.toml scripts/bootstrap)
 
 BUILD   := build/python

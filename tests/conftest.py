@@ -198,6 +198,22 @@ def exported() -> Any:
 
 
 @pytest.fixture(scope="session")
+def per_sample(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function from a name, ``"soft"`` or ``"both"``, to the folder of a loss of logits with values per sample: a score, and a loss."""
+    root = tmp_path_factory.mktemp("per-sample")
+    soft = pykd.SoftTarget(temperature=2.0)
+    losses = {"soft": soft, "both": pykd.compose({"hard": (pykd.HardTarget(), 1.0), "soft": (soft, 0.5)})}
+
+    def exported_loss(name: str) -> Path:
+        if not (root / name).exists():
+            how = {"layouts": {"labels": "batch"}, "per_sample": True} if name == "both" else {"kind": "score"}
+            pykd.export(losses[name], root / name, progress=lambda line: None, **how)
+        return root / name
+
+    return exported_loss
+
+
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small artefact in every format, made by hand in tests/test_runtime.py."""
     from tests.test_runtime import onnx_artefact, torchscript_artefact, write_manifest

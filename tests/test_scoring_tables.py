@@ -15,7 +15,6 @@ import pyarrow.parquet as parquet
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import pykd
 from pykd.scoring.formats.columns import block_of_column
 from pykd.scoring.merge import merge
 from pykd.scoring.sessions import Sessions
@@ -166,10 +165,9 @@ def model(path, seed, length=WIDTH):
     return path
 
 
-@pytest.fixture(scope="module")
-def loss(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("loss") / "kd"
-    return pykd.export(pykd.SoftTarget(temperature=2.0), folder, per_sample=True, progress=lambda line: None)
+@pytest.fixture
+def loss(per_sample):
+    return per_sample("soft")
 
 
 def inputs(**more):
@@ -331,7 +329,7 @@ def test_ray_scores_every_row_once_though_a_worker_is_killed():
 
     killed = os.path.abspath("killed")
     Mortal.killed = killed
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 << 20)
+    ray.init(num_cpus=3, include_dashboard=False, object_store_memory=100 << 20)
     try:
         scored = ray.data.read_parquet(os.path.abspath("rows.parquet"), override_num_blocks=10).map_batches(
             Mortal,

@@ -1,4 +1,4 @@
-"""The command line: ``pykd list``, ``show``, ``table``, ``export``, ``verify``, ``score``, ``teacher``, ``merge``, ``demo``, ``env``.
+"""The command line: ``pykd list``, ``show``, ``table``, ``export``, ``verify``, ``score``, ``teacher``, ``merge``, ``triton``, ``demo``, ``env``.
 
 Each file holds one family of commands: ``add`` declares them to the parser, and says which function runs each.
 """

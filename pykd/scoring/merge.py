@@ -84,7 +84,7 @@ class _Model:
     path: Path
 
     def __post_init__(self) -> None:
-        self.proto = _load(self.path, f"the {self.role}")
+        self.proto = load(self.path, f"the {self.role}")
         given = {tensor.name for tensor in self.graph.initializer}
         # Of old files, which list their weights among the inputs.
         self.inputs = {value.name: value for value in self.graph.input if value.name not in given}
@@ -96,7 +96,7 @@ class _Model:
 
 
 @dataclass
-class _Parts:
+class Parts:
     models: dict[str, _Model]
     loss: ModelProto
     loss_file: Path
@@ -121,7 +121,8 @@ class _Parts:
 # ---- What is given -------------------------------------------------------------------------------
 
 
-def _load(path: Path, what: str) -> ModelProto:
+def load(path: Path, what: str) -> ModelProto:
+    """A model without the weights that lie beside it."""
     if not path.is_file():
         raise FileNotFoundError(f"expected {what} in {path}, got no such file; pass the path of an ONNX model")
     try:
@@ -130,10 +131,10 @@ def _load(path: Path, what: str) -> ModelProto:
         raise ValueError(f"expected {what} to be an ONNX model, got {path}, which cannot be read ({error})") from error
 
 
-def read(teacher: str | Path, student: str | Path, loss: str | Path) -> _Parts:
+def read(teacher: str | Path, student: str | Path, loss: str | Path) -> Parts:
     """The three files, without weights that lie elsewhere."""
     models = {role: _Model(role, Path(path)) for role, path in zip(ROLES, (teacher, student), strict=True)}
-    return _Parts(models, _load(loss_path(Path(loss)), "the loss"), loss_path(Path(loss)))
+    return Parts(models, load(loss_path(Path(loss)), "the loss"), loss_path(Path(loss)))
 
 
 def loss_path(loss: Path) -> Path:
@@ -150,6 +151,17 @@ def _digest(path: Path) -> str:
     return found.hexdigest()
 
 
+def is_scorer(model: ModelProto) -> bool:
+    """Whether :func:`merge` wrote it."""
+    return bool(_metadata(model, METADATA))
+
+
+def described(scorer: ModelProto) -> dict[str, Any]:
+    """What a merged file says of itself."""
+    found: dict[str, Any] = files.parse_json(_metadata(scorer, METADATA).encode(), "what the scorer says of itself")
+    return found
+
+
 def _metadata(model: ModelProto, key: str) -> str:
     return next((entry.value for entry in model.metadata_props if entry.key == key), "")
 
@@ -158,7 +170,7 @@ def _versions(model: ModelProto | FunctionProto) -> dict[str, int]:
     return {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import}
 
 
-def _check_versions(parts: _Parts) -> None:
+def _check_versions(parts: Parts) -> None:
     teacher, student = (_versions(parts.models[role].proto) for role in ROLES)
     for domain in sorted(teacher.keys() & student.keys()):
         if teacher[domain] != student[domain]:
@@ -178,7 +190,7 @@ def _check_versions(parts: _Parts) -> None:
 # ---- What goes where -----------------------------------------------------------------------------
 
 
-def _place(text: str, parts: _Parts, kind: str) -> tuple[str, str]:
+def _place(text: str, parts: Parts, kind: str) -> tuple[str, str]:
     """Role and name out of ``"student:logits"``."""
     role, _, name = text.partition(":")
     known = {r: list(getattr(model, f"{kind}s")) for r, model in parts.models.items()}
@@ -188,7 +200,7 @@ def _place(text: str, parts: _Parts, kind: str) -> tuple[str, str]:
     return role, name
 
 
-def connections(parts: _Parts, wanted: dict[str, str]) -> dict[str, tuple[str, str]]:
+def connections(parts: Parts, wanted: dict[str, str]) -> dict[str, tuple[str, str]]:
     """Input of the loss → role and output of the model that gives it."""
     found: dict[str, tuple[str, str]] = {}
     for source, name in wanted.items():
@@ -228,7 +240,7 @@ def _shape(value: Any) -> list[int | str] | None:
     return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in value.type.tensor_type.shape.dim]
 
 
-def _check_shapes(parts: _Parts, connected: Mapping[str, tuple[str, str]]) -> None:
+def _check_shapes(parts: Parts, connected: Mapping[str, tuple[str, str]]) -> None:
     lengths: dict[str, tuple[int, str]] = {}
     for name, (role, output) in connected.items():
         value, wanted = parts.models[role].outputs[output], parts.loss_inputs[name]
@@ -266,7 +278,7 @@ def _check_types(place: str, value: Any, name: str, wanted: Any) -> None:
         )
 
 
-def is_widened(parts: _Parts, name: str, place: tuple[str, str]) -> bool:
+def is_widened(parts: Parts, name: str, place: tuple[str, str]) -> bool:
     """Whether an output of a model is of another type than the input of the loss that it becomes."""
     role, output = place
     types = parts.models[role].outputs[output].type.tensor_type, parts.loss_inputs[name].type.tensor_type
@@ -278,7 +290,7 @@ def _type(number: int) -> str:
     return {"float": "float32", "double": "float64"}.get(name, name)
 
 
-def inputs_of_models(parts: _Parts, share: dict[str, str], separate: set[str]) -> dict[tuple[str, str], str]:
+def inputs_of_models(parts: Parts, share: dict[str, str], separate: set[str]) -> dict[tuple[str, str], str]:
     """Role and input of a model → the name it is fed by."""
     teacher, student = (parts.models[role] for role in ROLES)
     names = {(model.role, name): name for model in (teacher, student) for name in model.inputs}
@@ -337,7 +349,7 @@ def _described(value: Any) -> str:
 
 
 def _assemble(
-    parts: _Parts,
+    parts: Parts,
     connected: Mapping[str, tuple[str, str]],
     inputs: Mapping[tuple[str, str], str],
     keep: Sequence[str],
@@ -411,13 +423,11 @@ def _check_names(graph: GraphProto) -> None:
 def _add_loss(
     merged: ModelProto,
     loss: ModelProto,
-    parts: _Parts,
+    parts: Parts,
     given: Mapping[str, tuple[str, bool]],
     functions: dict[tuple[str, str, str], FunctionProto],
 ) -> None:
     """The part of the loss that its values per sample need; its functions keep their names, by which kernels are found."""
-    scores = [value.name for value in parts.scores]
-    nodes = _needed(loss.graph.node, scores)
     own = {value.name for value in (*loss.graph.input, *loss.graph.output)}
     source = {name: f"loss/{name}" if widened else place for name, (place, widened) in given.items()}
     for name, (place, widened) in given.items():
@@ -429,20 +439,34 @@ def _add_loss(
     def name_of(name: str) -> str:
         return source.get(name) or (name if name in own else f"loss/{name}")
 
-    graph = GraphProto()
-    graph.CopyFrom(loss.graph)
-    del graph.node[:]
-    graph.node.extend(nodes)
-    _rename(graph, name_of)
-    read = {name for node in graph.node for name in _reads(node)} | set(scores)
-    merged.graph.node.extend(graph.node)
-    merged.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in read)
-    merged.graph.input.extend(v for v in graph.input if v.name in read and v.name not in source.values())
-    merged.graph.output.extend(value for value in graph.output if value.name in scores)
+    part = scores_alone(loss, [value.name for value in parts.scores])
+    _rename(part.graph, name_of)
+    merged.graph.node.extend(part.graph.node)
+    merged.graph.initializer.extend(part.graph.initializer)
+    merged.graph.input.extend(value for value in part.graph.input if value.name not in source.values())
+    merged.graph.output.extend(part.graph.output)
+    for function in part.functions:
+        functions[function.domain, function.name, function.overload] = function
+
+
+def scores_alone(loss: ModelProto, scores: Sequence[str]) -> ModelProto:
+    """A loss that returns these outputs alone: what they do not need is left out, and so is what the file says of itself."""
+    part = ModelProto()
+    part.CopyFrom(loss)
+    del part.metadata_props[:]
+    graph, nodes = part.graph, _needed(loss.graph.node, scores)
+    read = {name for node in nodes for name in _reads(node)} | set(scores)
     used = {(node.domain, node.op_type) for node in nodes}
-    for function in loss.functions:
-        if (function.domain, function.name) in used:
-            functions[function.domain, function.name, function.overload] = function
+    for field, kept in (
+        (graph.node, nodes),
+        (graph.initializer, [tensor for tensor in loss.graph.initializer if tensor.name in read]),
+        (graph.input, [value for value in loss.graph.input if value.name in read]),
+        (graph.output, [value for value in loss.graph.output if value.name in scores]),
+        (part.functions, [function for function in loss.functions if (function.domain, function.name) in used]),
+    ):
+        del field[:]
+        field.extend(kept)
+    return part
 
 
 def _rename(graph: GraphProto, name_of: Callable[[str], str]) -> None:
@@ -538,7 +562,7 @@ def _calls(nodes: Iterable[NodeProto]) -> set[tuple[str, str, str]]:
 # ---- The loss at another opset -------------------------------------------------------------------
 
 
-def _at_opset(parts: _Parts, wanted: int) -> ModelProto:
+def _at_opset(parts: Parts, wanted: int) -> ModelProto:
     """The loss with the operators of another version, which compute the same; a ValueError where one is not the same."""
     loss = parts.loss
     had = _versions(loss)[""]
@@ -564,7 +588,7 @@ def _at_opset(parts: _Parts, wanted: int) -> ModelProto:
     return changed
 
 
-def _check_numbers(loss: ModelProto, changed: ModelProto, parts: _Parts) -> None:
+def _check_numbers(loss: ModelProto, changed: ModelProto, parts: Parts) -> None:
     """Runs the loss as it was and as it is to be; a ValueError where they differ by a bit."""
     import onnxruntime
 
@@ -634,7 +658,7 @@ def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
                 yield from _tensors(inner)
 
 
-def _check_out(out: Path, parts: _Parts) -> None:
+def _check_out(out: Path, parts: Parts) -> None:
     """Nothing that is read is written over: neither the parts, nor the files of their weights."""
     if not out.parent.is_dir():
         raise FileNotFoundError(f"expected a folder for the scorer, got none at {out.parent}; make it")
@@ -649,15 +673,20 @@ def _check_out(out: Path, parts: _Parts) -> None:
             )
 
 
-def _weight_files(graph: GraphProto, folder: Path) -> set[Path]:
-    """Where the weights lie that lie beside a model."""
+def weight_locations(graph: GraphProto) -> set[str]:
+    """The files of weights that lie beside a model, as it names them."""
     return {
-        (folder / entry.value).resolve()
+        entry.value
         for tensor in _tensors(graph)
         if external_data_helper.uses_external_data(tensor)
         for entry in tensor.external_data
         if entry.key == "location"
     }
+
+
+def _weight_files(graph: GraphProto, folder: Path) -> set[Path]:
+    """Where the weights lie that lie beside a model."""
+    return {(folder / location).resolve() for location in weight_locations(graph)}
 
 
 def _own_weights(out: Path) -> set[Path]:
@@ -666,7 +695,7 @@ def _own_weights(out: Path) -> set[Path]:
         old = onnx.load(str(out), load_external_data=False)
     except Exception:  # of protobuf, or none there: no scorer
         return set()
-    if not _metadata(old, METADATA):
+    if not is_scorer(old):
         return set()
     ours = re.compile(re.escape(out.name) + r"(\.[0-9a-f]{16})?\.data")
     folder = out.parent.resolve()
