@@ -39,6 +39,11 @@ def without_label(log_q: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logs.masked_fill(none, float("-inf")).squeeze(-1), others - logs
 
 
+def apart_from_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logits as they are, but for the label's, with which no other class has to share: −1e30, which is a number even alone."""
+    return ops.upcast(logits).masked_fill(is_label(logits, labels), -1e30)
+
+
 def deviations(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Each row less its mean, in the compute type; and which classes are −inf: they are 0 there, and have no part in the mean."""
     logits = ops.upcast(logits)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, flag, ops, register, scalar
 from pykd.definition.reference import divergence, log_softmax, reduce_samples, rows
+from pykd.fused.description import SOFT_TARGET, KernelPoint
 from pykd.losses.logits._shared import deviations
 
 
@@ -31,9 +32,7 @@ def logit_standardization(
     weight = ops.optional_weight(sample_weight)
     teacher = _z_scores(ops.without_left_out(teacher_logits.detach(), weight), unbiased)
     student = _z_scores(ops.without_left_out(student_logits, weight), unbiased)
-    log_p = torch.log_softmax(ops.soften(teacher, temperature), dim=-1)
-    log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
-    values = ops.forward_kl(log_p, log_q, temperature)
+    values = ops.softened_divergence(student, teacher, temperature)
     if tau_squared:
         values = values * (temperature * temperature)
     return ops.reduce(values, weight, reduction)
@@ -106,6 +105,17 @@ class LogitStandardization(Loss):
     temperature: float = scalar(default=2.0, minimum=0.0, exclusive=True)
     unbiased: bool = flag(default=False)
     tau_squared: bool = flag(default=True)
+
+    def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight, temperature):
+        weight = ops.optional_weight(sample_weight)
+        tensors = {
+            "student": _z_scores(ops.without_left_out(student_logits, weight), self.unbiased),
+            "teacher": _z_scores(ops.without_left_out(teacher_logits.detach(), weight), self.unbiased),
+            "temperature": temperature,
+        }
+        values = kernel(SOFT_TARGET, "soft", ops.softened_divergence, tensors, {"form": "kl"}, weight="soft_weight")
+        factor = temperature * temperature if self.tau_squared else 1.0
+        return ops.reduce(ops.at_least_0(values), weight, self.reduction) * factor
 
     def properties(self) -> Properties:
         return Properties(

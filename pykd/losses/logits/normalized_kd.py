@@ -6,7 +6,13 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, ops, register, scalar, whole
 from pykd.definition.reference import expectation, labelled, log_softmax, reduce_samples, rows
-from pykd.losses.logits._shared import at_label, kept_weight, without_label
+from pykd.fused.description import SOFT_TARGET, KernelPoint
+from pykd.losses.logits._shared import apart_from_label, at_label, kept_weight, without_label
+
+
+def _rows(student: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy with the label, one value per row."""
+    return -at_label(torch.log_softmax(ops.upcast(student), dim=-1), labels)
 
 
 def normalized_kd(
@@ -101,6 +107,28 @@ class NormalizedKD(Loss):
     non_target_weight: float = scalar(default=1.5, minimum=0.0)
     tau_squared: bool = flag(default=True)
     ignore_index: int = whole(default=-100)
+
+    def fused(
+        self, kernel: KernelPoint, student_logits, teacher_logits, labels, sample_weight, temperature, non_target_weight
+    ):
+        weight = kept_weight(labels, sample_weight, self.ignore_index)
+        labels = ops.without_left_out(labels, weight)
+        student = ops.upcast(ops.without_left_out(student_logits, weight))
+        teacher = ops.upcast(ops.without_left_out(teacher_logits.detach(), weight))
+        p_label = torch.exp(at_label(torch.log_softmax(teacher, dim=-1), labels))
+        tensors = {"student": student_logits, "labels": labels}
+        target = kernel(SOFT_TARGET, "hard", _rows, tensors, {}, weight="hard_weight")
+        tensors = {
+            "student": apart_from_label(student, labels),
+            "teacher": apart_from_label(teacher, labels),
+            "temperature": temperature,
+        }
+        non_target = kernel(
+            SOFT_TARGET, "soft", ops.softened_divergence, tensors, {"form": "cross_entropy"}, weight="soft_weight"
+        )
+        factor = non_target_weight * (temperature * temperature if self.tau_squared else 1.0)
+        others = ops.reduce(ops.at_least_0(non_target), weight, self.reduction) * factor
+        return ops.reduce(target, weight * p_label, self.reduction, weight) + others
 
     def properties(self) -> Properties:
         return Properties(
