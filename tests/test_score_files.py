@@ -1,6 +1,8 @@
 """Scores as artefacts: ``pykd.export(…, kind="score")``, one ONNX file that gives a number per sample."""
 
 import json
+import re
+import subprocess
 
 import numpy as np
 import onnx
@@ -9,6 +11,7 @@ import torch
 
 import pykd
 from pykd.command_line import main
+from pykd.demo import programs
 from pykd.export import integrity, verification
 from pykd.export.verification import verify
 
@@ -171,3 +174,37 @@ def test_a_manifest_names_a_score_or_a_loss(score, tmp_path):
         verify(tmp_path)
     with pytest.raises(ValueError, match="score.onnx alone, or the files of a loss"):
         pykd.load(tmp_path)
+
+
+# ---- From C++ -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_example_scores_a_stream_as_python_does(tmp_path):
+    """Rows in blocks from two files, bad ones told apart; NumPy's float64 is the judge."""
+    folder = pykd.export(
+        pykd.SoftTarget(temperature=2.0, form="kl", tau_squared=False), tmp_path / "kd", kind="score", progress=quiet
+    )
+    rows, classes = 20_000, 30  # several blocks
+    teacher, student = RANDOM.standard_normal((2, rows, classes)).astype(np.float32)
+    teacher[3, 1], student[rows - 2, 0], student[7, 2] = np.nan, np.inf, -np.inf
+    teacher.tofile(tmp_path / "teacher.f32")
+    student.tofile(tmp_path / "student.f32")
+    program = programs.find()["evaluate"].with_name("score_stream")
+    command = [program, folder, str(classes), tmp_path / "teacher.f32", tmp_path / "student.f32"]
+    done = subprocess.run(command, env=programs.environment(), capture_output=True, text=True, timeout=60, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    bad = {3: "nan", 7: "infinite_score", rows - 2: "infinite"}
+    assert [line[1] for line in lines] == [bad.get(row, "ok") for row in range(rows)]
+    good = [row for row in range(rows) if row not in bad]
+    p, q = (np.exp(x[good].astype(float) / 2.0) for x in (teacher, student))
+    p, q = (x / x.sum(axis=1, keepdims=True) for x in (p, q))
+    want = (p * np.log(p / q)).sum(axis=1)
+    np.testing.assert_allclose([float(lines[row][0]) for row in good], want, rtol=3e-5, atol=3e-7)
+    assert all(lines[row][0] in ("nan", "-nan") for row in bad)
+    counted, mean = re.fullmatch(r"20000 rows, mean (.*) of (.*)\n", done.stderr).group(2, 1)
+    assert int(counted) == rows - 3
+    np.testing.assert_allclose(float(mean), want.mean(), rtol=1e-6)
+    (tmp_path / "student.f32").write_bytes(student.tobytes()[:-8])
+    failed = subprocess.run(command, env=programs.environment(), capture_output=True, text=True, timeout=60)
+    assert failed.returncode == 1 and "cut off" in failed.stderr

@@ -1,6 +1,7 @@
 // The C interface: every function checks its pointers, calls the library and turns what it throws
 // into a status. What the functions do is said in pykd.h.
 #include <cstddef>
+#include <iterator>
 #include <memory>
 #include <string>
 
@@ -12,6 +13,7 @@
 #include "runtime/artefact/checksum.h"
 #include "runtime/artefact/onnx_scan.h"
 #include "runtime/loss.h"
+#include "runtime/scoring.h"
 #include "runtime/signature/call.h"
 
 using pykd::internal::copy_sized;
@@ -227,6 +229,21 @@ pykd_status pykd_run(const pykd_loss* loss, const pykd_tensor* inputs, size_t nu
     check_pointer(loss, "a loss");
     loss->loss->run(inputs, num_inputs, parameters, num_parameters, outputs, num_outputs);
   });
+}
+
+pykd_status pykd_score(const pykd_loss* loss, const pykd_tensor* inputs, size_t num_inputs,
+                       const pykd_parameter* parameters, size_t num_parameters, const pykd_tensor* outputs,
+                       size_t num_outputs, uint8_t* status, pykd_score_summary* summary) {
+  return guarded([&] {
+    check_pointer(loss, "a loss");
+    pykd::internal::score_rows(*loss->loss, inputs, num_inputs, parameters, num_parameters, outputs, num_outputs,
+                               status, summary);
+  });
+}
+
+const char* pykd_row_status_name(int32_t status) {
+  static const char* const names[] = {"ok", "nan", "infinite", "infinite_score", "label_out_of_range", "ignored"};
+  return status >= 0 && status < static_cast<int32_t>(std::size(names)) ? names[status] : "";
 }
 
 }  // extern "C"

@@ -249,6 +249,7 @@ std::unique_ptr<Loss> Loss::load_onnx(Artefact& artefact, const LoadOptions& opt
   for (std::optional<ArtefactFile>* file : {&artefact.value, &artefact.gradient, &artefact.score}) {
     if (!file->has_value()) continue;
     read_contents(**file);
+    refuse_merged(**file);
     check_integrity(**file, options);
     Checked& checked = files.emplace_back();
     checked.file = &**file;
@@ -320,8 +321,9 @@ void Loss::connect_parts() {
   }
 }
 
-Binding Loss::check_inputs(const pykd_tensor* inputs, std::size_t num_inputs, std::vector<pykd_tensor>& ordered) const {
-  return internal::check_inputs(signature_, device_, inputs, num_inputs, ordered);
+Binding Loss::check_inputs(const pykd_tensor* inputs, std::size_t num_inputs, std::vector<pykd_tensor>& ordered,
+                           LabelCheck labels) const {
+  return internal::check_inputs(signature_, device_, inputs, num_inputs, ordered, labels);
 }
 
 void Loss::run(const pykd_tensor* inputs, std::size_t num_inputs, const pykd_parameter* parameters,

@@ -47,7 +47,9 @@ class Loss {
   // False in a child of fork(), where its threads are not: it must not be destroyed there.
   bool of_this_process() const;
 
-  Binding check_inputs(const pykd_tensor* inputs, std::size_t num_inputs, std::vector<pykd_tensor>& ordered) const;
+  const Device& device() const { return device_; }
+  Binding check_inputs(const pykd_tensor* inputs, std::size_t num_inputs, std::vector<pykd_tensor>& ordered,
+                       LabelCheck labels = LabelCheck::kRange) const;
   void run(const pykd_tensor* inputs, std::size_t num_inputs, const pykd_parameter* parameters,
            std::size_t num_parameters, const pykd_tensor* outputs, std::size_t num_outputs) const;
 

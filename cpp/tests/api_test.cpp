@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
+#include <optional>
 #include <regex>
 #include <sstream>
 
@@ -13,6 +14,7 @@
 #include "tests/tiny_model.h"
 
 extern "C" int run_c_example(const char* path, float* value, float gradient[6]);
+extern "C" double run_c_score_example(const char* path);
 extern "C" int run_c_kernel_example(float value[2], float gradient[6]);
 
 namespace pykd::tests {
@@ -55,6 +57,10 @@ TEST_F(Api, RunsTheExampleOfTheCHeader) {
   EXPECT_EQ(run_c_example(folder.path().c_str(), &value, gradient), 0) << pykd_last_error();
   EXPECT_NEAR(value, 1.5 * 4.0 / 6.0, 1e-6);
   EXPECT_NEAR(gradient[2], -1.5 * 2.0 / 6.0, 1e-6);
+}
+
+TEST_F(Api, RunsTheExampleOfScoresInTheCHeader) {
+  EXPECT_EQ(run_c_score_example(folder.path("loss.onnx").c_str()), 3.75);  // (3 + 12 + 0 + 0) / 4
 }
 
 TEST_F(Api, RunsTheExampleOfTheKernelsHeader) {
@@ -234,6 +240,155 @@ TEST_F(Api, ScoresSamplesAndNothingElse) {
   EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(), "score.onnx alone", "both");
 }
 
+// Rows with a label each; two classes.
+class Scores : public testing::Test {
+ protected:
+  void SetUp() override {
+    TinyModel model = tiny_score();
+    json described = tensor_json("labels", {"batch"}, "int64");
+    described["gradient"] = false;
+    described["index_of"] = "classes";
+    described["ignore_index"] = -100;
+    model.metadata["inputs"].push_back(described);
+    model.inputs.insert(model.inputs.begin() + 2, value_info("labels", kInt64, {"batch"}));
+    folder.write("score.onnx", sealed(model.bytes()));
+    folder.write_manifest();
+    loss.emplace(Loss::load(folder.path()));
+  }
+
+  Tensors rows(std::size_t first, std::size_t count) const {
+    const std::vector<std::int64_t> matrix = {static_cast<std::int64_t>(count), 2};
+    return {{"student_logits", view(student.data() + 2 * first, matrix)},
+            {"teacher_logits", view(teacher.data() + 2 * first, matrix)},
+            {"labels", view(labels.data() + first, {static_cast<std::int64_t>(count)})}};
+  }
+
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  static constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  TemporaryFolder folder;
+  std::optional<Loss> loss;
+  //                               ok    nan      +inf          -inf alone              one -inf     label  ignored both
+  //                               ok
+  const std::vector<float> student = {1, 2, kNan, 0, kInfinity, 0,    -kInfinity, -kInfinity, -kInfinity,
+                                      1, 1, 1,    5, 5,         kNan, 1,          3,          4};
+  const std::vector<float> teacher = {1, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0};
+  const std::vector<std::int64_t> labels = {0, 1, 0, 1, 0, 2, -100, -1, 1};
+  const std::vector<std::uint8_t> expected = {PYKD_ROW_OK,
+                                              PYKD_ROW_NAN,
+                                              PYKD_ROW_INFINITE,
+                                              PYKD_ROW_INFINITE,
+                                              PYKD_ROW_INFINITE_SCORE,
+                                              PYKD_ROW_LABEL_OUT_OF_RANGE,
+                                              PYKD_ROW_IGNORED,
+                                              PYKD_ROW_LABEL_OUT_OF_RANGE,
+                                              PYKD_ROW_OK};
+};
+
+TEST_F(Scores, KeepBadRowsOutAndCountThem) {
+  for (const std::size_t size : {1, 2, 4, 9}) {  // the numbers do not depend on the blocks
+    Scorer scorer(*loss);
+    std::vector<std::uint8_t> status;
+    std::vector<float> scores;
+    for (std::size_t first = 0; first < 9; first += size) {
+      const std::size_t count = std::min(size, 9 - first);
+      const Result block = scorer.score(rows(first, count));
+      const float* data = block.data<float>("loss_per_sample");
+      scores.insert(scores.end(), data, data + count);
+      status.insert(status.end(), scorer.status().begin(), scorer.status().end());
+    }
+    EXPECT_EQ(status, expected);
+    EXPECT_EQ(scores[0], 3.0f);  // 1.5 · (0² + 2²) / 2
+    EXPECT_EQ(scores[8], 12.0f);
+    for (std::size_t i = 1; i < 8; ++i) EXPECT_TRUE(std::isnan(scores[i])) << i;
+    const pykd_score_summary& sum = scorer.summary();
+    EXPECT_EQ(sum.rows, 9);
+    EXPECT_EQ(sum.mean, 7.5);
+    EXPECT_EQ(sum.total + sum.lost, 15.0);
+    const std::vector<std::int64_t> counts(sum.by_status, sum.by_status + 8);
+    EXPECT_EQ(counts, (std::vector<std::int64_t>{2, 1, 2, 1, 2, 1, 0, 0}));
+  }
+}
+
+TEST_F(Scores, LeaveTheLabelsOfTheCallerAlone) {
+  const std::vector<std::int64_t> before = labels;
+  Scorer(*loss).score(rows(0, 9));
+  EXPECT_EQ(labels, before);
+}
+
+TEST_F(Scores, TakeParametersAndSumWithoutLoss) {
+  Scorer scorer(*loss, {{"weight", 1e16}});
+  scorer.score(rows(0, 1));
+  EXPECT_EQ(scorer.summary().mean, static_cast<double>(2e16f));
+  // 1 beside 2e16 is lost in a plain sum.
+  pykd_score_summary sum = scorer.summary();
+  const Tensors one = rows(0, 1);
+  std::vector<pykd_tensor> in;
+  for (const auto& entry : one) in.push_back(entry.second.c(entry.first.c_str()));
+  float score = 0;
+  const std::int64_t length = 1;
+  const pykd_tensor out = {"loss_per_sample", &score, PYKD_FLOAT32, 1, &length, nullptr, PYKD_CPU, 0, nullptr};
+  const pykd_parameter half = {"weight", 0.5};
+  ASSERT_EQ(pykd_score(loss->c(), in.data(), in.size(), &half, 1, &out, 1, nullptr, &sum), PYKD_OK);
+  EXPECT_EQ(score, 1.0f);
+  EXPECT_EQ(sum.lost, 1.0);
+  EXPECT_EQ(sum.by_status[PYKD_ROW_OK], 2);
+  ASSERT_EQ(pykd_score(loss->c(), in.data(), in.size(), nullptr, 0, &out, 1, nullptr, nullptr), PYKD_OK);
+}
+
+TEST_F(Scores, ReportWrongCallsAndAddNothing) {
+  Scorer scorer(*loss);
+  scorer.score(rows(0, 9));
+  EXPECT_ERROR(PYKD_INVALID_VALUE, scorer.score({}), "the inputs student_logits");
+  Tensors uneven = rows(0, 2);
+  uneven["teacher_logits"] = view(teacher.data(), {3, 2});
+  EXPECT_ERROR(PYKD_INVALID_VALUE, scorer.score(uneven), "\"batch\"");
+  uneven["teacher_logits"] = view(teacher.data(), {0, 2});
+  EXPECT_ERROR(PYKD_INVALID_VALUE, scorer.score(uneven), "teacher_logits");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, Scorer(*loss, {{"wait", 1}}).score(rows(0, 1)), "weight");
+  EXPECT_EQ(scorer.summary().rows, 9);
+  EXPECT_EQ(scorer.status().size(), 9u);
+
+  TemporaryFolder other;
+  write_tiny_folder(other);
+  const Loss values = Loss::load(other.path());
+  const std::vector<float> logits = {1, 2};
+  const Tensors one = {{"student_logits", view(logits, {1, 2})}, {"teacher_logits", view(logits, {1, 2})}};
+  EXPECT_EQ(Scorer(values).score(one).names(), (std::vector<std::string>{"loss_per_sample"}));
+  float value = 0;
+  std::int64_t length = 1;
+  std::vector<pykd_tensor> in;
+  for (const auto& entry : one) in.push_back(entry.second.c(entry.first.c_str()));
+  pykd_tensor out = {"loss", &value, PYKD_FLOAT32, 0, nullptr, nullptr, PYKD_CPU, 0, nullptr};
+  auto score = [&](const pykd_tensor* outputs, std::size_t count, pykd_score_summary* sum) {
+    internal::check(pykd_score(values.c(), in.data(), in.size(), nullptr, 0, outputs, count, nullptr, sum));
+  };
+  EXPECT_ERROR(PYKD_INVALID_VALUE, score(&out, 1, nullptr), "a value per row", "\"loss\"");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, score(nullptr, 0, nullptr), "\"loss_per_sample\" among the outputs");
+  out.name = nullptr;
+  EXPECT_ERROR(PYKD_INVALID_VALUE, score(&out, 1, nullptr), "outputs");
+  out = {"loss_per_sample", &value, PYKD_FLOAT32, 1, &length, nullptr, PYKD_CPU, 0, nullptr};
+  pykd_score_summary sum = PYKD_SCORE_SUMMARY_INIT;
+  score(&out, 1, &sum);
+  EXPECT_EQ(sum.rows, 1);
+  sum.struct_size = 8;
+  EXPECT_ERROR(PYKD_INVALID_VALUE, score(&out, 1, &sum), "PYKD_SCORE_SUMMARY_INIT");
+  EXPECT_EQ(pykd_score(nullptr, in.data(), 2, nullptr, 0, &out, 1, nullptr, nullptr), PYKD_INVALID_VALUE);
+
+  TinyModel model = tiny_model(false);
+  model.outputs.pop_back();
+  model.metadata["outputs"].erase(2);
+  other.write("loss.onnx", sealed(model.bytes()));
+  EXPECT_ERROR(PYKD_INVALID_VALUE, Scorer(Loss::load(other.path("loss.onnx"))).score(one), "without a value per sample",
+               "kind \"score\"");
+}
+
+TEST_F(Scores, HaveNames) {
+  EXPECT_STREQ(pykd_row_status_name(PYKD_ROW_OK), "ok");
+  EXPECT_STREQ(pykd_row_status_name(PYKD_ROW_IGNORED), "ignored");
+  EXPECT_STREQ(pykd_row_status_name(6), "");
+  EXPECT_STREQ(pykd_row_status_name(-1), "");
+}
+
 TEST_F(Api, ComparesTheExportInEveryFile) {
   TinyModel value = tiny_model(false), gradient = tiny_model(true);
   value.metadata["export_id"] = gradient.metadata["export_id"] = "one";
@@ -366,6 +521,14 @@ TEST_F(Api, RefusesDamagedFiles) {
   folder.write("loss.onnx", sealed(tiny_model(true).bytes()));
   folder.write_manifest();
   EXPECT_ERROR(PYKD_BAD_ARTEFACT, load(), "kind of", "loss.onnx");
+}
+
+TEST_F(Api, SaysWhatToDoWithAMergedScorer) {
+  TinyModel model = tiny_model(false);
+  model.metadata = json();
+  pbf_writer(model.model_extra).add_message(14, property("pykd.scorer", "{}"));
+  folder.write("scorer.onnx", model.bytes());
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load(folder.path("scorer.onnx")), "scorer.onnx", "pykd merge", "in a session");
 }
 
 TEST_F(Api, SkipsTheIntegrityCheckOnRequestAlone) {

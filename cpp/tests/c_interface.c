@@ -36,6 +36,25 @@ int run_c_example(const char* path, float* value_out, float gradient_out[6]) {
   return 0;
 }
 
+/* The example of pykd_score(): four rows in blocks of two. Returns the mean, or minus the line that went wrong. */
+double run_c_score_example(const char* path) {
+  float student[4][2] = {{1, 2}, {3, 4}, {0, 0}, {1, 1}}, teacher[4][2] = {{1, 4}, {3, 0}, {0, 0}, {1, 1}}, scores[2];
+  int64_t matrix[2] = {2, 2}, rows = 2;
+  pykd_score_summary sum = PYKD_SCORE_SUMMARY_INIT;
+  pykd_loss* loss = NULL;
+  if (pykd_load(path, NULL, &loss) != PYKD_OK) return -__LINE__;
+  for (int block = 0; block < 2; ++block) {
+    pykd_tensor in[2] = {{"student_logits", student[2 * block], PYKD_FLOAT32, 2, matrix, NULL, PYKD_CPU, 0, NULL},
+                         {"teacher_logits", teacher[2 * block], PYKD_FLOAT32, 2, matrix, NULL, PYKD_CPU, 0, NULL}};
+    pykd_tensor out = {"loss_per_sample", scores, PYKD_FLOAT32, 1, &rows, NULL, PYKD_CPU, 0, NULL};
+    uint8_t status[2];
+    if (pykd_score(loss, in, 2, NULL, 0, &out, 1, status, &sum) != PYKD_OK) return -__LINE__;
+    if (status[0] != PYKD_ROW_OK || status[1] != PYKD_ROW_OK) return -__LINE__;
+  }
+  pykd_free(loss);
+  return sum.rows == 4 && sum.by_status[PYKD_ROW_OK] == 4 ? sum.mean : -__LINE__;
+}
+
 /* The same for the example of kernels.h. */
 int run_c_kernel_example(float value_out[2], float gradient_out[6]) {
   float student[2 * 3] = {1, 2, 3, 3, 2, 1}, teacher[2 * 3] = {0, 2, 4, 4, 2, 0}, temperature = 2;

@@ -255,6 +255,56 @@ PYKD_API pykd_status pykd_run(const pykd_loss* loss, const pykd_tensor* inputs, 
                               const pykd_parameter* parameters, size_t num_parameters, const pykd_tensor* outputs,
                               size_t num_outputs);
 
+/* ---- Scores of rows ----
+ *
+ * A file of any number of rows, scored in blocks of the caller's: memory is that of one block.
+ *
+ *     pykd_score_summary sum = PYKD_SCORE_SUMMARY_INIT;
+ *     while (read_block(inputs, &rows)) {                       (your own: views of up to a few thousand rows)
+ *       if (pykd_score(loss, inputs, 2, NULL, 0, &scores, 1, status, &sum) != PYKD_OK) puts(pykd_last_error());
+ *     }
+ *     printf("mean %g of %lld rows\n", sum.mean, (long long)sum.by_status[PYKD_ROW_OK]);
+ */
+
+/* What a row can be. All but the first are kept out of the summary, and counted. */
+typedef enum pykd_row_status {
+  PYKD_ROW_OK = 0,
+  PYKD_ROW_NAN = 1,      /* a score is not finite, and there is NaN in the row's tensors */
+  PYKD_ROW_INFINITE = 2, /* the same with +infinity, or a tensor with nothing but -infinity */
+  PYKD_ROW_INFINITE_SCORE =
+      3, /* the same with neither: the student, say, rules out a class that the teacher does not */
+  PYKD_ROW_LABEL_OUT_OF_RANGE = 4, /* a label outside of the classes */
+  PYKD_ROW_IGNORED = 5             /* every label of the row is the one that says so, -100 */
+} pykd_row_status;
+
+/* "ok", "nan", "infinite", ...: as `pykd score` calls them. "" for any other number. */
+PYKD_API const char* pykd_row_status_name(int32_t status);
+
+/* What has been scored so far. Start from PYKD_SCORE_SUMMARY_INIT, one for each thread; several are added up by adding
+ * all but the mean, which is (total + lost) / by_status[PYKD_ROW_OK]. */
+typedef struct pykd_score_summary {
+  size_t struct_size;   /* sizeof(pykd_score_summary) */
+  int64_t rows;         /* all of them */
+  int64_t by_status[8]; /* how many of each pykd_row_status */
+  double mean;          /* of "loss_per_sample" over the rows that are PYKD_ROW_OK; 0 where there are none */
+  double total, lost;   /* the sum of these rows, and what rounding has taken from it */
+} pykd_score_summary;
+
+#define PYKD_SCORE_SUMMARY_INIT \
+  { sizeof(pykd_score_summary), 0, {0, 0, 0, 0, 0, 0, 0, 0}, 0.0, 0.0, 0.0 }
+
+/* Scores the rows of one block: pykd_run() of a loss on the CPU whose "loss_per_sample" has one number per row (an
+ * export of kind "score", or with values per sample), where a bad row is told in place of an error, and spoils no
+ * other.
+ *
+ * outputs: "loss_per_sample", and any other vector of the same rows. Bad rows are NaN there.
+ * status:  a pykd_row_status for each row of the block; NULL where it is not wanted.
+ * summary: what the block is added to; NULL where it is not wanted. The numbers do not depend on how the
+ *          rows are cut into blocks, beyond what the scores themselves do. */
+PYKD_API pykd_status pykd_score(const pykd_loss* loss, const pykd_tensor* inputs, size_t num_inputs,
+                                const pykd_parameter* parameters, size_t num_parameters, const pykd_tensor* outputs,
+                                size_t num_outputs, uint8_t* status, pykd_score_summary* summary);
+
 /* Memory for results on the CPU: at least `bytes` of it, aligned to 256, not cleared; NULL where there is
  * none. It is for outputs that are new in every step, such as gradients: what pykd_deallocate() was given
  * is kept for the next request of about that size, because large memory that comes fresh from the system takes as long

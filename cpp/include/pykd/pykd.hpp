@@ -25,6 +25,7 @@
     "pykd/pykd.hpp reports errors by exceptions, and this file is compiled without: use pykd/pykd.h, which returns a status"
 #endif
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -285,6 +286,7 @@ class Result {
 
  private:
   friend class Loss;
+  friend class Scorer;
   struct Array {
     pykd_dtype dtype;
     std::vector<std::int64_t> shape;
@@ -449,7 +451,73 @@ class Loss {
     return false;
   }
 
+  friend class Scorer;
   std::unique_ptr<pykd_loss, decltype(&pykd_free)> loss_;
+};
+
+// Scores rows in blocks: pykd_score() with its summary. A Scorer is for one thread; any number of them may share a
+// Loss, which must outlive them.
+//
+//     pykd::Scorer scorer(loss);
+//     while (reader.next(rows)) {
+//       const pykd::Result block = scorer.score({{"student_logits", ...}, {"teacher_logits", ...}});
+//       write(block.data<float>("loss_per_sample"), scorer.status());
+//     }
+//     scorer.summary().mean;
+class Scorer {
+ public:
+  explicit Scorer(const Loss& loss, Parameters parameters = {}) : loss_(&loss), parameters_(std::move(parameters)) {}
+
+  // The scores of one block, by name: "loss_per_sample" and the vectors of the terms; NaN where a row is bad.
+  Result score(const Tensors& rows) {
+    const std::vector<pykd_tensor> in = Loss::c_tensors(rows);
+    const std::vector<pykd_parameter> settings = Loss::c_parameters(parameters_);
+    std::vector<pykd_tensor> out;
+    Result result;
+    for (const pykd_tensor_info& info : loss_->outputs()) {
+      if (info.rank != 1 || info.has_gradient) continue;
+      Result::Array& array = result.arrays_[info.name];
+      array.dtype = dtype_of(info, rows);
+      array.shape = {count(info.axes[0], rows)};
+      array.memory = internal::allocate(internal::bytes_of(array.dtype, array.shape.data(), 1) + 1);  // or none of it
+      out.push_back({info.name, array.memory.get(), array.dtype, 1, array.shape.data(), nullptr, PYKD_CPU, 0, nullptr});
+    }
+    std::vector<std::uint8_t> status(out.empty() ? 0 : static_cast<std::size_t>(out[0].shape[0]));
+    internal::check(pykd_score(loss_->c(), in.data(), in.size(), settings.data(), settings.size(), out.data(),
+                               out.size(), status.data(), &summary_));
+    status_ = std::move(status);
+    return result;
+  }
+
+  // A pykd_row_status for each row of the last block.
+  const std::vector<std::uint8_t>& status() const { return status_; }
+  // What has been scored so far.
+  const pykd_score_summary& summary() const { return summary_; }
+
+ private:
+  // Not pykd_output_shape(), to which a bad label is an error. What is wrong here is told by pykd_score().
+  std::int64_t count(const std::string& axis, const Tensors& rows) const {
+    for (const pykd_tensor_info& input : loss_->inputs()) {
+      const auto given = rows.find(input.name);
+      if (input.rank > 0 && input.axes[0] == axis && given != rows.end() && !given->second.shape().empty()) {
+        return std::max<std::int64_t>(given->second.shape()[0], 0);
+      }
+    }
+    return 0;
+  }
+  static pykd_dtype dtype_of(const pykd_tensor_info& output, const Tensors& rows) {
+    if (output.dtypes == 1u << PYKD_FLOAT64) return PYKD_FLOAT64;
+    if (output.dtypes == 1u << PYKD_FLOAT32) return PYKD_FLOAT32;
+    for (const auto& entry : rows) {  // a TorchScript file
+      if (entry.second.dtype() == PYKD_FLOAT64) return PYKD_FLOAT64;
+    }
+    return PYKD_FLOAT32;
+  }
+
+  const Loss* loss_;
+  Parameters parameters_;
+  std::vector<std::uint8_t> status_;
+  pykd_score_summary summary_ = PYKD_SCORE_SUMMARY_INIT;
 };
 
 }  // namespace pykd

@@ -112,11 +112,21 @@ void not_of_the_manifest(const std::string& label, const std::string& expected, 
 void check_size(const std::string& label, FileFormat format, std::uintmax_t size) {
   const std::size_t limit = format == FileFormat::kOnnx ? kMaxOnnxSize : kMaxTorchScriptSize;
   if (size > limit) {
-    fail(PYKD_BAD_ARTEFACT,
-         std::string(format == FileFormat::kOnnx ? "an ONNX" : "a TorchScript") + " file of at most " +
-             std::to_string(limit >> 20) + " MiB at " + label,
-         std::to_string(size) + " bytes", "load a file that pykd.export wrote; they hold no weights");
+    fail(
+        PYKD_BAD_ARTEFACT,
+        std::string(format == FileFormat::kOnnx ? "an ONNX" : "a TorchScript") + " file of at most " +
+            std::to_string(limit >> 20) + " MiB at " + label,
+        std::to_string(size) + " bytes",
+        "load a file that pykd.export wrote; they hold no weights (a scorer of pykd merge does: run it in a session of "
+        "ONNX Runtime's)");
   }
+}
+
+void refuse_merged(const ArtefactFile& file) {
+  if (file.bytes.find("\x0a\x0bpykd.scorer") == std::string::npos) return;  // the key of an entry of metadata
+  fail(PYKD_BAD_ARTEFACT, "a loss that pykd.export wrote at " + file.label,
+       "a scorer that pykd merge wrote, which holds whole models and is not looked through",
+       "run it in a session of ONNX Runtime's, or score the models' outputs with a loss of kind \"score\"");
 }
 
 FileFormat detect_format(std::string_view bytes) {

@@ -60,6 +60,9 @@ void check_size(const std::string& label, FileFormat format, std::uintmax_t size
 // The same for one file in memory.
 Artefact wrap_artefact(const void* bytes, std::size_t size);
 
+// Throws Failure(PYKD_BAD_ARTEFACT) where a file is what `pykd merge` wrote, and says what to do with that.
+void refuse_merged(const ArtefactFile& file);
+
 FileFormat detect_format(std::string_view bytes);
 
 // Throws Failure(PYKD_BAD_ARTEFACT): `label`, a file of a folder, is not the one that its manifest describes.

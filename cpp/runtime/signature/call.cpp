@@ -217,7 +217,7 @@ pykd_dtype output_dtype(const OutputSpec& output, pykd_dtype float_dtype) {
 }
 
 Binding check_inputs(const Signature& signature, Device device, const pykd_tensor* inputs, std::size_t num_inputs,
-                     std::vector<pykd_tensor>& ordered) {
+                     std::vector<pykd_tensor>& ordered, LabelCheck labels) {
   order_inputs(signature, inputs, num_inputs, ordered);
   Binding binding;
   binding.lengths.assign(signature.axes.size(), 0);
@@ -239,7 +239,7 @@ Binding check_inputs(const Signature& signature, Device device, const pykd_tenso
       check_same_float(signature, input, tensor, ordered, binding.float_dtype);
     }
   }
-  for (std::size_t id = 0; id < ordered.size(); ++id) {
+  for (std::size_t id = 0; id < ordered.size() && labels == LabelCheck::kRange; ++id) {
     const InputSpec& input = signature.inputs[id];
     if (input.index_axis == kNone || ordered[id].device != PYKD_CPU) continue;
     check_labels(signature, input, ordered[id], binding.lengths[input.index_axis]);

@@ -21,10 +21,13 @@ struct Binding {
   pykd_dtype float_dtype = PYKD_FLOAT32;  // of the first floating input
 };
 
+// Whether labels on the CPU are compared with the number of classes.
+enum class LabelCheck { kSkip, kRange };
+
 // Each of these throws Failure(PYKD_INVALID_VALUE or PYKD_INVALID_TYPE) with a message that names
 // the argument. `ordered` is filled in the order of the signature.
 Binding check_inputs(const Signature& signature, Device device, const pykd_tensor* inputs, std::size_t num_inputs,
-                     std::vector<pykd_tensor>& ordered);
+                     std::vector<pykd_tensor>& ordered, LabelCheck labels = LabelCheck::kRange);
 void check_parameters(const Signature& signature, const Binding& binding, const pykd_parameter* parameters,
                       std::size_t num_parameters, std::vector<double>& ordered);
 void check_outputs(const Signature& signature, Device device, const Binding& binding,
