@@ -198,18 +198,7 @@ def coverage(noise, repeats, seed):
 
 
 def test_intervals_of_differences_cover_the_truth_on_grouped_rows():
-    """docs/scoring.md has what many more repeats give; here the bounds are what 100 leave to chance, four standard errors at 95 %."""
+    """docs/scoring.md has what many more give, coverage(0.1, 2000, 2); here the bounds are what 100 leave to chance, four standard errors."""
     found = coverage(noise=0.1, repeats=100, seed=1)
     assert min(found.values()) >= 0.86, found
     assert 0.93 <= np.mean(list(found.values())) <= 0.985, found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("noise", [0.03, 0.1, 0.5])
-def test_intervals_of_differences_cover_the_truth_in_many_repeats(noise):
-    found = coverage(noise, repeats=1000, seed=2)
-    print(noise, found)
-    assert min(found.values()) >= 0.93, found
-    assert max(found["mean"], found["agreement"]) <= 0.97, (
-        found
-    )  # those of quantiles may be wide, in the tails above all
