@@ -152,6 +152,23 @@ def test_losses_are_those_with_the_other_classes_joined(dtype, temperature):
         assert (got < column(full, name) - 1e-3).any(), "which is not the loss itself"
 
 
+@pytest.mark.parametrize("temperature", [0.7, 3.0])
+def test_logits_far_from_zero_have_the_losses_of_their_differences(temperature):
+    teacher, student = draw()
+    offset = np.float32(2**20)
+    teacher, student = (
+        np.round(64 * x / 8).astype(np.float32) / 8 for x in (teacher, teacher + 0.02 * (student - teacher))
+    )
+    bounds = []
+    for add in (0, offset):
+        np.save("teacher.npy", teacher + add)  # exact: all are multiples of an eighth
+        np.save("student.npy", student + add)
+        write(temperatures=(temperature,), dtype="float32")
+        scores = score_files("t.safetensors", "student.npy", "s.parquet", LOSSES, temperature=temperature)
+        bounds.append([column(scores, f"{name}_lower_bound") for name in LOSSES])
+    np.testing.assert_allclose(bounds[1], bounds[0], rtol=1e-5, atol=1e-6)
+
+
 def test_what_does_not_hang_on_the_other_classes_is_the_same():
     draw()
     score_files(write(), "student.npy", "s.parquet", labels="labels.npy")

@@ -43,10 +43,15 @@ def keep(logits: Array, kept: int, temperatures: Sequence[float] = (1.0,)) -> Ke
 
 def log_masses(values: Array, ids: Array, temperature: float) -> tuple[Array, Array]:
     """log Σ exp(values / T) over all classes, and over those that ``ids`` does not name; not by a difference, which cancels."""
-    scaled = values if temperature == 1 else values / np.float32(temperature)
-    rest = scaled.copy()
+    scaled, offset = values, np.zeros(len(values))
+    if temperature != 1:  # of large values a division in float32 takes the differences away
+        largest = values.max(axis=1, keepdims=True)
+        scaled = (values - largest) / np.float32(temperature)
+        offset = largest[:, 0].astype(np.float64) / temperature
+    rest = scaled if temperature != 1 else scaled.copy()
+    whole = log_sum(scaled) + offset
     np.put_along_axis(rest, ids, np.float32(-np.inf), axis=1)
-    return log_sum(scaled), log_sum(rest)
+    return whole, log_sum(rest) + offset
 
 
 def log_sum(values: Array) -> Array:

@@ -112,7 +112,7 @@ class TopKScores:
         log_p = self._teacher(teacher, self.place)
         whole, tail = log_masses(logits, ids, self.temperature)
         at_one = whole if self.temperature == 1 else log_sum(logits)
-        inside = np.take_along_axis(logits, ids, axis=1) / self.temperature
+        inside = np.take_along_axis(logits, ids, axis=1).astype(np.float64) / self.temperature
         inside[empty] = -np.inf
         log_q = _normalised(np.concatenate([inside, tail[:, None]], axis=1))
         for name, loss in self.losses.items():
@@ -137,12 +137,13 @@ class TopKScores:
     def _teacher(self, teacher: Block, place: int) -> Array:
         """Log-probabilities of the top K and of all others together, in float64; rounded when they were stored, they are normalised again."""
         assert teacher.top_k is not None
-        values = teacher.values.astype(np.float64)
-        if place:
-            lse = teacher.top_k.lse.astype(np.float64)
-            temperature = self.temperature
-            values = (values + lse[:, :1]) / temperature - lse[:, place, None]
-        return _normalised(np.concatenate([values, teacher.top_k.log_tail[:, place, None]], axis=1))
+        top = teacher.values.astype(np.float64)
+        tail = np.minimum(
+            teacher.top_k.log_tail[:, place, None].astype(np.float64), 0
+        )  # of which rounding may leave more
+        if place:  # the top has what the others leave; its own offset does not count, which lse would bring in with its rounding
+            top = _normalised(top / self.temperature) + np.log(-np.expm1(tail))
+        return _normalised(np.concatenate([top, tail], axis=1))
 
     def _judge(self, kind: Array, logits: Array, label: Block | None, result: Array) -> None:
         status = result["status"]
