@@ -392,6 +392,25 @@ def test_a_flipped_byte_is_seen_and_its_block_named():
 
 
 @pytest.mark.parametrize(
+    ("tensor", "key", "value"),
+    [("logprobs", "shape", [2 * ROWS, KEPT // 2]), ("log_tail", "dtype", "I32"), ("ids", "shape", []), ("lse.crc32", None, None)],
+)  # fmt: skip
+def test_a_table_of_tensors_that_was_changed_is_seen(tensor, key, value):
+    draw()
+    data = Path(write()).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    if key is None:
+        del header[tensor]
+    else:
+        header[tensor][key] = value
+    text = json.dumps(header).encode()
+    Path("t.safetensors").write_bytes(data[:8] + text.ljust(end - 8) + data[end:])
+    with pytest.raises(ValueError, match="expected the table of tensors in the teacher .* to have its checksum"):
+        open_matrix("t.safetensors", "teacher")
+
+
+@pytest.mark.parametrize(
     "header", ["{}", '{"__metadata__": {"pykd.teacher": 1}}', '{"__metadata__": "pykd.teacher"}', '["pykd.teacher"]']
 )
 def test_a_header_that_is_none_is_told(header):

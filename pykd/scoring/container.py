@@ -1,7 +1,7 @@
 """Teacher outputs on disk: a safetensors file whose tensors have one row per row, with a checksum per block of rows.
 
 Any reader of safetensors opens it, and may map it. Beside each tensor ``name`` lies ``name.crc32``, the CRC-32 of each of its blocks of
-``block_rows`` rows; what the numbers mean is JSON in the header, ``pykd.teacher``, with a CRC-32 of its own.
+``block_rows`` rows; what the numbers mean is JSON in the header, ``pykd.teacher``, with a CRC-32 of its own, as has the table of tensors.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pykd.scoring.whole_file import WholeFile
 
 FORMAT = 1
 METADATA = "pykd.teacher"
+TENSORS = "pykd.tensors"
 CHECKSUM = ".crc32"
 _BLOCK_BYTES = 1 << 20  # of the tensors of a block, about
 _MOST_BLOCK_ROWS = 1 << 16
@@ -54,18 +55,17 @@ class Writer(WholeFile):
             **dict(sorted(tensors.items(), key=lambda item: -item[1][0].itemsize)),
         }  # so all lie aligned
         text = json.dumps({"format": FORMAT, "pykd": __version__, "block_rows": self.block_rows, **facts})
-        header: dict[str, Any] = {
-            "__metadata__": {METADATA: text, METADATA + CHECKSUM: f"{zlib.crc32(text.encode()):08x}"}
-        }
+        table: dict[str, Any] = {}
         place = 0
         for name, (dtype, shape) in self._tensors.items():
             size = shape[0] * _row_bytes(dtype, shape)
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [place, place + size]}
+            table[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [place, place + size]}
             place += size
-        encoded = json.dumps(header).encode()
+        sums_of = {METADATA + CHECKSUM: _checksum(text), TENSORS + CHECKSUM: _checksum(json.dumps(table))}
+        encoded = json.dumps({"__metadata__": {METADATA: text, **sums_of}, **table}).encode()
         encoded += b" " * (-len(encoded) % 8)
         head = len(encoded).to_bytes(8, "little") + encoded
-        self._place = {name: len(head) + header[name]["data_offsets"][0] for name in self._tensors}
+        self._place = {name: len(head) + table[name]["data_offsets"][0] for name in self._tensors}
         self._done = dict.fromkeys(tensors, 0)
         self._sums: dict[str, list[int]] = {name: [] for name in tensors}
         super().__init__(path, len(head) + place)
@@ -126,7 +126,7 @@ class Reader:
         header = files.parse_json(self._pread(8, length), f"the header of {label}")
         try:
             self._read_header(header, 8 + length)
-        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(
                 f"expected the header of teacher outputs in {label}, got another ({error}); write it again"
             ) from error
@@ -134,8 +134,11 @@ class Reader:
     def _read_header(self, header: dict[str, Any], start: int) -> None:
         label = self.label
         text = header["__metadata__"][METADATA]
-        if header["__metadata__"].get(METADATA + CHECKSUM) != f"{zlib.crc32(text.encode()):08x}":
+        if header["__metadata__"].get(METADATA + CHECKSUM) != _checksum(text):
             raise self._damaged("the metadata")
+        table = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        if header["__metadata__"].get(TENSORS + CHECKSUM) != _checksum(json.dumps(table)):
+            raise self._damaged("the table of tensors")
         self.facts: dict[str, Any] = files.parse_json(text, f"the metadata of {label}")
         if self.facts.get("format") != FORMAT:
             raise ValueError(
@@ -146,15 +149,14 @@ class Reader:
         self._tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
         self._place: dict[str, int] = {}
         end = start
-        for name, entry in header.items():
-            if name != "__metadata__":
-                self._tensors[name] = (np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"]))
-                first, last = entry["data_offsets"]
-                dtype, shape = self._tensors[name]
-                if last - first != shape[0] * _row_bytes(dtype, shape):
-                    raise self._damaged(f"the place of {name}")
-                self._place[name] = start + first
-                end = max(end, start + last)
+        for name, entry in table.items():
+            self._tensors[name] = (np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"]))
+            first, last = entry["data_offsets"]
+            dtype, shape = self._tensors[name]
+            if last - first != shape[0] * _row_bytes(dtype, shape):
+                raise self._damaged(f"the place of {name}")
+            self._place[name] = start + first
+            end = max(end, start + last)
         size = os.fstat(self._file).st_size
         if size != end:
             raise ValueError(f"expected {end:,} bytes in {label}, got {size:,}: it is cut off; write it again")
@@ -218,6 +220,10 @@ def is_container(path: str) -> bool:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return length <= _LARGEST_HEADER and f'"{METADATA}"'.encode() in file.read(length)
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _row_bytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
