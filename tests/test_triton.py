@@ -162,7 +162,10 @@ def validate_session(published, config, session):
 
 def validate_ensemble(config, others):
     """ValidateEnsembleSchedulingConfig, ValidateEnsembleConfig and ValidateTensorMapping."""
-    known = {tensor.name: (tensor.data_type, list(tensor.dims)) for tensor in (*config.input, *config.output)}
+    known = {
+        tensor.name: (tensor.data_type, list(tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims))
+        for tensor in (*config.input, *config.output)
+    }
     ready = {tensor.name for tensor in config.input}
     written, read = set(), set()
     assert config.ensemble_scheduling.step
