@@ -15,6 +15,7 @@ import pyarrow.parquet as parquet
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from pykd.scoring import tables
 from pykd.scoring.formats.columns import block_of_column
 from pykd.scoring.merge import merge
 from pykd.scoring.sessions import Sessions
@@ -75,6 +76,13 @@ def test_logits_score_as_files_of_them_do(dtype, size):
     want = parquet.read_table("o.parquet")
     assert set(want["status"].to_pylist()) == {"ok", "nan", "infinite", "ignored", "label_out_of_range"}
     same(in_pieces(LogitScorer(losses, labels="labels", temperature=2.0, classes=4), table, size), want)
+
+
+def test_tensors_in_another_order_of_axes_are_refused():
+    kind = pa.fixed_shape_tensor(pa.float32(), (2, 3), permutation=[1, 0])
+    with pytest.raises(ValueError, match=r"expected tensors whose axes lie in their order, got .*permutation=\[1,0\]"):
+        tables._shape(kind)
+    assert tables._shape(pa.fixed_shape_tensor(pa.float32(), (2, 3), permutation=[0, 1])) == (2, 3)
 
 
 def test_a_table_without_rows_has_no_scores():

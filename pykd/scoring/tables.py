@@ -377,5 +377,8 @@ def _shape(kind: Any) -> tuple[int, ...] | None:
         return (kind.list_size,)
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
         return ()
+    permutation = list(getattr(kind, "permutation", None) or [])
+    if permutation != sorted(permutation):
+        raise ValueError(f"expected tensors whose axes lie in their order, got {kind}; store them row-major")
     shape = getattr(kind, "shape", None)
     return None if shape is None else tuple(shape)
