@@ -222,6 +222,8 @@ def test_rows_that_cannot_be_scored_say_why(loss):
     again = scorer(table.set_column(1, "image", pa.array(lists, pa.list_(pa.float32()))))
     assert again["status"].to_pylist()[:4] == ["ragged", "missing", "missing", "ok"]
     alike(*(table.slice(3).drop_columns("shift") for table in (again, got)))  # it holds NaN
+    short = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((ROWS, WIDTH - 1), np.float32))
+    assert set(scorer(table.set_column(1, "image", short))["status"].to_pylist()) == {"ragged", "missing"}
     assert scorer(table.slice(0, 0)).num_rows == 0
 
 
