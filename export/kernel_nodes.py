@@ -163,7 +163,7 @@ def live(nodes: Iterable[onnx.NodeProto], needed: set[str], sites: Sequence[Site
     """
     kept = []
     for node in reversed(list(nodes)):
-        if not needed & set(node.output):
+        if not needed & {*node.output} - {""}:  # "" is an input or output that a call leaves out
             continue
         kept.append(copy(node))
         if is_site(node):

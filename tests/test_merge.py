@@ -544,3 +544,9 @@ def test_the_command(tmp_path, models, losses, capsys):
     assert len(described) == 1 and '"student_logits": "student:logits"' in described[0]
     with pytest.raises((ValueError, RuntimeError)):  # it is no loss
         pykd.load(out)
+
+
+def test_what_two_nodes_leave_out_is_no_link_between_them():
+    dead = helper.make_node("Dropout", ["x"], ["", "mask"])
+    alive = helper.make_node("Clip", ["x", "", "highest"], ["y"])
+    assert merging._needed([dead, alive], ["y"]) == [alive]

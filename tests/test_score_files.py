@@ -14,6 +14,7 @@ from pykd.command_line import main
 from pykd.demo import programs
 from pykd.export import integrity, verification
 from pykd.export.verification import verify
+from tests.conftest import one_per_loss
 
 RANDOM = np.random.default_rng(0)
 ROWS = {
@@ -112,6 +113,22 @@ def test_scores_are_the_values_per_sample_of_the_loss(loss, score):
     np.testing.assert_array_equal(bytes_alone["loss_per_sample"], whole.value(**ROWS)["loss_per_sample"])
     from_torch = scores.value(**{name: torch.from_numpy(rows) for name, rows in ROWS.items()})
     np.testing.assert_array_equal(from_torch["loss_per_sample"].numpy(), bytes_alone["loss_per_sample"])
+
+
+def with_a_kernel():
+    for one in one_per_loss():
+        each_sample = not one.loss.couples_batch and all(spec.names[0] == "batch" for spec in one.specs.values())
+        if one.has_kernel and each_sample:
+            yield one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("one", list(with_a_kernel()), ids=str)
+def test_kernels_that_only_the_loss_needs_are_not_in_the_scores(one, tmp_path):
+    """What is left of them would be calls that return nothing, which the loader refuses."""
+    pykd.export(one.loss, tmp_path, kind="score", layouts=one.layouts, optional_inputs=one.optional, progress=quiet)
+    nodes = onnx.load(tmp_path / "score.onnx").graph.node
+    assert all(any(node.output) for node in nodes) and any(node.domain == "pykd" for node in nodes)
 
 
 @pytest.mark.slow

@@ -509,7 +509,7 @@ def _needed(nodes: Sequence[NodeProto], outputs: Iterable[str]) -> list[NodeProt
     wanted = set(outputs)
     found = []
     for node in reversed(nodes):
-        if wanted & set(node.output):
+        if wanted & {*node.output} - {""}:  # "" is an input or output that is left out
             found.append(node)
             wanted |= set(_reads(node))
     return found[::-1]
