@@ -171,7 +171,7 @@ void expect_close(const Data& data, Form form, const std::string& what, double e
       largest = std::max(largest, std::abs(want.gradient[i]));
       const double unit = data.dtype == PYKD_FLOAT32 ? 0 : data.dtype == PYKD_FLOAT16 ? 0x1p-11 : 0x1p-8;
       const double error = std::abs(got.gradient[i] - want.gradient[i]) - unit * std::abs(want.gradient[i]);
-      worst = std::isnan(error) ? kInfinity : std::max(worst, error);
+      worst = std::isnan(error) ? std::numeric_limits<double>::infinity() : std::max(worst, error);
     }
     EXPECT_LE(worst, exactness * largest + (data.dtype == PYKD_FLOAT16 ? 0x1p-25 : 0)) << where << ", row " << row;
   }

@@ -273,7 +273,7 @@ TEST(MkMmdCuda, DoesNotDependOnTheOrderOfBlocks) {
 
 TEST(MkMmdCuda, FindsWorkForAll) {
   EXPECT_EQ(shares_of(132, 64, 128), 8);  // 4,096 samples
-  EXPECT_EQ(shares_of(132, 1, 2), 2);   // a tile of students meets two
+  EXPECT_EQ(shares_of(132, 1, 2), 2);     // a tile of students meets two
   EXPECT_EQ(shares_of(132, 1000, 2000), 1);
 }
 

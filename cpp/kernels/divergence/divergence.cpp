@@ -78,10 +78,8 @@ using kernels::HWY_NAMESPACE::entries_to_alignment;
 using kernels::HWY_NAMESPACE::exp2;
 using kernels::HWY_NAMESPACE::exp2m1;
 using kernels::HWY_NAMESPACE::finish_streaming;
-using kernels::HWY_NAMESPACE::kLn2;
 using kernels::HWY_NAMESPACE::kLog2E;
 using kernels::HWY_NAMESPACE::load;
-using kernels::HWY_NAMESPACE::log;
 using kernels::HWY_NAMESPACE::store;
 using kernels::HWY_NAMESPACE::stream;
 
