@@ -29,6 +29,7 @@ pykd.losses.__path__.append({folder!r})
 
 def run(arguments, plugin_folder):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(plugin_folder), os.environ.get("PYTHONPATH", "")])}
+    environment.pop("PYTEST_ADDOPTS", None)  # what is printed is read
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1]
     )
