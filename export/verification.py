@@ -321,7 +321,9 @@ def _contents(directory: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
     contents = {}
     for name, described in manifest["files"].items():
         if name not in SIZES:
-            raise ValueError(f"expected the manifest to list {', '.join(SIZES)}, got {name!r}; export it again")
+            raise ValueError(
+                f"expected the manifest to list files out of {', '.join(SIZES)}, got {name!r}; export it again"
+            )
         if not (directory / name).exists():
             continue
         data = files.read(directory / name, SIZES[name])

@@ -382,7 +382,10 @@ def test_a_manifest_names_files_of_its_folder_alone(exported_folder, tmp_path, n
     manifest = copy(exported_folder, tmp_path)
     manifest["files"][name] = manifest["files"]["loss.onnx"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"expected the manifest to list loss.pt, loss.onnx, loss.grad.onnx, got"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected the manifest to list files out of loss.pt, loss.onnx, loss.grad.onnx, score.onnx, got",
+    ):
         verify(tmp_path)
 
 
