@@ -1,14 +1,13 @@
 #include "kernels/divergence/divergence.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
-#include <new>
 
 #include "kernels/host/memory.h"
+#include "kernels/host/rows.h"
 #include "kernels/kernel.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -44,8 +43,6 @@ struct Problem {
   bool almost_equal;     // a temperature at which p and q may be, and their divergence small beside their rounding
   bool stream_gradient;  // write it past the caches
 };
-
-inline size_t padded(size_t entries) { return (entries + 63) / 64 * 64 + 64; }  // whole vectors, and one to spare
 
 // Sums over a row. y = (logit - largest) / T to the base 2, at most 0; e = 2^y.
 struct Sums {
@@ -532,13 +529,6 @@ namespace {
 
 HWY_EXPORT(DivergenceRows);
 
-// Entries of a task: enough that handing it to another thread costs little.
-constexpr size_t kTaskEntries = 32768;
-// Tasks per thread: a thread that is held up leaves its share to the others.
-constexpr size_t kTasksPerThread = 4;
-// Bytes of gradient from which it is written past the caches.
-constexpr size_t kStreamedBytes = size_t{8} << 20;
-
 const char* refuse(const Call& call) {
   const auto in = [&call](Input input) { return call.inputs[input].given(); };
   const Form form = static_cast<Form>(call.choice(kForm));
@@ -580,31 +570,13 @@ void run(const Call& call) {
   if (in(kEmphasis).given()) problem.emphasis = call.number(kEmphasis);
   problem.almost_equal = call.number(kTemperature) > 8.0f;
   const size_t entries = problem.rows * problem.classes;
-  problem.stream_gradient =
-      problem.gradient != nullptr && entries * (call.dtype == PYKD_FLOAT32 ? 4 : 2) >= kStreamedBytes;
+  problem.stream_gradient = problem.gradient != nullptr && is_streamed(entries, call.dtype);
 
   const size_t scratch = (problem.form == Form::kBalancedKl ? 3 : 2) * padded(problem.classes);
-  const size_t threads = static_cast<size_t>(std::max(call.parallel == nullptr ? 1 : call.parallel->threads, 1));
-  const size_t tasks =
-      threads == 1 ? 1
-                   : std::max<size_t>(1, std::min({problem.rows, threads * kTasksPerThread, entries / kTaskEntries}));
-  if (tasks == 1) {
+  for_rows(call, problem.rows, entries, [&](size_t first, size_t last) {
     const Floats memory(scratch);
-    HWY_DYNAMIC_DISPATCH(DivergenceRows)(problem, 0, problem.rows, memory.get());
-    return;
-  }
-  std::atomic<bool> out_of_memory{false};
-  call.parallel->for_each(static_cast<std::int64_t>(tasks), [&](std::int64_t index) {
-    const size_t task = static_cast<size_t>(index);
-    try {
-      const Floats memory(scratch);
-      HWY_DYNAMIC_DISPATCH(DivergenceRows)
-      (problem, problem.rows * task / tasks, problem.rows * (task + 1) / tasks, memory.get());
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
-    }
+    HWY_DYNAMIC_DISPATCH(DivergenceRows)(problem, first, last, memory.get());
   });
-  if (out_of_memory) throw std::bad_alloc();
 }
 
 const bool registered = add({

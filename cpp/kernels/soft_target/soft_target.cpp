@@ -1,13 +1,13 @@
 #include "kernels/soft_target/soft_target.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <new>
 
+#include "kernels/host/rows.h"
 #include "kernels/kernel.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -90,8 +90,6 @@ struct Scratch {
   float* teacher_tops = nullptr;
   bool keep = false;  // false: one block's worth is enough, nobody reads it
 };
-
-inline size_t padded(size_t entries) { return (entries + 63) / 64 * 64 + 64; }  // whole vectors, and one to spare
 
 template <class Terms, class Hard>
 constexpr size_t scratch_arrays() {
@@ -809,14 +807,6 @@ namespace {
 
 HWY_EXPORT(SoftTargetRows);
 
-// Entries of a task: enough that handing it to another thread costs little.
-constexpr size_t kTaskEntries = 32768;
-// Tasks per thread: a thread that is held up leaves its share to the others.
-constexpr size_t kTasksPerThread = 4;
-// Bytes of gradient from which it is written past the caches: it would not stay there until somebody reads it, and a
-// line that is written as a whole need not be read before.
-constexpr size_t kStreamedBytes = size_t{8} << 20;
-
 // The floats of scratch memory that a thread needs.
 size_t scratch_size(const Problem& problem) {
   const bool keep = problem.gradient != nullptr || (problem.teacher != nullptr && problem.form == Form::kJsd);
@@ -899,29 +889,12 @@ void run(const Call& call) {
   problem.separate_hard =
       problem.student_scale != 1.0f && (problem.labels != nullptr || problem.label_probs != nullptr);
   const size_t entries = problem.rows * problem.classes;
-  problem.stream_gradient =
-      problem.gradient != nullptr && entries * (call.dtype == PYKD_FLOAT32 ? 4 : 2) >= kStreamedBytes;
+  problem.stream_gradient = problem.gradient != nullptr && is_streamed(entries, call.dtype);
 
   const size_t size = scratch_size(problem);
-  const size_t threads = static_cast<size_t>(std::max(call.parallel == nullptr ? 1 : call.parallel->threads, 1));
-  const size_t tasks =
-      threads == 1 ? 1
-                   : std::max<size_t>(1, std::min({problem.rows, threads * kTasksPerThread, entries / kTaskEntries}));
-  if (tasks == 1) {
-    HWY_DYNAMIC_DISPATCH(SoftTargetRows)(problem, 0, problem.rows, thread_memory(size));
-    return;
-  }
-  std::atomic<bool> out_of_memory{false};
-  call.parallel->for_each(static_cast<std::int64_t>(tasks), [&](std::int64_t index) {
-    const size_t task = static_cast<size_t>(index);
-    try {
-      HWY_DYNAMIC_DISPATCH(SoftTargetRows)
-      (problem, problem.rows * task / tasks, problem.rows * (task + 1) / tasks, thread_memory(size));
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
-    }
+  for_rows(call, problem.rows, entries, [&](size_t first, size_t last) {
+    HWY_DYNAMIC_DISPATCH(SoftTargetRows)(problem, first, last, thread_memory(size));
   });
-  if (out_of_memory) throw std::bad_alloc();
 }
 
 const bool registered = add({
