@@ -203,6 +203,15 @@ def reduce(values: Tensor, weight: Tensor | None, reduction: str, count: Tensor 
     return weighted if reduction == "none" else weighted.sum()
 
 
+def reduce_softened(
+    values: Tensor, weight: Tensor | None, temperature: float, tau_squared: bool, reduction: str
+) -> Tensor:
+    """:func:`reduce` of what softened logits gave: times T² where wanted."""
+    if tau_squared:
+        values = values * (temperature * temperature)
+    return reduce(values, weight, reduction)
+
+
 def shares(weight: Tensor, reduction: str, count: Tensor | None = None) -> Tensor:
     """What each sample's value is multiplied by before :func:`reduce` adds them up; its arguments."""
     if reduction != "mean":

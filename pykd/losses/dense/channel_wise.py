@@ -20,9 +20,7 @@ def channel_wise(
     student = ops.without_left_out(student_features, weight).flatten(2)
     teacher = ops.without_left_out(teacher_features, weight).flatten(2)
     values = ops.softened_divergence(student, teacher, temperature).mean(dim=1)
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("channel_wise")

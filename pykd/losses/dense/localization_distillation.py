@@ -12,14 +12,6 @@ from pykd.fused.description import SOFT_TARGET, KernelPoint
 BINS = ("sum", "mean")
 
 
-def _reduce(
-    values: Tensor, sample_weight: Tensor | None, temperature: float, tau_squared: bool, reduction: str
-) -> Tensor:
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
-
-
 def localization_distillation(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -36,7 +28,7 @@ def localization_distillation(
     values = ops.softened_divergence(student, teacher, temperature)
     if over_bins == "mean":
         values = values / student.size(-1)
-    return _reduce(values, weight, temperature, tau_squared, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("localization_distillation")
@@ -116,7 +108,9 @@ class LocalizationDistillation(Loss):
     def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight, temperature):
         tensors = {"student": student_logits, "teacher": teacher_logits, "temperature": temperature}
         values = kernel(SOFT_TARGET, "soft", ops.softened_divergence, tensors, {"form": "kl"}, weight="soft_weight")
-        return _reduce(ops.at_least_0(values), sample_weight, temperature, self.tau_squared, self.reduction)
+        return ops.reduce_softened(
+            ops.at_least_0(values), ops.optional_weight(sample_weight), temperature, self.tau_squared, self.reduction
+        )
 
     def properties(self) -> Properties:
         return Properties(

@@ -27,9 +27,7 @@ def pixel_wise(
     values = ops.softened_divergence(student, teacher, temperature, form, dim=1)
     if not per_pixel:
         values = values.flatten(1).mean(dim=1)
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("pixel_wise")

@@ -34,9 +34,7 @@ def decoupled_kd(
     target = ops.forward_kl(log_p_binary, log_q_binary, temperature)
     non_target = ops.forward_kl(log_p_others, log_q_others, temperature)
     values = target_weight * target + non_target_weight * non_target
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("decoupled_kd")

@@ -65,9 +65,7 @@ def knowledge_adjustment(
         log_p = _smoothed(teacher, log_p, labels, label_smoothing)
     log_q = torch.log_softmax(ops.soften(ops.without_left_out(student_logits, weight), temperature), dim=-1)
     values = ops.forward_kl(log_p, log_q, temperature)
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("knowledge_adjustment")

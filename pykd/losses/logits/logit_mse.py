@@ -32,9 +32,7 @@ def logit_mse(
         differences = (student - teacher) / temperature
     squares = differences * differences
     values = squares.mean(dim=-1) if over_classes == "mean" else squares.sum(dim=-1)
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("logit_mse")

@@ -33,9 +33,7 @@ def logit_standardization(
     teacher = _z_scores(ops.without_left_out(teacher_logits.detach(), weight), unbiased)
     student = _z_scores(ops.without_left_out(student_logits, weight), unbiased)
     values = ops.softened_divergence(student, teacher, temperature)
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("logit_standardization")

@@ -45,9 +45,7 @@ def mini_finetuning(
     log_p = torch.log_softmax(ops.soften(teacher, temperature), dim=-1)
     log_q = torch.log_softmax(ops.soften(ops.without_left_out(student_logits, weight), temperature), dim=-1)
     values = ops.forward_kl(_corrected(log_p, labels, threshold, raise_right), log_q, temperature)
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("mini_finetuning")

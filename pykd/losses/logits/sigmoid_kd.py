@@ -35,9 +35,7 @@ def sigmoid_kd(
     else:
         classes = ops.negative_of(ops.expectation(torch.exp(log_p), log_q))
     values = classes.sum(dim=-1) if over_classes == "sum" else classes.mean(dim=-1)
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("sigmoid_kd")

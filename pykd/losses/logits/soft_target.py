@@ -50,14 +50,6 @@ def soft_target_rows(
     return ops.negative_of(beta * teacher_side.sum(dim=-1) + (1 - beta) * student_side.sum(dim=-1))
 
 
-def _reduce(
-    values: Tensor, sample_weight: Tensor | None, temperature: float, tau_squared: bool, reduction: str
-) -> Tensor:
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
-
-
 def soft_target(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -74,7 +66,7 @@ def soft_target(
     student = ops.without_left_out(student_logits, weight)
     teacher = ops.without_left_out(teacher_logits, weight)
     values = soft_target_rows(student, teacher, temperature, form, soften_student, beta)
-    return _reduce(values, weight, temperature, tau_squared, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("soft_target")
@@ -202,7 +194,9 @@ class SoftTarget(Loss):
             {"form": self.form, "soften_student": self.soften_student, "beta": self.beta},
             weight="soft_weight",
         )
-        return _reduce(ops.at_least_0(values), sample_weight, temperature, self.tau_squared, self.reduction)
+        return ops.reduce_softened(
+            ops.at_least_0(values), ops.optional_weight(sample_weight), temperature, self.tau_squared, self.reduction
+        )
 
     def properties(self) -> Properties:
         alike = self.soften_student or float(self.temperature) == 1  # student and teacher are softened alike

@@ -36,9 +36,7 @@ def spherical_kd(
     log_p = torch.log_softmax(ops.soften(wanted, temperature), dim=-1)
     log_q = torch.log_softmax(ops.soften(scaled, temperature), dim=-1)
     values = ops.forward_kl(log_p, log_q, temperature)
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("spherical_kd")

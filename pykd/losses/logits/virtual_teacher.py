@@ -30,9 +30,7 @@ def virtual_teacher(
     virtual = torch.where(right, label_probability, (1.0 - label_probability) / others)
     log_p = torch.log_softmax(ops.soften(virtual, temperature), dim=-1)
     values = ops.forward_kl(log_p, log_q, temperature) + at_label(torch.zeros_like(log_p), labels)
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("virtual_teacher")

@@ -30,9 +30,7 @@ def weighted_soft_labels(
     p = torch.softmax(ops.soften(teacher, temperature), dim=-1)
     log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
     values = focus * ops.negative_of(ops.expectation(p, log_q))
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("weighted_soft_labels")

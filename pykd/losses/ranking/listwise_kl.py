@@ -7,14 +7,6 @@ from pykd.definition.reference import divergence, log_softmax, reduce_samples
 from pykd.fused.description import SOFT_TARGET, KernelPoint
 
 
-def _reduce(
-    values: Tensor, sample_weight: Tensor | None, temperature: float, tau_squared: bool, reduction: str
-) -> Tensor:
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
-
-
 def listwise_kl(
     student_scores: Tensor,
     teacher_scores: Tensor,
@@ -27,7 +19,9 @@ def listwise_kl(
     weight = ops.optional_weight(sample_weight)
     student = ops.without_left_out(student_scores, weight)
     teacher = ops.without_left_out(teacher_scores.detach(), weight)
-    return _reduce(ops.softened_divergence(student, teacher, temperature), weight, temperature, tau_squared, reduction)
+    return ops.reduce_softened(
+        ops.softened_divergence(student, teacher, temperature), weight, temperature, tau_squared, reduction
+    )
 
 
 @register("listwise_kl")
@@ -88,7 +82,9 @@ class ListwiseKL(Loss):
     def fused(self, kernel: KernelPoint, student_scores, teacher_scores, sample_weight, temperature):
         tensors = {"student": student_scores, "teacher": teacher_scores, "temperature": temperature}
         values = kernel(SOFT_TARGET, "soft", ops.softened_divergence, tensors, {"form": "kl"}, weight="soft_weight")
-        return _reduce(ops.at_least_0(values), sample_weight, temperature, self.tau_squared, self.reduction)
+        return ops.reduce_softened(
+            ops.at_least_0(values), ops.optional_weight(sample_weight), temperature, self.tau_squared, self.reduction
+        )
 
     def properties(self) -> Properties:
         return Properties(

@@ -6,15 +6,6 @@ from torch import Tensor
 from pykd.definition import ops
 
 
-def reduce_softened(
-    values: Tensor, sample_weight: Tensor | None, temperature: float, tau_squared: bool, reduction: str
-) -> Tensor:
-    """The last lines of a divergence of softened logits: T² where wanted, and the reduction."""
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, ops.optional_weight(sample_weight), reduction)
-
-
 def within(ids: Tensor, classes: int) -> Tensor:
     """Ids of the vocabulary, and 0 in the place of any other (which a GPU, since it is not waited for, may meet)."""
     return torch.where((ids >= 0) & (ids < classes), ids, torch.zeros_like(ids))

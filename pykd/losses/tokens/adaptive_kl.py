@@ -42,9 +42,7 @@ def adaptive_kl(
     forward, reverse = _shares(log_p, log_q.detach(), head_mass, boundary)
     values = ops.product_or_zero(forward, ops.forward_kl(log_p, log_q, temperature))
     values = values + ops.product_or_zero(reverse, ops.reverse_kl(log_p, log_q, temperature))
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("adaptive_kl")

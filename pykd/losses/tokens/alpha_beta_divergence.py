@@ -22,7 +22,6 @@ from pykd.definition import (
 )
 from pykd.definition.reference import log_softmax, reduce_samples, rows
 from pykd.fused.description import DIVERGENCE, KernelPoint
-from pykd.losses.tokens._shared import reduce_softened
 
 
 def _power(log: Tensor) -> Tensor:
@@ -84,7 +83,7 @@ def alpha_beta_divergence(
             values = values * alpha
         elif alpha == 0 and beta != 0:
             values = values * beta
-    return reduce_softened(values, weight, temperature, tau_squared, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("alpha_beta_divergence")
@@ -183,7 +182,9 @@ class AlphaBetaDivergence(Loss):
         tensors = {"student": student_logits, "teacher": teacher_logits, "temperature": temperature}
         settings = {"form": "alpha_beta", "alpha": self.alpha, "beta": self.beta}
         values = kernel(DIVERGENCE, "value", _rows, tensors, settings, weight="weight")
-        return reduce_softened(values, sample_weight, temperature, self.tau_squared, self.reduction)
+        return ops.reduce_softened(
+            values, ops.optional_weight(sample_weight), temperature, self.tau_squared, self.reduction
+        )
 
     def properties(self) -> Properties:
         return Properties(

@@ -7,7 +7,6 @@ from torch import Tensor
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, ops, register, scalar
 from pykd.definition.reference import divergence, expectation, log_softmax, reduce_samples, rows
 from pykd.fused.description import DIVERGENCE, KernelPoint
-from pykd.losses.tokens._shared import reduce_softened
 
 
 def _rows(student: Tensor, teacher: Tensor, temperature: float, emphasis: float, form: str) -> Tensor:
@@ -36,7 +35,7 @@ def balanced_kl(
     student = ops.without_left_out(student_logits, weight)
     teacher = ops.without_left_out(teacher_logits, weight)
     values = _rows(student, teacher, temperature, emphasis, "balanced_kl")
-    return reduce_softened(values, weight, temperature, tau_squared, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("balanced_kl")
@@ -115,7 +114,9 @@ class BalancedKL(Loss):
             "emphasis": emphasis,
         }
         values = kernel(DIVERGENCE, "value", _rows, tensors, {"form": "balanced_kl"}, weight="weight")
-        return reduce_softened(values, sample_weight, temperature, self.tau_squared, self.reduction)
+        return ops.reduce_softened(
+            values, ops.optional_weight(sample_weight), temperature, self.tau_squared, self.reduction
+        )
 
     def properties(self) -> Properties:
         return Properties(logit_shift=True, masked_classes=True, zero_when_equal=True, symmetric=True)

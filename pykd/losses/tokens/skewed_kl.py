@@ -20,7 +20,6 @@ from pykd.definition import (
 )
 from pykd.definition.reference import log_softmax, reduce_samples, rows
 from pykd.fused.description import DIVERGENCE, KernelPoint
-from pykd.losses.tokens._shared import reduce_softened
 
 DIRECTIONS = ("forward", "reverse")
 
@@ -57,7 +56,7 @@ def skewed_kl(
     student = ops.without_left_out(student_logits, weight)
     teacher = ops.without_left_out(teacher_logits, weight)
     values = _rows(student, teacher, temperature, _form(direction), alpha)
-    return reduce_softened(values, weight, temperature, tau_squared, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("skewed_kl")
@@ -141,7 +140,9 @@ class SkewedKL(Loss):
         tensors = {"student": student_logits, "teacher": teacher_logits, "temperature": temperature}
         settings = {"form": _form(self.direction), "alpha": self.alpha}
         values = kernel(DIVERGENCE, "value", _rows, tensors, settings, weight="weight")
-        return reduce_softened(values, sample_weight, temperature, self.tau_squared, self.reduction)
+        return ops.reduce_softened(
+            values, ops.optional_weight(sample_weight), temperature, self.tau_squared, self.reduction
+        )
 
     def properties(self) -> Properties:
         return Properties(

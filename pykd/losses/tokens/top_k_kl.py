@@ -66,9 +66,7 @@ def top_k_kl(
     student = ops.without_left_out(student_logits, weight)
     given = ops.upcast(ops.without_left_out(teacher_log_probs.detach(), weight))
     values = _values(student, given, teacher_ids, temperature, convention)
-    if tau_squared:
-        values = values * (temperature * temperature)
-    return ops.reduce(values, weight, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("top_k_kl")

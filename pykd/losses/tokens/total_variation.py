@@ -7,7 +7,6 @@ from torch import Tensor
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples, rows
 from pykd.fused.description import DIVERGENCE, KernelPoint
-from pykd.losses.tokens._shared import reduce_softened
 
 
 def _rows(student: Tensor, teacher: Tensor, temperature: float, form: str) -> Tensor:
@@ -30,7 +29,7 @@ def total_variation(
     student = ops.without_left_out(student_logits, weight)
     teacher = ops.without_left_out(teacher_logits, weight)
     values = _rows(student, teacher, temperature, "total_variation")
-    return reduce_softened(values, weight, temperature, tau_squared, reduction)
+    return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
 @register("total_variation")
@@ -98,7 +97,9 @@ class TotalVariation(Loss):
     def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight, temperature):
         tensors = {"student": student_logits, "teacher": teacher_logits, "temperature": temperature}
         values = kernel(DIVERGENCE, "value", _rows, tensors, {"form": "total_variation"}, weight="weight")
-        return reduce_softened(values, sample_weight, temperature, self.tau_squared, self.reduction)
+        return ops.reduce_softened(
+            values, ops.optional_weight(sample_weight), temperature, self.tau_squared, self.reduction
+        )
 
     def properties(self) -> Properties:
         return Properties(logit_shift=True, masked_classes=True, zero_when_equal=True, symmetric=True)
