@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,11 @@ import numpy as np
 
 from pykd._version import __version__
 from pykd.scoring import sources
+from pykd.scoring.formats.source import block_rows, worked
 from pykd.scoring.results import Journal, Scores, write_parquet
 from pykd.scoring.row_scores import LOSSES, STATUSES, RowScores
 from pykd.scoring.sources import Load, Source
 from pykd.scoring.top_k_scores import TopKScores
-
-_BLOCK_BYTES = 2 << 20  # of one side: what stays in the caches while it is worked on
-_LEAST_ROWS, _MOST_ROWS = 8, 1 << 16  # of a block
 
 Where = str | os.PathLike[str]
 
@@ -237,28 +233,17 @@ class _Work:
 
     def run(self, start: int, threads: int) -> Iterator[np.ndarray[Any, Any]]:
         """Records of the rows from ``start`` on, in order."""
-        row_bytes = max(source.dtype.itemsize * (source.width or 1) for source in (self.teacher, self.student))
-        rows = min(max(_BLOCK_BYTES // row_bytes, _LEAST_ROWS), _MOST_ROWS)
+        rows = block_rows(self.teacher, self.student)
         pairs = zip(
             self.teacher.blocks(start, rows),
             self.student.blocks(start, rows),
             _nothing() if self.label is None else self.label.blocks(start, rows),
             strict=self.label is not None,
         )
-        waiting: deque[Future[np.ndarray[Any, Any]]] = deque()
-        with ThreadPoolExecutor(threads) as pool:
-            try:
-                for teacher, student, label in pairs:
-                    waiting.append(pool.submit(self._block, teacher, student, label))
-                    if len(waiting) > threads + 1:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        return worked(pairs, self._block, threads)
 
-    def _block(self, teacher: Load, student: Load, label: Load | None) -> np.ndarray[Any, Any]:
+    def _block(self, loads: tuple[Load, Load, Load | None]) -> np.ndarray[Any, Any]:
+        teacher, student, label = loads
         return self.scores(teacher(), student(), None if label is None else label())
 
 

@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 
 from pykd.scoring.container import Shapes, Writer
-from pykd.scoring.formats.source import ROW_KINDS, Block, Load, Source, worked
+from pykd.scoring.formats.source import ROW_KINDS, Block, Load, Source, block_rows, worked
 from pykd.scoring.top_k import keep, log_parts, narrow
 
-_BLOCK_BYTES = 2 << 20  # of logits: what stays in the caches while it is worked on
-_LEAST_ROWS, _MOST_ROWS = 8, 1 << 16  # of a block
 _OK, _NAN, _INFINITE, _RAGGED, _MISSING = range(len(ROW_KINDS))
 
 Array = np.ndarray[Any, Any]
@@ -170,7 +168,7 @@ def write_hidden(
     def parts() -> Iterator[dict[str, Array]]:
         for name, part in (("head", head), ("bias", bias)):
             if part is not None:
-                rows = _block_rows(part)
+                rows = block_rows(part)
                 for first, load in zip(range(0, width, rows), part.blocks(0, rows), strict=False):
                     values = load().whole(part.name).values[: width - first]
                     # A bias of −∞ masks a class; all else would make every row NaN or infinite.
@@ -201,7 +199,7 @@ def _write(
         for part in parts:
             writer.append(**part)
         done = 0
-        for written in worked(source.blocks(0, _block_rows(source)), work, threads):
+        for written in worked(source.blocks(0, block_rows(source)), work, threads):
             writer.append(**written)
             done += len(written["kind"])
             if progress is not None:
@@ -268,8 +266,3 @@ def _digest(path: Where) -> str:
             if hasattr(hashlib, "file_digest")
             else hashlib.sha256(file.read()).hexdigest()
         )
-
-
-def _block_rows(source: Source) -> int:
-    row_bytes = source.dtype.itemsize * (source.width or 1)
-    return min(max(_BLOCK_BYTES // row_bytes, _LEAST_ROWS), _MOST_ROWS)

@@ -16,6 +16,8 @@ import numpy as np
 
 BUFFER = 1 << 20  # bytes that pyarrow reads ahead of a column
 _AHEAD = 3  # blocks that are read before they are asked for
+_BLOCK_BYTES = 2 << 20  # of one source: what stays in the caches while it is worked on
+_LEAST_ROWS, _MOST_ROWS = 8, 1 << 16  # of a block
 
 
 class Memory:
@@ -96,6 +98,12 @@ class Source:
     def blocks(self, start: int, rows: int) -> Iterator[Load]:
         """Blocks of exactly that many rows, the last one excepted, from row ``start`` on."""
         return ahead(self.load(start, rows)) if self.in_turn else self.load(start, rows)
+
+
+def block_rows(*sources: Source) -> int:
+    """How many rows of these sources are worked on at once."""
+    row_bytes = max(source.dtype.itemsize * (source.width or 1) for source in sources)
+    return min(max(_BLOCK_BYTES // row_bytes, _LEAST_ROWS), _MOST_ROWS)
 
 
 def ahead(loads: Iterator[Load]) -> Iterator[Load]:
