@@ -49,7 +49,7 @@ def test_every_loss_is_in_the_tables():
 
 
 @pytest.mark.parametrize(("path", "part"), [("README.md", "how-close"), ("docs/losses.md", "how-close-each")])
-def test_the_tables_of_errors_name_what_there_is_and_no_error_far_beyond_the_limits(path, part):
+def test_the_tables_of_errors_name_what_there_is_and_no_error_beyond_the_limits(path, part):
     text = (
         (ROOT / path).read_text(encoding="utf-8").split(f"<!-- pykd:{part} -->")[1].split(f"<!-- /pykd:{part} -->")[0]
     )
@@ -57,12 +57,14 @@ def test_the_tables_of_errors_name_what_there_is_and_no_error_far_beyond_the_lim
     known = registry.registered()
     rows = re.findall(r"^\| `(\w+)`", text, re.MULTILINE)
     assert rows and set(rows) <= (set(known) if part == "how-close-each" else {cls.family for cls in known.values()})
-    pairs = re.findall(r"(\d+e[+-]\d+), (\d+e[+-]\d+)", text)
+    pairs = re.findall(r"(\d+e[+-]\d+), (\d+e[+-]\d+)(†?)", text)
     assert len(pairs) == 4 * len(rows)
     most_value, most_gradient = LIMITS["float32"]
-    # scripts/readme takes what verification lets pass. It allows more where the rounding of inputs alone moves a gradient
-    # that far: by a factor of 50 at most, and the text says so.
-    assert all(float(value) <= most_value and float(gradient) <= 50 * most_gradient for value, gradient in pairs)
+    # scripts/readme takes what verification lets pass, which is more where the rounding of inputs alone moves a gradient that
+    # far: the text has a mark for it.
+    assert all(float(value) <= most_value for value, _, _ in pairs)
+    assert all(float(gradient) <= most_gradient * (50 if mark else 1) for _, gradient, mark in pairs)
+    assert sum(bool(mark) for *_, mark in pairs) < len(pairs) / 2
 
 
 def test_links_lead_somewhere():
