@@ -673,6 +673,25 @@ TEST(GpuEmulation, DelaysCopiesUntilTheyAreWaitedFor) {
   });
 }
 
+TEST(GpuEmulation, ShowsThatABarrierIsMissing) {
+  int early = 0;
+  gpu::Launch{1, 1, 64, 256}.run([&] {
+    auto* shared = reinterpret_cast<float*>(gpu::shared_memory());
+    shared[gpu::thread()] = 1.0f;
+    if (std::isnan(shared[63 - gpu::thread()])) ++early;
+    gpu::block_barrier();
+    EXPECT_EQ(shared[63 - gpu::thread()], 1.0f);
+  });
+  EXPECT_GT(early, 0);
+}
+
+TEST(GpuEmulation, EndsWhereThreadsWaitForWhatNeverComes) {
+  gpu::Fibers fibers;
+  gpu::Fibers::Sleepers sleepers;
+  for (int i = 0; i < 3; ++i) fibers.add([&] { fibers.sleep(sleepers); });
+  EXPECT_THROW(fibers.run(), std::logic_error);
+}
+
 // ---- The choice of a layout ----------------------------------------------------------------------------
 
 const Device kA100{108, 163 << 10, 164 << 10, 1};

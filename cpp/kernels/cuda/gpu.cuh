@@ -2,7 +2,7 @@
 //
 // What kernels ask of a GPU, each thing under one name: indices, barriers, shuffles, 16-byte accesses, copies that
 // run on their own, clusters of blocks, the two fast functions of the hardware. Kernels written against this file
-// alone also compile without CUDA, against a stand-in of the same names in which every GPU thread is a thread of the
+// alone also compile without CUDA, against a stand-in of the same names in which every GPU thread is a fiber on the
 // host: gpu_emulation.h, beside this file. There they are tested, races included, on machines without a GPU.
 //
 // Logarithms are to the base 2, because that is what the hardware has; callers scale.

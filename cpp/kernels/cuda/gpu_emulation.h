@@ -1,22 +1,20 @@
 // File: kernels/cuda/gpu_emulation.h
 //
-// The names of gpu.cuh without a GPU: every GPU thread is a thread of this process. Slow, and good for what a
+// The names of gpu.cuh without a GPU: every GPU thread is a fiber of one thread (fibers.h). Slow, and good for what a
 // GPU does not show: results of the kernels themselves on any machine, accesses out of bounds under the address
 // sanitizer, missing barriers under the thread sanitizer.
 //
 //     gpu::Launch launch{blocks, blocks_per_cluster, threads, shared_bytes};
 //     launch.run([&] { some_kernel<gpu::Float32>(arguments); });
 //
-// Clusters run one after the other, in an order that run() can turn around; the threads of one at the same time.
-// Uninitialised shared memory holds NaN, and copies to shared memory arrive when they are waited for, not before.
+// Clusters run one after the other, in an order that run() can turn around; the threads of one in any order between
+// two barriers. Uninitialised shared memory holds NaN, and copies to shared memory arrive when they are waited for, not
+// before.
 #ifndef PYKD_KERNELS_CUDA_GPU_EMULATION_H_
 #define PYKD_KERNELS_CUDA_GPU_EMULATION_H_
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <cmath>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -25,32 +23,57 @@
 #include <limits>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
+
+#include "kernels/cuda/fibers.h"
 
 namespace pykd::kernels::gpu {
 
 // ---- A cluster that is running -----------------------------------------------------------------------
 
+struct EmulatedThread;
+inline thread_local EmulatedThread* self = nullptr;
+inline thread_local Fibers* fibers = nullptr;
+
+inline void turn_to(EmulatedThread* thread) {
+  const Aside aside;
+  self = thread;
+}
+inline void sleep_among(Fibers::Sleepers& sleepers) {
+  EmulatedThread* const me = self;
+  fibers->sleep(sleepers);
+  turn_to(me);
+}
+
 class Barrier {
  public:
-  explicit Barrier(unsigned threads) { pthread_barrier_init(&barrier_, nullptr, threads); }
-  ~Barrier() { pthread_barrier_destroy(&barrier_); }
-  Barrier(const Barrier&) = delete;
-  Barrier& operator=(const Barrier&) = delete;
-  void wait() { pthread_barrier_wait(&barrier_); }
+  explicit Barrier(unsigned threads) : threads_(threads), missing_(threads) {}
+  void wait() {
+    const Aside aside;
+    std::uint64_t* const event = &events_[times_ % 2];
+    happens_before(event);
+    if (--missing_ > 0) {
+      sleep_among(sleepers_);
+    } else {
+      missing_ = threads_;
+      ++times_;
+      fibers->wake(sleepers_);
+    }
+    happens_after(event);
+  }
 
  private:
-  pthread_barrier_t barrier_;
+  unsigned threads_, missing_, times_ = 0;
+  std::uint64_t events_[2] = {};  // in turn: who goes on may come to the next before all have woken from this one
+  Fibers::Sleepers sleepers_;
 };
 
 struct EmulatedWarp {
   Barrier barrier{kWarp};
-  unsigned char lanes[kWarp][64];
+  unsigned char lanes[2][kWarp][64];  // in turn: a lane may pass the next value before all have read this one
 };
 
 // In bytes.
@@ -65,15 +88,13 @@ struct EmulatedBlock {
   }
   void forget() {
     if (!shared.empty()) std::memset(static_cast<void*>(shared.data()), 0xff, shared.size() * sizeof(Words));
-    const std::lock_guard<std::mutex> lock(mail_mutex);
     mail.clear();
   }
   Barrier barrier;
   std::vector<EmulatedWarp> warps;
   std::vector<Words> shared;
-  std::mutex mail_mutex;  // of what comes from other blocks
-  std::condition_variable mail_has_come;
   std::map<std::ptrdiff_t, EmulatedMail> mail;  // by where the mailbox is
+  Fibers::Sleepers await_mail;
 };
 
 // Where something lies in a block's shared memory.
@@ -87,12 +108,11 @@ struct EmulatedThread {
   std::deque<EmulatedBlock>* cluster = nullptr;
   Barrier* cluster_barrier = nullptr;
   bool announced = false;
+  unsigned shuffles = 0;
   // Copies that were begun: those of groups that are closed, and those of the group that is open.
   std::deque<std::vector<std::pair<void*, const void*>>> groups;
   std::vector<std::pair<void*, const void*>> open;
 };
-
-inline thread_local EmulatedThread* self = nullptr;
 
 struct Launch {
   unsigned blocks = 1, cluster = 1, threads = kWarp;
@@ -103,18 +123,19 @@ struct Launch {
     if (threads % kWarp != 0 || blocks % cluster != 0 || shared_bytes % sizeof(Words) != 0) {
       throw std::logic_error("a launch in whole warps, whole clusters and 16 bytes");
     }
-    // The same threads serve one cluster after the other.
+    // The same fibers serve one cluster after the other.
     std::deque<EmulatedBlock> running;
     for (unsigned rank = 0; rank < cluster; ++rank) running.emplace_back(threads, shared_bytes);
     Barrier all(cluster * threads);
-    std::vector<std::thread> workers;
+    Fibers workers;
+    fibers = &workers;
     for (unsigned rank = 0; rank < cluster; ++rank) {
       for (unsigned thread = 0; thread < threads; ++thread) {
-        workers.emplace_back([&, rank, thread] {
+        workers.add([&, rank, thread] {
           for (unsigned i = 0; i < blocks / cluster; ++i) {
             const unsigned first = (backwards ? blocks / cluster - 1 - i : i) * cluster;
-            EmulatedThread state{first + rank, rank, thread, threads, &running[rank], &running, &all, false, {}, {}};
-            self = &state;
+            EmulatedThread state{first + rank, rank, thread, threads, &running[rank], &running, &all, false, 0, {}, {}};
+            turn_to(&state);
             kernel();
             running[rank].barrier.wait();
             if (thread == 0) running[rank].forget();  // the block is over, whoever of the cluster still reads there
@@ -123,7 +144,7 @@ struct Launch {
         });
       }
     }
-    for (std::thread& worker : workers) worker.join();
+    workers.run();
   }
 };
 
@@ -137,14 +158,14 @@ inline unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(
 
 template <class T>
 T shuffle_xor(const T& value, int mask) {
-  static_assert(sizeof(T) <= sizeof(EmulatedWarp::lanes[0]));
+  static_assert(sizeof(T) <= sizeof(EmulatedWarp::lanes[0][0]));
   EmulatedWarp& warp = self->own->warps[self->thread / kWarp];
+  auto& lanes = warp.lanes[self->shuffles++ % 2];
   const unsigned lane = self->thread % kWarp;
-  std::memcpy(warp.lanes[lane], &value, sizeof(T));
+  std::memcpy(lanes[lane], &value, sizeof(T));
   warp.barrier.wait();
   T result;
-  std::memcpy(&result, warp.lanes[lane ^ static_cast<unsigned>(mask)], sizeof(T));
-  warp.barrier.wait();
+  std::memcpy(&result, lanes[lane ^ static_cast<unsigned>(mask)], sizeof(T));
   return result;
 }
 
@@ -154,7 +175,7 @@ struct alignas(8) Mailbox {
 
 inline void open_mailbox(Mailbox* mine, unsigned bytes) {
   EmulatedBlock& block = *self->own;
-  const std::lock_guard<std::mutex> lock(block.mail_mutex);
+  const Aside aside;
   if (self->announced || !block.mail.emplace(offset_in(block, mine), EmulatedMail{bytes, 0}).second) std::abort();
 }
 inline void announce_mailboxes() { self->announced = true; }
@@ -167,18 +188,20 @@ template <class S>
 void post(const S& value, S* slot, Mailbox* mailbox, unsigned rank) {
   static_assert(sizeof(S) % 16 == 0, "sent 16 bytes at a time");
   EmulatedBlock& to = (*self->cluster)[rank];
-  const std::lock_guard<std::mutex> lock(to.mail_mutex);
+  std::memcpy(reinterpret_cast<unsigned char*>(to.shared.data()) + offset_in(*self->own, slot), &value, sizeof(S));
+  happens_before(&to.mail);
+  const Aside aside;
   const auto mail = to.mail.find(offset_in(*self->own, mailbox));
   if (mail == to.mail.end() || mail->second.come + sizeof(S) > mail->second.expected) std::abort();
-  std::memcpy(reinterpret_cast<unsigned char*>(to.shared.data()) + offset_in(*self->own, slot), &value, sizeof(S));
   mail->second.come += static_cast<unsigned>(sizeof(S));
-  to.mail_has_come.notify_all();
+  fibers->wake(to.await_mail);
 }
 inline void await_mail(Mailbox* mine) {
   EmulatedBlock& block = *self->own;
-  std::unique_lock<std::mutex> lock(block.mail_mutex);
+  const Aside aside;
   const EmulatedMail& mail = block.mail.at(offset_in(block, mine));
-  block.mail_has_come.wait(lock, [&] { return mail.come == mail.expected; });
+  while (mail.come != mail.expected) sleep_among(block.await_mail);
+  happens_after(&block.mail);
 }
 
 inline void check_aligned(const void* p) {
