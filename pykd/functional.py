@@ -11,7 +11,6 @@ with ``kernels="on"``. What TorchScript and ``torch.compile`` read is the formul
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +39,7 @@ def __dir__() -> list[str]:
 def _routed(name: str) -> Callable[..., Any]:
     """The formula of a loss, or its kernel, with the argument ``kernels``."""
     cls = registry.get(name)
-    formula: Callable[..., Any] = getattr(sys.modules[cls.__module__], name)
+    formula = cls._formula
     if not cls.is_accelerated():
 
         @functools.wraps(formula)

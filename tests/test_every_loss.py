@@ -1,5 +1,6 @@
 """What holds for every loss, judged by its NumPy reference in float64. Nothing here names a loss."""
 
+import ast
 import doctest
 import importlib
 import inspect
@@ -248,8 +249,18 @@ def test_settings_build_the_same_loss(loss_subject):
 def test_function_of_the_same_name_is_public(loss_class):
     function = getattr(pykd.functional, loss_class.name)
     assert function.__wrapped__ is getattr(sys.modules[loss_class.__module__], loss_class.name)
+    given = inspect.signature(function).parameters
+    settings = inspect.signature(loss_class).parameters
+    assert all(given[name].default == settings[name].default for name in settings.keys() & given.keys())
     assert torch.jit.script(function).name == loss_class.name
     assert getattr(pykd, loss_class.__name__) is loss_class
+
+
+def test_a_default_stands_in_one_place(loss_class):
+    """The class has it; the formula, as it is written, has none."""
+    written = ast.parse(inspect.getsource(sys.modules[loss_class.__module__]))
+    (formula,) = [n for n in written.body if isinstance(n, ast.FunctionDef) and n.name == loss_class.name]
+    assert not formula.args.defaults and not formula.args.kw_defaults
 
 
 def test_every_case_exercises_every_setting(loss_class):

@@ -44,7 +44,7 @@ def test_the_family_is_the_folder(loss_class):
     assert loss_class.family == (folder.name if home in folder.parents else "")
 
 
-def good(student_logits, teacher_logits, reduction: str = "mean"):
+def good(student_logits, teacher_logits, reduction: str):
     return (student_logits - teacher_logits).abs().mean()
 
 
@@ -52,7 +52,7 @@ def good(student_logits, teacher_logits, reduction: str = "mean"):
 def test_no_two_losses_share_a_name(fields):
     with pytest.raises(
         ValueError,
-        match=r"expected a new name for a_module_for_a_test.ALoss, got '.*', which "
+        match=r"expected a new name for tests.test_settings.ALoss, got '.*', which "
         r"pykd.losses.logits.soft_target.SoftTarget has; choose another",
     ):
         declare(good, **fields)
@@ -66,14 +66,16 @@ def test_two_classes_of_one_name_are_refused():
 
 
 def test_a_name_that_is_taken_is_refused():
+    def soft_target(student_logits):
+        return student_logits.mean()
+
     with pytest.raises(
         ValueError, match="expected a new name for .*Another, got 'soft_target', which .*SoftTarget has"
     ):
 
-        @registry.register("soft_target")
+        @registry.register(soft_target)
         class Another(Loss):
             inputs = {"student_logits": Spec("batch classes", grad=True)}
-            paper = "none"
 
             @staticmethod
             def reference(**inputs):

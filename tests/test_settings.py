@@ -4,8 +4,6 @@ import copy
 import inspect
 import math
 import pickle
-import sys
-import types
 
 import pytest
 import torch
@@ -106,44 +104,57 @@ def test_script_compile_copies_and_positions_agree(loss_subject):
 
 
 def declare(formula, called="ALoss", **fields):
-    """A loss of this formula with these fields, in a module of its own."""
-    module = types.ModuleType("a_module_for_a_test")
-    sys.modules[module.__name__] = module
-    module.a_loss_for_a_test = formula
+    """A loss of this formula with these fields; the registry forgets it again."""
     inputs = {"student_logits": Spec("batch classes", grad=True), "teacher_logits": Spec("batch classes")}
-    body = {
-        "inputs": inputs,
-        "paper": "none",
-        "reference": lambda self, s, t: 0.0,
-        "__module__": module.__name__,
-        **fields,
-    }
+    body = {"inputs": inputs, "reference": lambda self, s, t: 0.0, **fields}
     try:
-        return registry.register("a_loss_for_a_test")(type(called, (Loss,), body))
+        return registry.register(formula)(type(called, (Loss,), body))
     finally:
-        registry._LOSSES.pop("a_loss_for_a_test", None)
-        del sys.modules[module.__name__]
+        registry._LOSSES.pop(getattr(formula, "__name__", None), None)
 
 
-def test_the_formula_and_the_class_have_one_default_and_one_order():
-    def good(student_logits, teacher_logits, power: float = 2.0, rough: bool = False, reduction: str = "mean"):
+def test_the_formula_has_the_defaults_and_the_order_of_the_class():
+    def power_loss(student_logits, teacher_logits, power: float, rough: bool, reduction: str):
         return (student_logits - teacher_logits).abs().pow(power).mean()
 
-    made = declare(good, power=number(default=2.0), rough=flag(default=False))
+    x, zero = torch.full((2, 3), 3.0), torch.zeros(2, 3)
+    made = declare(power_loss, power=number(default=2.0), rough=flag(default=False))
     assert str(inspect.signature(made)) == "(power=2.0, rough=False, reduction: str = 'mean')"
-    assert float(made(power=1.0)(torch.ones(2, 3), torch.zeros(2, 3))) == 1.0
+    assert float(made(power=1.0)(x, zero)) == 3.0
+    assert float(power_loss(x, zero)) == float(torch.jit.script(made())(x, zero)) == 9.0
+    assert (
+        declare(power_loss, power=number(default=2.0), rough=flag(default=False)) is not made
+    )  # a cell that runs again
     with pytest.raises(
-        TypeError, match=r"expected the function good and ALoss to have one default for power, got 2.0 and 3.0"
+        TypeError, match="expected the function power_loss to leave the default of power to ALoss, got 2.0; remove it"
     ):
-        declare(good, power=number(default=3.0), rough=flag(default=False))
-    with pytest.raises(TypeError, match="expected the function good to take the inputs of ALoss, then its settings"):
-        declare(good, rough=flag(default=False), power=number(default=2.0))
-    with pytest.raises(TypeError, match="expected a function a_loss_for_a_test beside ALoss, got none"):
-        declare(None, power=number(default=2.0))
+        declare(power_loss, power=number(default=3.0), rough=flag(default=False))
+    with pytest.raises(
+        TypeError, match="expected the function power_loss to take the inputs of ALoss, then its settings"
+    ):
+        declare(power_loss, rough=flag(default=False), power=number(default=2.0))
+    with pytest.raises(TypeError, match="expected the formula of a loss, a function, got 'power_loss'"):
+        declare("power_loss", power=number(default=2.0))
+
+
+def test_tensors_that_may_be_missing_come_last():
+    def a_loss(student_logits, sample_weight, teacher_logits):
+        return (student_logits - teacher_logits).abs().mean()
+
+    inputs = {
+        "student_logits": Spec("batch classes", grad=True),
+        "sample_weight": Spec("batch", optional=True),
+        "teacher_logits": Spec("batch classes"),
+    }
+    with pytest.raises(
+        TypeError,
+        match="expected the inputs of ALoss that may be missing to come last, got .* of which sample_weight may",
+    ):
+        declare(a_loss, inputs=inputs)
 
 
 def test_a_scalar_may_have_a_maximum():
-    def mixed(student_logits, teacher_logits, share: float = 0.5, steps: int = 3, word: str = "a"):
+    def mixed(student_logits, teacher_logits, share: float, steps: int, word: str):
         return share * (student_logits - teacher_logits).square().mean()
 
     made = declare(

@@ -56,7 +56,18 @@ def _row(cls: type[Loss]) -> str:
     what = (inspect.getdoc(cls) or "").splitlines()[0]
     per_sample = "no" if cls.couples_batch else "yes, and per token" if len(cls.sample_axes) > 1 else "yes"
     aliases = ", ".join(alias.described() if isinstance(alias, Alias) else alias for alias in cls.aliases)
-    return f"| `{cls.name}` | `{cls.__name__}` | {what} | {inputs} | {per_sample} | {aliases} | {cls.paper} |"
+    return f"| `{cls.name}` | `{cls.__name__}` | {what} | {inputs} | {per_sample} | {aliases} | {_paper(cls)} |"
+
+
+def _paper(cls: type[Loss]) -> str:
+    """Authors, year and arXiv id of the first of the loss's references; empty where it names none."""
+    _, _, references = (inspect.getdoc(cls) or "").partition("\nReferences:\n")
+    authors, _, work = " ".join(references.split()).split(";")[0].partition(":")
+    names = authors.split(", ")
+    shown = authors if len(names) <= 3 else f"{names[0]} et al."
+    arxiv = re.findall(r"arXiv:[\d.]*\d", work)
+    years = re.findall(r"\b(?:19|20)\d\d\b", re.sub(r"arXiv:\S+", "", work))
+    return ", ".join([" ".join([shown, *years[-1:]]).strip(), *arxiv])
 
 
 def renew(text: str) -> str:

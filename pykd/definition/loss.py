@@ -25,8 +25,8 @@ class Loss(_WithFields):
     """Base of every loss.
 
     A subclass declares its settings as fields (:mod:`pykd.definition.settings`), of which the constructor is made, and its
-    formula is the function of the loss's name in the same file, which takes the inputs, then the settings. Besides, and
-    besides a docstring that is its specification:
+    formula is the function of the loss's name in the same file, which takes the inputs, then the settings, and gets their
+    defaults from here. Besides, and besides a docstring that is its specification:
 
     Attributes:
         name: how it is called in recipes, files and tables. Set by :func:`register`.
@@ -42,7 +42,6 @@ class Loss(_WithFields):
             declared with these axes is taken as it is declared; any other has them in the place of ``"batch"``.
         couples_batch: why there is no value per sample; empty where the loss splits over samples.
         least_lengths: of axes that need more than one entry: ``{"classes": 2}``. A shorter call is an error.
-        paper: author, year, arXiv id.
         scalars: the settings that can change in every call. A call takes them after the tensors. Follows from the fields.
     """
 
@@ -55,7 +54,6 @@ class Loss(_WithFields):
     sample_axes: ClassVar[Sequence[str]] = ("batch",)
     couples_batch: ClassVar[str] = ""
     least_lengths: ClassVar[Mapping[str, int]] = {}
-    paper: ClassVar[str] = ""
 
     reduction: str = choice(REDUCTIONS, default="mean", kw_only=True)
     kernels: str | None = option(default=None)
@@ -144,33 +142,38 @@ class Loss(_WithFields):
 
     @classmethod
     def takes(cls, formula: Callable[..., Tensor]) -> None:
-        """Makes ``formula`` that of the class, and ``forward`` the call of it with the settings."""
+        """Makes ``formula`` that of the class, and ``forward`` the call of it with the settings.
+
+        The formula gets the defaults that the class declares: None for tensors that may be missing, those of the settings.
+        """
         parameters = inspect.signature(formula).parameters
-        mandatory = {name for name, p in parameters.items() if p.default is p.empty}
-        wanted = [*cls.inputs, *(name for name in cls._settings if name in parameters)]
-        optional = {name for name in cls.inputs if cls.declared(name)[0].optional}
-        if list(parameters) != wanted or mandatory != cls.inputs.keys() - optional:
+        settings = [name for name in cls._settings if name in parameters]
+        optional = [name for name in cls.inputs if cls.declared(name)[0].optional]
+        if list(parameters) != [*cls.inputs, *settings]:
             raise TypeError(
                 f"expected the function {formula.__name__} to take the inputs of {cls.__name__}, then its settings, as they are "
-                f"declared ({', '.join(wanted)}), with defaults but for tensors that must be there, got "
-                f"({', '.join(parameters)}) of which {', '.join(parameters.keys() - mandatory) or 'none'} have one; correct one of them"
+                f"declared ({', '.join([*cls.inputs, *settings])}), got ({', '.join(parameters)}); correct one of them"
             )
-        differing = [
-            name
-            for name, setting in cls._settings.items()
-            if name in parameters and parameters[name].default != setting.default
-        ]
-        if differing:
+        defaults = dict.fromkeys(optional, None) | {name: cls._settings[name].default for name in settings}
+        if [*parameters][len(parameters) - len(defaults) :] != [*defaults]:
             raise TypeError(
-                f"expected the function {formula.__name__} and {cls.__name__} to have one default for {', '.join(differing)}, got "
-                f"{', '.join(repr(parameters[name].default) for name in differing)} and "
-                f"{', '.join(repr(cls._settings[name].default) for name in differing)}; correct one of them"
+                f"expected the inputs of {cls.__name__} that may be missing to come last, got {', '.join(cls.inputs)} of which "
+                f"{', '.join(optional)} may; declare these after the others"
             )
+        for name, parameter in parameters.items():
+            if parameter.default not in (parameter.empty, defaults.get(name, parameter.empty)):
+                raise TypeError(
+                    f"expected the function {formula.__name__} to leave the default of {name} to {cls.__name__}, got "
+                    f"{parameter.default!r}; remove it"
+                )
+        formula.__defaults__ = tuple(defaults.values())
         cls._of_layers = {}
         cls._formula = staticmethod(formula)
-        cls._formula_settings = tuple(name for name in cls._settings if name in parameters)
+        cls._formula_settings = settings
         if "forward" not in cls.__dict__:
-            cls.forward = cls._written = _forward(formula, cls.inputs, optional, cls.scalars, cls._formula_settings)
+            cls.forward = cls._written = _forward(
+                formula, cls.inputs, set(optional), cls.scalars, cls._formula_settings
+            )
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         """Takes the settings that the class declares, by position or by name, and ``kernels`` (:mod:`pykd.definition.routing`)."""

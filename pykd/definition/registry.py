@@ -3,9 +3,10 @@
 import importlib
 import inspect
 import pkgutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
+
+from torch import Tensor
 
 from pykd.definition.loss import Loss
 from pykd.definition.spec import Alias, Case
@@ -16,8 +17,11 @@ _WITH_SETTINGS: dict[tuple[type[Loss], Alias], type[Loss]] = {}  # by aliases th
 L = TypeVar("L", bound=type[Loss])
 
 
-def register(name: str) -> Callable[[L], L]:
-    """Class decorator: makes a loss known to everything, under ``name``."""
+def register(formula: Callable[..., Tensor]) -> Callable[[L], L]:
+    """Class decorator: makes a loss known to everything, under the name of its formula, a function in the same file."""
+    if not inspect.isfunction(formula):
+        raise TypeError(f"expected the formula of a loss, a function, got {formula!r}; see pykd/losses/_template.py")
+    name = formula.__name__
 
     def add(cls: L) -> L:
         if isinstance(cls.aliases, str):
@@ -29,18 +33,13 @@ def register(name: str) -> Callable[[L], L]:
                     f"expected a new name for {cls.__module__}.{cls.__qualname__}, got {called!r}, which "
                     f"{known.__module__}.{known.__qualname__} has; choose another"
                 )
-        missing = [what for what in ("inputs", "paper") if not getattr(cls, what)]
+        missing = [] if cls.inputs else ["inputs"]
         if "reference" not in cls.__dict__:
             missing.append("reference")
         if missing:
             raise TypeError(
-                f"expected {cls.__qualname__} to declare {', '.join(missing)}, got nothing; "
+                f"expected {cls.__qualname__} to declare {' and '.join(missing)}, got nothing; "
                 "see pykd/losses/_template.py"
-            )
-        formula = getattr(sys.modules[cls.__module__], name, None)
-        if not inspect.isfunction(formula):
-            raise TypeError(
-                f"expected a function {name} beside {cls.__qualname__}, got none; see pykd/losses/_template.py"
             )
         cls.takes(formula)
         _check_settings(cls)

@@ -13,7 +13,8 @@ from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, 
 from pykd.definition.reference import log_softmax, reduce_samples
 
 
-# 1. The formula: a function that torch.jit.script accepts, named like the loss.
+# 1. The formula: a function that torch.jit.script accepts, named like the loss. It takes the tensors, then the settings; their
+#    defaults are declared below, and are the function's, too.
 #    - the teacher is a constant: detach it;  halves compute in float32: ops.upcast;
 #    - one value per sample as long as possible, ops.reduce in the last line;
 #    - what a sample of weight 0 holds must not reach the gradient: ops.without_left_out, first of all;
@@ -21,9 +22,9 @@ from pykd.definition.reference import log_softmax, reduce_samples
 def template(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    reduction: str,
 ) -> Tensor:
     """Squared difference of softened probabilities; see :class:`Template`."""
     weight = ops.optional_weight(sample_weight)
@@ -35,8 +36,9 @@ def template(
     return ops.reduce(values, weight, reduction)
 
 
-# 2. The module: settings, and a docstring from which a reader could implement the loss.
-@register("template")
+# 2. The module: settings, and a docstring from which a reader could implement the loss. The first of its references is the
+#    paper that tables name.
+@register(template)
 class Template(Loss):
     r"""Squared distance between the student's and the teacher's softened class probabilities.
 
@@ -69,14 +71,15 @@ class Template(Loss):
         Brier: Verification of Forecasts Expressed in Terms of Probability, Monthly Weather Review, 1950.
     """
 
-    # 3. The tensors in the order of the formula, with named axes (any names; a tuple of Specs where an input may have several
-    #    forms, of which those go together that agree on the axes that both can have; least_lengths = {"classes": 2} where one
-    #    class is too few; sample_axes, where a sample may also be one token of a sequence: soft_target.py), with what they hold
-    #    (draw; layers, where it is a list), and which of the teacher's tensors each of the student's is compared with (like);
-    #    the settings to test, every one of them off its default somewhere (tests reduce and weigh by themselves); what else
-    #    the loss is called (abbreviations of papers, classes of other libraries; a name that means settings off their default
-    #    brings them: Alias("RKL", form="reverse_kl")); and the settings themselves, of which the constructor is made: scalar (may change in every call), number, whole, choice, flag. They have the names, the order
-    #    and the defaults that the formula has.
+    # 3. The tensors in the order of the formula, those that may be missing last, with named axes (any names; a tuple of Specs
+    #    where an input may have several forms, of which those go together that agree on the axes that both can have;
+    #    least_lengths = {"classes": 2} where one class is too few; sample_axes, where a sample may also be one token of a
+    #    sequence: soft_target.py), with what they hold (draw; layers, where it is a list), and which of the teacher's tensors
+    #    each of the student's is compared with (like); the settings to test, every one of them off its default somewhere
+    #    (tests reduce and weigh by themselves); what else the loss is called (abbreviations of papers, classes of other
+    #    libraries; a name that means settings off their default brings them: Alias("RKL", form="reverse_kl")); and the settings
+    #    themselves, of which the constructor is made, in the order of the formula: scalar (may change in every call), number,
+    #    whole, choice, flag.
     inputs = {
         "student_logits": Spec("batch classes", grad=True, draw="logits", like="teacher_logits"),
         "teacher_logits": Spec("batch classes", draw="logits"),
@@ -87,7 +90,6 @@ class Template(Loss):
         Case({"temperature": 2.0, "reduction": "sum"}, optional=("sample_weight",)),
     )
     aliases = ("TemplateLoss", Alias("TemplateLossT4", temperature=4.0))
-    paper = "Brier 1950"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
 

@@ -11,9 +11,9 @@ from pykd.definition.reference import reduce_samples
 def any_rank(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
-    seen: Tensor | None = None,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    seen: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     """Mean squared difference of features; see :class:`AnyRank`."""
     weight = ops.optional_weight(sample_weight)
@@ -32,7 +32,7 @@ def any_rank(
     return ops.reduce(squares.flatten(1).mean(dim=1), weight, reduction)
 
 
-@register("any_rank")
+@register(any_rank)
 class AnyRank(Loss):
     r"""Mean squared difference between the student's and the teacher's features of any rank.
 
@@ -82,7 +82,6 @@ class AnyRank(Loss):
         Case(layouts={"sample_weight": "batch tokens"}, optional=("sample_weight", "seen")),
     )
     aliases = ("of-any-rank",)
-    paper = "Romero et al. 2015, arXiv:1412.6550"
 
     def properties(self) -> Properties:
         return Properties(feature_scale="lengths count", zero_when_equal=True, symmetric=True)

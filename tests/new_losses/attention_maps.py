@@ -19,9 +19,9 @@ def _attention(maps: Tensor, weight: Tensor | None, seen: Tensor | None) -> Tens
 def attention_maps(
     student_maps: Tensor,
     teacher_maps: Tensor,
-    sample_weight: Tensor | None = None,
-    seen: Tensor | None = None,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    seen: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     """Squared distance of normalised attention; see :class:`AttentionMaps`."""
     weight = ops.optional_weight(sample_weight)
@@ -31,7 +31,7 @@ def attention_maps(
     return ops.reduce(torch.square(x - y).sum(dim=-1), weight, reduction)
 
 
-@register("attention_maps")
+@register(attention_maps)
 class AttentionMaps(Loss):
     r"""Squared distance between where the student's and the teacher's activations are.
 
@@ -67,7 +67,6 @@ class AttentionMaps(Loss):
         "seen": Spec("batch height width", dtype="weight", optional=True, draw="mask"),
     }
     cases = (Case(), Case({"reduction": "sum"}, optional=("sample_weight", "seen")))
-    paper = "Zagoruyko, Komodakis 2017, arXiv:1612.03928"
 
     def properties(self) -> Properties:
         return Properties(feature_scale=True)

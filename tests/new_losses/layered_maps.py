@@ -10,10 +10,10 @@ from pykd.definition.reference import reduce_samples
 def layered_maps(
     student_maps: list[Tensor],
     teacher_maps: list[Tensor],
-    sample_weight: Tensor | None = None,
-    share: float = 0.5,
-    layers: int = 2,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    share: float,
+    layers: int,
+    reduction: str,
 ) -> Tensor:
     weight = ops.optional_weight(sample_weight)
     total = ops.upcast(student_maps[0]).flatten(1).mean(dim=1) * 0.0
@@ -26,7 +26,7 @@ def layered_maps(
     return ops.reduce(ops.without_left_out(total, weight), weight, reduction)
 
 
-@register("layered_maps")
+@register(layered_maps)
 class LayeredMaps(Loss):
     r"""Mean squared difference of the feature maps of several layers.
 
@@ -63,7 +63,6 @@ class LayeredMaps(Loss):
         "sample_weight": Spec("batch", dtype="weight", optional=True, draw="weights"),
     }
     cases = (Case({"share": 0.25}), Case({"layers": 3, "reduction": "sum"}, optional=("sample_weight",)))
-    paper = "a test"
 
     share: float = scalar(default=0.5, minimum=0.0, maximum=1.0)
     layers: int = whole(default=2, minimum=1, maximum=20)

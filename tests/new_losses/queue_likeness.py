@@ -12,9 +12,9 @@ def queue_likeness(
     student_embeddings: Tensor,
     queue: Tensor,
     teacher_log_probs: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 0.2,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    reduction: str,
 ) -> Tensor:
     """Divergence of likenesses; see :class:`QueueLikeness`."""
     weight = ops.optional_weight(sample_weight)
@@ -24,7 +24,7 @@ def queue_likeness(
     return ops.reduce(ops.product_or_zero(torch.exp(log_p), log_p - log_q).sum(dim=-1), weight, reduction)
 
 
-@register("queue_likeness")
+@register(queue_likeness)
 class QueueLikeness(Loss):
     r"""Divergence between the teacher's and the student's distributions of likeness to the entries of a queue.
 
@@ -62,7 +62,6 @@ class QueueLikeness(Loss):
     }
     cases = (Case(), Case({"temperature": 0.5, "reduction": "sum"}, optional=("sample_weight",)))
     aliases = ("SEED",)
-    paper = "Fang et al. 2021, arXiv:2101.04731"
 
     temperature: float = scalar(default=0.2, minimum=0.0, exclusive=True)
 

@@ -21,7 +21,7 @@ def relative_distances(student_points: Tensor, teacher_points: Tensor) -> Tensor
     return torch.square(_relative(student_points) - _relative(teacher_points.detach())).mean()
 
 
-@register("relative_distances")
+@register(relative_distances)
 class RelativeDistances(Loss):
     r"""How differently student and teacher see which samples are far from each other.
 
@@ -55,7 +55,6 @@ class RelativeDistances(Loss):
         "teacher_points": Spec("batch depth"),
     }
     couples_batch = "compares every sample of the batch with every other"
-    paper = "Park et al. 2019, arXiv:1904.05068"
 
     def properties(self) -> Properties:
         return Properties(

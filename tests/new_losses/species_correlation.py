@@ -11,9 +11,9 @@ from pykd.definition.reference import log_softmax, reduce_samples, unit
 def species_correlation(
     seen: Tensor,
     expected: Tensor,
-    sample_weight: Tensor | None = None,
-    sharpness: float = 0.5,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    sharpness: float,
+    reduction: str,
 ) -> Tensor:
     """One less the correlation of two rows of probabilities; see :class:`SpeciesCorrelation`."""
     weight = ops.optional_weight(sample_weight)
@@ -24,7 +24,7 @@ def species_correlation(
     return ops.reduce(((x - y) * (x - y)).sum(dim=-1) / 2, weight, reduction)
 
 
-@register("species_correlation")
+@register(species_correlation)
 class SpeciesCorrelation(Loss):
     r"""One less Pearson's correlation of the student's and the teacher's probabilities.
 
@@ -60,7 +60,6 @@ class SpeciesCorrelation(Loss):
     }
     least_lengths = {"species": 2}
     cases = (Case(), Case({"sharpness": 0.75, "reduction": "sum"}, optional=("sample_weight",)))
-    paper = "Huang et al. 2022, arXiv:2205.10536"
 
     sharpness: float = scalar(default=0.5, minimum=0.0, exclusive=True, maximum=1.0)
 

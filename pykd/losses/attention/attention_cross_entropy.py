@@ -20,12 +20,12 @@ def _scores(attention: Tensor, weight: Tensor | None, queries: Tensor, key_mask:
 def attention_cross_entropy(
     student_attention: Tensor,
     teacher_attention: Tensor,
-    sample_weight: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    heads: str = "each",
-    form: str = "cross_entropy",
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    heads: str,
+    form: str,
+    reduction: str,
 ) -> Tensor:
     """Cross-entropy of attention, mean over heads and kept queries; see :class:`AttentionCrossEntropy`."""
     weight = ops.optional_weight(sample_weight)
@@ -36,7 +36,7 @@ def attention_cross_entropy(
     return ops.reduce(values, weight, reduction)
 
 
-@register("attention_cross_entropy")
+@register(attention_cross_entropy)
 class AttentionCrossEntropy(Loss):
     r"""Cross-entropy (or KL divergence) of the student's attention against the teacher's, each a softmax over the keys.
 
@@ -110,7 +110,6 @@ class AttentionCrossEntropy(Loss):
         ),
     )
     aliases = ("att_ce", "att_ce_loss", Alias("att_ce_mean", heads="mean"), Alias("att_ce_mean_loss", heads="mean"))
-    paper = "Yang et al. 2020, arXiv:2002.12620"
 
     heads: str = choice(HEADS, default="each")
     form: str = choice(FORMS, default="cross_entropy")

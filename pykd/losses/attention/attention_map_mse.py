@@ -31,12 +31,12 @@ def _pairs(attention: Tensor, query_mask: Tensor | None, key_mask: Tensor | None
 def attention_map_mse(
     student_attention: Tensor,
     teacher_attention: Tensor,
-    sample_weight: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    heads: str = "each",
-    threshold: float = -100.0,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    heads: str,
+    threshold: float,
+    reduction: str,
 ) -> Tensor:
     """Mean squared difference over heads and kept pairs of tokens; see :class:`AttentionMapMSE`."""
     weight = ops.optional_weight(sample_weight)
@@ -49,7 +49,7 @@ def attention_map_mse(
     return ops.reduce(values, weight, reduction)
 
 
-@register("attention_map_mse")
+@register(attention_map_mse)
 class AttentionMapMSE(Loss):
     r"""Mean squared difference between the student's and the teacher's attention maps, head by head or summed over the heads.
 
@@ -115,7 +115,6 @@ class AttentionMapMSE(Loss):
         ),
     )
     aliases = ("att_mse", "att_mse_loss", Alias("att_mse_sum", heads="sum"), Alias("att_mse_sum_loss", heads="sum"))
-    paper = "Jiao et al. 2019, arXiv:1909.10351"
 
     heads: str = choice(HEADS, default="each")
     threshold: float = number(default=-100.0, maximum=0.0)

@@ -24,12 +24,12 @@ def self_attention_relations(
     teacher_queries: Tensor,
     teacher_keys: Tensor,
     teacher_values: Tensor,
-    sample_weight: Tensor | None = None,
-    token_mask: Tensor | None = None,
-    query_weight: float = 1.0,
-    key_weight: float = 1.0,
-    value_weight: float = 1.0,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    token_mask: Tensor | None,
+    query_weight: float,
+    key_weight: float,
+    value_weight: float,
+    reduction: str,
 ) -> Tensor:
     """Divergence of three relations of tokens; see :class:`SelfAttentionRelations`."""
     weight = ops.optional_weight(sample_weight)
@@ -48,7 +48,7 @@ def self_attention_relations(
     return ops.reduce(total, weight, reduction)
 
 
-@register("self_attention_relations")
+@register(self_attention_relations)
 class SelfAttentionRelations(Loss):
     r"""KL divergence between the teacher's and the student's relations of queries to queries, keys to keys and values to values.
 
@@ -122,7 +122,6 @@ class SelfAttentionRelations(Loss):
         ),
     )
     aliases = ("MiniLMv2", "MiniLM")
-    paper = "Wang et al. 2020, arXiv:2012.15828"
 
     query_weight: float = scalar(default=1.0, minimum=0.0)
     key_weight: float = scalar(default=1.0, minimum=0.0)

@@ -18,9 +18,9 @@ def _correlations(logits: Tensor, weight: Tensor | None, temperature: float) -> 
 def category_similarity(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 4.0,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    reduction: str,
 ) -> Tensor:
     """Mean squared difference of the products of spatial distributions; see :class:`CategorySimilarity`."""
     weight = ops.optional_weight(sample_weight)
@@ -29,7 +29,7 @@ def category_similarity(
     return ops.reduce(torch.square(student - teacher).flatten(1).mean(dim=1), weight, reduction)
 
 
-@register("category_similarity")
+@register(category_similarity)
 class CategorySimilarity(Loss):
     r"""Mean squared difference between the student's and the teacher's correlations of classes over the places of an image.
 
@@ -78,7 +78,6 @@ class CategorySimilarity(Loss):
     }
     cases = (Case(), Case({"temperature": 0.75, "reduction": "sum"}, optional=("sample_weight",)))
     aliases = ("CSD", "CriterionCSD")
-    paper = "Feng et al. 2021"
 
     temperature: float = scalar(default=4.0, minimum=0.0, exclusive=True)
 

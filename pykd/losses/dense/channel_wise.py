@@ -10,10 +10,10 @@ from pykd.definition.reference import divergence, log_softmax, reduce_samples
 def channel_wise(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 4.0,
-    tau_squared: bool = True,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    tau_squared: bool,
+    reduction: str,
 ) -> Tensor:
     """Divergence between softmaxes over the places of each channel; see :class:`ChannelWise`."""
     weight = ops.optional_weight(sample_weight)
@@ -23,7 +23,7 @@ def channel_wise(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("channel_wise")
+@register(channel_wise)
 class ChannelWise(Loss):
     r"""KL divergence between the teacher's and the student's softmax over the places of each channel, mean over the channels.
 
@@ -73,7 +73,6 @@ class ChannelWise(Loss):
         Case({"temperature": 0.5, "tau_squared": False, "reduction": "sum"}, optional=("sample_weight",)),
     )
     aliases = ("CWD", Alias("ChannelWiseDivergence", temperature=1.0))
-    paper = "Shu et al. 2021, arXiv:2011.13256"
 
     temperature: float = scalar(default=4.0, minimum=0.0, exclusive=True)
     tau_squared: bool = flag(default=True)

@@ -14,13 +14,13 @@ def _similarities(features: Tensor) -> Tensor:
     return cosines.reshape(cosines.size(0), x.size(0), x.size(1))
 
 
-def cross_image_relations(student_features: Tensor, teacher_features: Tensor, temperature: float = 0.1) -> Tensor:
+def cross_image_relations(student_features: Tensor, teacher_features: Tensor, temperature: float) -> Tensor:
     """Divergence of similarities across the images of a batch; see :class:`CrossImageRelations`."""
     student, teacher = _similarities(student_features), _similarities(teacher_features.detach())
     return ops.softened_divergence(student, teacher, temperature).mean()
 
 
-@register("cross_image_relations")
+@register(cross_image_relations)
 class CrossImageRelations(Loss):
     r"""KL divergence between the teacher's and the student's softmax of every pixel's cosines with the pixels of each image.
 
@@ -68,7 +68,6 @@ class CrossImageRelations(Loss):
     cases = (Case(), Case({"temperature": 0.25}))
     couples_batch = "compares every image of the batch with every other"
     aliases = ("CIRKD", "CriterionMiniBatchCrossImagePair")
-    paper = "Yang et al. 2022, arXiv:2204.06986"
 
     temperature: float = scalar(default=0.1, minimum=0.0, exclusive=True)
 

@@ -20,12 +20,12 @@ def focal_distillation(
     student_features: Tensor,
     teacher_features: Tensor,
     foreground: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 0.5,
-    foreground_weight: float = 0.001,
-    background_weight: float = 0.0005,
-    attention_weight: float = 0.001,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    foreground_weight: float,
+    background_weight: float,
+    attention_weight: float,
+    reduction: str,
 ) -> Tensor:
     """Squared differences of features under masks and attention, and differences of attention; see :class:`FocalDistillation`."""
     weight = ops.optional_weight(sample_weight)
@@ -42,7 +42,7 @@ def focal_distillation(
     return ops.reduce(values + attention_weight * apart, weight, reduction)
 
 
-@register("focal_distillation")
+@register(focal_distillation)
 class FocalDistillation(Loss):
     r"""Squared difference of features, of foreground and background apart and weighed by the teacher's attention, for detectors.
 
@@ -118,7 +118,6 @@ class FocalDistillation(Loss):
         ),
     )
     aliases = ("FGD",)
-    paper = "Yang et al. 2022, arXiv:2111.11837"
 
     temperature: float = scalar(default=0.5, minimum=0.0, exclusive=True)
     foreground_weight: float = scalar(default=0.001, minimum=0.0)

@@ -28,10 +28,10 @@ def intra_class_variation(
     student_features: Tensor,
     teacher_features: Tensor,
     labels: Tensor,
-    sample_weight: Tensor | None = None,
-    classes: int = 19,
-    ignore_index: int = 255,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    classes: int,
+    ignore_index: int,
+    reduction: str,
 ) -> Tensor:
     """Squared difference of every pixel's cosine with the mean of its class; see :class:`IntraClassVariation`."""
     weight = ops.weigh(labels != ignore_index, sample_weight)
@@ -47,7 +47,7 @@ def intra_class_variation(
     return ops.reduce(torch.where(valid, values, float("nan")), weight, reduction)
 
 
-@register("intra_class_variation")
+@register(intra_class_variation)
 class IntraClassVariation(Loss):
     r"""Squared difference between the student's and the teacher's cosines of every pixel with the mean of its class.
 
@@ -107,7 +107,6 @@ class IntraClassVariation(Loss):
         Case({"classes": 3}, optional=("sample_weight",)),
     )
     aliases = ("IFVD", "IFV", "CriterionIFV")
-    paper = "Wang et al. ECCV 2020"
 
     classes: int = whole(default=19, minimum=1, maximum=10_000)
     ignore_index: int = whole(default=255)

@@ -15,11 +15,11 @@ BINS = ("sum", "mean")
 def localization_distillation(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 10.0,
-    tau_squared: bool = True,
-    over_bins: str = "sum",
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    tau_squared: bool,
+    over_bins: str,
+    reduction: str,
 ) -> Tensor:
     """Divergence of the distributions of box edges; see :class:`LocalizationDistillation`."""
     weight = ops.optional_weight(sample_weight)
@@ -31,7 +31,7 @@ def localization_distillation(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("localization_distillation")
+@register(localization_distillation)
 class LocalizationDistillation(Loss):
     r"""KL divergence between the teacher's and the student's distributions of where an edge of a box lies, over bins.
 
@@ -96,7 +96,6 @@ class LocalizationDistillation(Loss):
         ),
     )
     aliases = ("LD", Alias("KnowledgeDistillationKLDivLoss", over_bins="mean"))
-    paper = "Zheng et al. 2022, arXiv:2102.12252"
 
     temperature: float = scalar(default=10.0, minimum=0.0, exclusive=True)
     tau_squared: bool = flag(default=True)

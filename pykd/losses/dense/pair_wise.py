@@ -17,8 +17,8 @@ def _similarities(features: Tensor, weight: Tensor | None) -> Tensor:
 def pair_wise(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     """Mean squared difference of the cosines of all pairs of places; see :class:`PairWise`."""
     weight = ops.optional_weight(sample_weight)
@@ -26,7 +26,7 @@ def pair_wise(
     return ops.reduce(torch.square(difference).flatten(1).mean(dim=1), weight, reduction)
 
 
-@register("pair_wise")
+@register(pair_wise)
 class PairWise(Loss):
     r"""Mean squared difference between the student's and the teacher's cosines of all pairs of places of a feature map.
 
@@ -74,7 +74,6 @@ class PairWise(Loss):
     }
     cases = (Case(), Case({"reduction": "sum"}, optional=("sample_weight",)))
     aliases = ("SKDS", "CriterionStructuralKD", "CriterionPairWiseforWholeFeatAfterPool")
-    paper = "Liu et al. 2019, arXiv:1903.04197"
 
     def properties(self) -> Properties:
         return Properties(feature_scale=True, zero_when_equal=True, symmetric=True)

@@ -24,8 +24,8 @@ def pixel_similarity(
     student_later_features: Tensor,
     teacher_features: Tensor,
     teacher_later_features: Tensor,
-    sample_weight: Tensor | None = None,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     """Mean squared difference of residual attention maps; see :class:`PixelSimilarity`."""
     weight = ops.optional_weight(sample_weight)
@@ -34,7 +34,7 @@ def pixel_similarity(
     return ops.reduce(torch.square(student - teacher).mean(dim=1), weight, reduction)
 
 
-@register("pixel_similarity")
+@register(pixel_similarity)
 class PixelSimilarity(Loss):
     r"""Mean squared difference between the student's and the teacher's residual attention: what changes between two layers.
 
@@ -88,7 +88,6 @@ class PixelSimilarity(Loss):
     }
     cases = (Case(), Case({"reduction": "sum"}, optional=("sample_weight",)))
     aliases = ("PSD", "CriterionPSD")
-    paper = "Feng et al. 2021"
 
     def properties(self) -> Properties:
         return Properties(feature_scale=True, zero_when_equal=True, symmetric=True)

@@ -12,11 +12,11 @@ FORMS = ("kl", "cross_entropy")
 def pixel_wise(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    form: str = "kl",
-    tau_squared: bool = False,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    form: str,
+    tau_squared: bool,
+    reduction: str,
 ) -> Tensor:
     """Divergence between the class probabilities of every pixel; see :class:`PixelWise`."""
     weight = ops.optional_weight(sample_weight)
@@ -30,7 +30,7 @@ def pixel_wise(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("pixel_wise")
+@register(pixel_wise)
 class PixelWise(Loss):
     r"""KL divergence (or cross-entropy) of the student against the teacher's class probabilities, mean over the pixels.
 
@@ -97,7 +97,6 @@ class PixelWise(Loss):
         Alias("CriterionPixelWise", form="cross_entropy", reduction="sum"),
         Alias("CriterionKD", tau_squared=True),
     )
-    paper = "Liu et al. 2019, arXiv:1903.04197"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     form: str = choice(FORMS, default="kl")

@@ -12,10 +12,10 @@ from pykd.losses.features._shared import MAPS, VECTORS, compared, kept_features,
 def activation_boundaries(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
-    margin: float = 1.0,
-    entry_reduction: str = "sum",
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    margin: float,
+    entry_reduction: str,
+    reduction: str,
 ) -> Tensor:
     """Squared hinge on the side of the teacher's activation; see :class:`ActivationBoundaries`."""
     weight = ops.optional_weight(sample_weight)
@@ -26,7 +26,7 @@ def activation_boundaries(
     return ops.reduce(per_sample(short * short, weight, entry_reduction), weight, reduction)
 
 
-@register("activation_boundaries")
+@register(activation_boundaries)
 class ActivationBoundaries(Loss):
     r"""Squared hinge loss that puts every neuron of the student on the side of 0 that the teacher's is on, by a margin.
 
@@ -71,7 +71,6 @@ class ActivationBoundaries(Loss):
         Case({"margin": 0.5, "entry_reduction": "mean"}, layouts={"student_features": VECTORS}),
     )
     aliases = ("AB", "DAB", "ABLoss", "AltActTransferLoss")
-    paper = "Heo et al. 2019, arXiv:1811.03233"
 
     margin: float = scalar(default=1.0, minimum=0.0)
     entry_reduction: str = choice(("sum", "mean"), default="sum")

@@ -24,10 +24,10 @@ def _attention(features: Tensor, weight: Tensor | None, power: float) -> Tensor:
 def attention_transfer(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
-    form: str = "paper",
-    power: float = 2.0,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    form: str,
+    power: float,
+    reduction: str,
 ) -> Tensor:
     """Distance between normalised attention maps; see :class:`AttentionTransfer`."""
     weight = ops.optional_weight(sample_weight)
@@ -37,7 +37,7 @@ def attention_transfer(
     return ops.reduce((difference * difference).mean(dim=-1), weight, reduction)
 
 
-@register("attention_transfer")
+@register(attention_transfer)
 class AttentionTransfer(Loss):
     r"""Distance between the student's and the teacher's attention: where in a map the activations are strong.
 
@@ -99,7 +99,6 @@ class AttentionTransfer(Loss):
         ),
     )
     aliases = ("AT", Alias("ATLoss", form="code"))
-    paper = "Zagoruyko, Komodakis 2017, arXiv:1612.03928"
 
     form: str = choice(("paper", "code"), default="paper")
     power: float = number(default=2.0, minimum=1.0)

@@ -13,8 +13,8 @@ def attentive_features(
     student_features: Tensor,
     teacher_features: Tensor,
     channel_scores: Tensor,
-    sample_weight: Tensor | None = None,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     """Mean squared difference of normalised channel maps, weighed per channel; see :class:`AttentiveFeatures`."""
     weight = ops.optional_weight(sample_weight)
@@ -26,7 +26,7 @@ def attentive_features(
     return ops.reduce((attention * distances).sum(dim=-1), weight, reduction)
 
 
-@register("attentive_features")
+@register(attentive_features)
 class AttentiveFeatures(Loss):
     r"""Mean squared difference of the student's and the teacher's normalised channel maps, of which attention weighs each.
 
@@ -72,7 +72,6 @@ class AttentiveFeatures(Loss):
     }
     cases = (Case(), Case({"reduction": "sum"}, optional=("sample_weight",)))
     aliases = ("AFD", "AFDS")
-    paper = "Wang et al. 2020"
 
     def properties(self) -> Properties:
         return Properties(feature_scale="the scores have a scale", zero_when_equal=True, symmetric=True)

@@ -11,9 +11,9 @@ from pykd.losses.features._shared import MAPS, compared, kept_features
 def channel_distillation(
     student_features: list[Tensor],
     teacher_features: list[Tensor],
-    sample_weight: Tensor | None = None,
-    layers: int = 1,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    layers: int,
+    reduction: str,
 ) -> Tensor:
     """Mean squared difference of the means of channels, added up over layers; see :class:`ChannelDistillation`."""
     weight = ops.optional_weight(sample_weight)
@@ -28,7 +28,7 @@ def channel_distillation(
     return ops.reduce(values, weight, reduction)
 
 
-@register("channel_distillation")
+@register(channel_distillation)
 class ChannelDistillation(Loss):
     r"""Mean squared difference between the student's and the teacher's channel attention: the mean of each channel's map.
 
@@ -67,7 +67,6 @@ class ChannelDistillation(Loss):
     inputs = {**compared(MAPS, layers="layers"), "sample_weight": SAMPLE_WEIGHT}
     cases = (Case(), Case({"layers": 2, "reduction": "sum"}, optional=("sample_weight",)))
     aliases = ("CDLoss",)
-    paper = "Zhou et al. 2020, arXiv:2006.01683"
 
     layers: int = whole(default=1, minimum=1, maximum=100)
 

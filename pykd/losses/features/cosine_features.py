@@ -20,8 +20,8 @@ from pykd.losses.features._shared import (
 def cosine_features(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     """One less the cosine of two directions, mean over tokens or places; see :class:`CosineFeatures`."""
     weight = ops.optional_weight(sample_weight)
@@ -37,7 +37,7 @@ def cosine_features(
     return ops.reduce(values, weight, reduction)
 
 
-@register("cosine_features")
+@register(cosine_features)
 class CosineFeatures(Loss):
     r"""Cosine distance between the student's and the teacher's features: one less the cosine of the angle between them.
 
@@ -87,7 +87,6 @@ class CosineFeatures(Loss):
         Case(layouts={"student_features": MAPS, "sample_weight": "batch"}, optional=("sample_weight",)),
     )
     aliases = ("cosine_distance", "cos_loss", "hs_cosine", "HiddenStateCosineLoss")
-    paper = "Sanh et al. 2019, arXiv:1910.01108"
 
     def properties(self) -> Properties:
         return Properties(feature_scale=True, zero_when_equal=True, symmetric=True)

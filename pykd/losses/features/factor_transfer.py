@@ -25,11 +25,11 @@ def _normalised(factors: Tensor, norm: str) -> Tensor:
 def factor_transfer(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
-    distance: str = "l1",
-    norm: str = "l2",
-    entry_reduction: str = "sum",
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    distance: str,
+    norm: str,
+    entry_reduction: str,
+    reduction: str,
 ) -> Tensor:
     """Distance of normalised factors; see :class:`FactorTransfer`."""
     weight = ops.optional_weight(sample_weight)
@@ -42,7 +42,7 @@ def factor_transfer(
     return ops.reduce(values / x.size(1) if entry_reduction == "mean" else values, weight, reduction)
 
 
-@register("factor_transfer")
+@register(factor_transfer)
 class FactorTransfer(Loss):
     r"""Distance between the student's and the teacher's factors, each normalised as a whole.
 
@@ -94,7 +94,6 @@ class FactorTransfer(Loss):
         ),
     )
     aliases = ("FT", "KTA", Alias("FTLoss", entry_reduction="mean"), Alias("KTALoss", entry_reduction="mean"))
-    paper = "Kim, Park, Kwak 2018, arXiv:1802.04977"
 
     distance: str = choice(("l1", "l2"), default="l1")
     norm: str = choice(("l2", "l1"), default="l2")

@@ -10,15 +10,15 @@ from pykd.losses.features._shared import FeatureDistance, feature_distance
 def feature_l1(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
-    spatial_avg: str | None = None,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    spatial_avg: str | None,
+    reduction: str,
 ) -> Tensor:
     """Sum over channels of |x̂ − ŷ|, mean over tokens; see :class:`FeatureL1`."""
     return feature_distance(student_features, teacher_features, sample_weight, spatial_avg, "l1", reduction)
 
 
-@register("feature_l1")
+@register(feature_l1)
 class FeatureL1(FeatureDistance):
     r"""L1 distance between the student's and the teacher's features, each normalised along its channels.
 

@@ -9,15 +9,15 @@ from pykd.losses.features._shared import FeatureDistance, feature_distance
 def feature_l2(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
-    spatial_avg: str | None = None,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    spatial_avg: str | None,
+    reduction: str,
 ) -> Tensor:
     """Sum over channels of (x̂ − ŷ)², mean over tokens; see :class:`FeatureL2`."""
     return feature_distance(student_features, teacher_features, sample_weight, spatial_avg, "l2", reduction)
 
 
-@register("feature_l2")
+@register(feature_l2)
 class FeatureL2(FeatureDistance):
     r"""Squared L2 distance between the student's and the teacher's features, each normalised along its channels.
 

@@ -18,11 +18,11 @@ def _flow(first: Tensor, later: Tensor) -> Tensor:
 def flow_of_solution(
     student_features: Tensor,
     teacher_features: Tensor,
-    student_later_features: Tensor | None = None,
-    teacher_later_features: Tensor | None = None,
-    sample_weight: Tensor | None = None,
-    entry_reduction: str = "sum",
-    reduction: str = "mean",
+    student_later_features: Tensor | None,
+    teacher_later_features: Tensor | None,
+    sample_weight: Tensor | None,
+    entry_reduction: str,
+    reduction: str,
 ) -> Tensor:
     """Squared difference of the matrices of mean products; see :class:`FlowOfSolution`."""
     weight = ops.optional_weight(sample_weight)
@@ -40,7 +40,7 @@ def flow_of_solution(
     return ops.reduce(per_sample(difference * difference, None, entry_reduction), weight, reduction)
 
 
-@register("flow_of_solution")
+@register(flow_of_solution)
 class FlowOfSolution(Loss):
     r"""Squared difference of the flow matrices of student and teacher: the products of the maps of two layers.
 
@@ -119,7 +119,6 @@ class FlowOfSolution(Loss):
         Case({"entry_reduction": "mean"}),
     )
     aliases = ("FSP", Alias("fsp_loss", entry_reduction="mean"))
-    paper = "Yim et al. 2017"
 
     entry_reduction: str = choice(("sum", "mean"), default="sum")
 

@@ -24,8 +24,8 @@ def _windows(count: int, like: Tensor, axis: int) -> Tensor:
 def hierarchical_context(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     """Squared differences of maps and of their averages; see :class:`HierarchicalContext`."""
     weight = ops.optional_weight(sample_weight)
@@ -47,7 +47,7 @@ def hierarchical_context(
     return ops.reduce(values / total, weight, reduction)
 
 
-@register("hierarchical_context")
+@register(hierarchical_context)
 class HierarchicalContext(Loss):
     r"""Mean squared difference of feature maps at several scales: as they are, and averaged over 4×4, 2×2 and 1×1 windows.
 
@@ -90,7 +90,6 @@ class HierarchicalContext(Loss):
     inputs = {**compared(MAPS), "sample_weight": SAMPLE_WEIGHT}
     cases = (Case(), Case({"reduction": "sum"}, optional=("sample_weight",)))
     aliases = ("HCL", "ReviewKD", "HierarchicalContextLoss")
-    paper = "Chen et al. 2021, arXiv:2104.09044"
 
     def properties(self) -> Properties:
         return Properties(feature_scale="a difference grows with its terms", zero_when_equal=True, symmetric=True)

@@ -21,11 +21,11 @@ DISTANCES = ("mse", "l1", "smooth_l1")
 def hint(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
-    distance: str = "mse",
-    beta: float = 1.0,
-    entry_reduction: str = "mean",
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    distance: str,
+    beta: float,
+    entry_reduction: str,
+    reduction: str,
 ) -> Tensor:
     """Squared, absolute or smooth absolute difference of features; see :class:`Hint`."""
     weight = ops.optional_weight(sample_weight)
@@ -40,7 +40,7 @@ def hint(
     return ops.reduce(per_sample(costs, weight, entry_reduction), weight, reduction)
 
 
-@register("hint")
+@register(hint)
 class Hint(Loss):
     r"""Difference between the student's and the teacher's features, which are compared entry by entry, not normalised.
 
@@ -106,7 +106,6 @@ class Hint(Loss):
         Case(layouts={"sample_weight": "batch height width"}, optional=("sample_weight",)),
     )
     aliases = ("FitNet", "HintLoss", "hid_mse", "hid_mse_loss", Alias("SmoothL1", distance="smooth_l1"))
-    paper = "Romero et al. 2015, arXiv:1412.6550"
 
     distance: str = choice(DISTANCES, default="mse")
     beta: float = number(default=1.0, above=0.0)

@@ -71,8 +71,8 @@ def _samples(features: Tensor, spatial_avg: str | None) -> Tensor:
 def mk_mmd(
     student_features: Tensor,
     teacher_features: Tensor,
-    spatial_avg: str | None = None,
-    bandwidth: str = "joint",
+    spatial_avg: str | None,
+    bandwidth: str,
 ) -> Tensor:
     """Squared discrepancy with five Gaussian kernels; see :class:`MKMMD`."""
     student = _samples(student_features, spatial_avg)
@@ -84,7 +84,7 @@ def _finish(value: Tensor, bandwidth: str) -> Tensor:
     return ops.at_least_0(value) if bandwidth == "joint" else value
 
 
-@register("mk_mmd")
+@register(mk_mmd)
 class MKMMD(Loss):
     r"""Squared maximum mean discrepancy (MMD²) with five Gaussian kernels between two sets of features.
 
@@ -131,8 +131,8 @@ class MKMMD(Loss):
         tensor(0.3608)
 
     References:
-        Gretton et al.: A Kernel Two-Sample Test, JMLR 2012; Long et al.: Learning Transferable Features
-        with Deep Adaptation Networks, 2015, arXiv:1502.02791; Wang et al. ICCVW 2019 (as a distillation loss).
+        Long et al.: Learning Transferable Features with Deep Adaptation Networks, 2015, arXiv:1502.02791; Gretton et al.: A
+        Kernel Two-Sample Test, JMLR 2012; Wang et al. ICCVW 2019 (as a distillation loss).
     """
 
     inputs = {
@@ -146,7 +146,6 @@ class MKMMD(Loss):
     )
     couples_batch = "compares every sample of the batch with every other"
     aliases = ("MK-MMD",)
-    paper = "Long et al. 2015, arXiv:1502.02791"
 
     spatial_avg: str | None = choice(ops.SPATIAL_AVERAGES, default=None)
     bandwidth: str = choice(("joint", "per_block"), default="joint")

@@ -56,9 +56,9 @@ def _polynomial(x: Tensor, y: Tensor, places: int) -> Tensor:
 def neuron_selectivity(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
-    kernel: str = "polynomial",
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    kernel: str,
+    reduction: str,
 ) -> Tensor:
     """Squared maximum mean discrepancy of channel maps; see :class:`NeuronSelectivity`."""
     weight = ops.optional_weight(sample_weight)
@@ -75,7 +75,7 @@ def neuron_selectivity(
     return ops.reduce(ops.at_least_0(values), weight, reduction)
 
 
-@register("neuron_selectivity")
+@register(neuron_selectivity)
 class NeuronSelectivity(Loss):
     r"""Squared maximum mean discrepancy (MMD²) between the channel maps of student and teacher, sample by sample.
 
@@ -137,7 +137,6 @@ class NeuronSelectivity(Loss):
         Case({"kernel": "gaussian", "reduction": "sum"}, optional=("sample_weight",)),
     )
     aliases = ("NST", "NSTLoss")
-    paper = "Huang, Wang 2017, arXiv:1707.01219"
 
     kernel: str = choice(KERNELS, default="polynomial")
 

@@ -13,9 +13,9 @@ def overhaul(
     student_features: Tensor,
     teacher_features: Tensor,
     margin: Tensor,
-    sample_weight: Tensor | None = None,
-    entry_reduction: str = "sum",
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    entry_reduction: str,
+    reduction: str,
 ) -> Tensor:
     """Partial squared distance to the teacher's features above a margin; see :class:`Overhaul`."""
     weight = ops.optional_weight(sample_weight)
@@ -27,7 +27,7 @@ def overhaul(
     return ops.reduce(per_sample(costs, weight, entry_reduction), weight, reduction)
 
 
-@register("overhaul")
+@register(overhaul)
 class Overhaul(Loss):
     r"""Squared distance of features before the ReLU, left out where student and teacher would both pass nothing on.
 
@@ -78,7 +78,6 @@ class Overhaul(Loss):
         Case({"entry_reduction": "mean"}, layouts={"student_features": VECTORS}),
     )
     aliases = ("OFD", "OFDLoss")
-    paper = "Heo et al. 2019, arXiv:1904.01866"
 
     entry_reduction: str = choice(("sum", "mean"), default="sum")
 

@@ -10,9 +10,9 @@ from pykd.losses.features._shared import VECTORS, compared, kept_features
 def patient_kd(
     student_features: list[Tensor],
     teacher_features: list[Tensor],
-    sample_weight: Tensor | None = None,
-    layers: int = 1,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    layers: int,
+    reduction: str,
 ) -> Tensor:
     """Squared distance of normalised states, added up over layers; see :class:`PatientKD`."""
     weight = ops.optional_weight(sample_weight)
@@ -28,7 +28,7 @@ def patient_kd(
     return ops.reduce(values, weight, reduction)
 
 
-@register("patient_kd")
+@register(patient_kd)
 class PatientKD(Loss):
     r"""Squared distance between the student's and the teacher's normalised hidden states of one token, at several layers.
 
@@ -77,7 +77,6 @@ class PatientKD(Loss):
         ),
     )
     aliases = ("BERT-PKD", "PatientDistillation")
-    paper = "Sun et al. 2019, arXiv:1908.09355"
 
     layers: int = whole(default=1, minimum=1, maximum=100)
 

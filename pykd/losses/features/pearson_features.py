@@ -25,7 +25,7 @@ def pearson_features(student_features: Tensor, teacher_features: Tensor) -> Tens
     return (difference * difference).sum() / (2 * difference.size(axis_of_channels(difference)))
 
 
-@register("pearson_features")
+@register(pearson_features)
 class PearsonFeatures(Loss):
     r"""Half the mean squared difference of features, each of whose channels is standardised over the batch and all places.
 
@@ -70,7 +70,6 @@ class PearsonFeatures(Loss):
     cases = (Case(), Case(layouts={"student_features": TOKENS}), Case(layouts={"student_features": VECTORS}))
     couples_batch = "standardises every channel over the whole batch"
     aliases = ("PKD", "PKDLoss")
-    paper = "Cao et al. 2022, arXiv:2207.02039"
 
     def properties(self) -> Properties:
         return Properties(

@@ -13,10 +13,10 @@ def prime_aware(
     student_features: Tensor,
     teacher_features: Tensor,
     student_log_variance: Tensor,
-    sample_weight: Tensor | None = None,
-    epsilon: float = 1e-6,
-    entry_reduction: str = "mean",
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    epsilon: float,
+    entry_reduction: str,
+    reduction: str,
 ) -> Tensor:
     """Squared distance over the predicted variance, and its logarithm; see :class:`PrimeAware`."""
     weight = ops.optional_weight(sample_weight)
@@ -27,7 +27,7 @@ def prime_aware(
     return ops.reduce(per_sample(costs, None, entry_reduction), weight, reduction)
 
 
-@register("prime_aware")
+@register(prime_aware)
 class PrimeAware(Loss):
     r"""Squared distance of embeddings over a variance that the student predicts for each sample, and the variance's logarithm.
 
@@ -76,7 +76,6 @@ class PrimeAware(Loss):
         Case({"epsilon": 0.5, "entry_reduction": "sum", "reduction": "sum"}, optional=("sample_weight",)),
     )
     aliases = ("PAD", "PAD-L2", "PADL2Loss")
-    paper = "Zhang et al. 2020, arXiv:2008.01458"
 
     epsilon: float = number(default=1e-6, above=0.0)
     entry_reduction: str = choice(("mean", "sum"), default="mean")

@@ -8,9 +8,7 @@ from pykd.definition import Case, Loss, Properties, number, ops, register
 from pykd.losses.features._shared import MAPS, VECTORS, compared
 
 
-def simple_recipe(
-    student_features: Tensor, teacher_features: Tensor, power: float = 4.0, epsilon: float = 1e-12
-) -> Tensor:
+def simple_recipe(student_features: Tensor, teacher_features: Tensor, power: float, epsilon: float) -> Tensor:
     """log Σ |difference|^α over the whole batch; see :class:`SimpleRecipe`."""
     costs = (ops.upcast(student_features) - ops.upcast(teacher_features.detach())).abs().flatten()
     largest = costs.detach().amax(dim=0).clamp(min=1.0)  # relative to it the powers fit
@@ -18,7 +16,7 @@ def simple_recipe(
     return power * torch.log(largest) + torch.log(total + epsilon * largest.pow(-power))
 
 
-@register("simple_recipe")
+@register(simple_recipe)
 class SimpleRecipe(Loss):
     r"""Logarithm of the sum, over the whole batch, of a high power of the differences of features.
 
@@ -62,7 +60,6 @@ class SimpleRecipe(Loss):
     cases = (Case(), Case({"power": 2.5, "epsilon": 1e-3}, layouts={"student_features": MAPS}))
     couples_batch = "takes the logarithm of a sum over the whole batch"
     aliases = ("SRD",)
-    paper = "Miles, Mikolajczyk 2024, arXiv:2303.11098"
 
     power: float = number(default=4.0, minimum=1.0)
     epsilon: float = number(default=1e-12, above=0.0)

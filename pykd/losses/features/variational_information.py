@@ -22,9 +22,9 @@ def variational_information(
     student_features: Tensor,
     teacher_features: Tensor,
     student_log_variance: Tensor,
-    sample_weight: Tensor | None = None,
-    entry_reduction: str = "sum",
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    entry_reduction: str,
+    reduction: str,
 ) -> Tensor:
     """Negative log-likelihood of the teacher's features; see :class:`VariationalInformation`."""
     weight = ops.optional_weight(sample_weight)
@@ -34,7 +34,7 @@ def variational_information(
     return ops.reduce(per_sample(costs, weight, entry_reduction), weight, reduction)
 
 
-@register("variational_information")
+@register(variational_information)
 class VariationalInformation(Loss):
     r"""Negative logarithm of the likelihood of the teacher's features under a Gaussian that the student predicts.
 
@@ -93,7 +93,6 @@ class VariationalInformation(Loss):
         Case(layouts={"student_features": VECTORS}),
     )
     aliases = ("VID", Alias("VIDLoss", entry_reduction="mean"))
-    paper = "Ahn et al. 2019, arXiv:1904.05835"
 
     entry_reduction: str = choice(("sum", "mean"), default="sum")
 

@@ -16,8 +16,8 @@ def augmix_jsd(
     student_logits: Tensor,
     first_augmented_logits: Tensor,
     second_augmented_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     """Jensen-Shannon divergence of three predictions; see :class:`AugMixJSD`."""
     weight = ops.optional_weight(sample_weight)
@@ -31,7 +31,7 @@ def augmix_jsd(
     return ops.reduce(ops.negative_of(values), weight, reduction)
 
 
-@register("augmix_jsd")
+@register(augmix_jsd)
 class AugMixJSD(Loss):
     r"""Jensen-Shannon divergence of the predictions for an image and two augmented versions of it, all of them the student's.
 
@@ -87,7 +87,6 @@ class AugMixJSD(Loss):
         Case({"reduction": "sum"}, layouts={"student_logits": "batch tokens classes"}),
     )
     aliases = ("AugMix", "JsdCrossEntropy")
-    paper = "Hendrycks et al. 2020, arXiv:1912.02781"
 
     def properties(self) -> Properties:
         return Properties(

@@ -13,13 +13,13 @@ def decoupled_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 4.0,
-    target_weight: float = 1.0,
-    non_target_weight: float = 8.0,
-    tau_squared: bool = True,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    target_weight: float,
+    non_target_weight: float,
+    tau_squared: bool,
+    ignore_index: int,
+    reduction: str,
 ) -> Tensor:
     """Divergences of label against rest and among the rest; see :class:`DecoupledKD`."""
     weight = kept_weight(labels, sample_weight, ignore_index)
@@ -37,7 +37,7 @@ def decoupled_kd(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("decoupled_kd")
+@register(decoupled_kd)
 class DecoupledKD(Loss):
     r"""The KL divergence of soft targets in two parts with weights of their own: label against rest, and among the rest.
 
@@ -113,7 +113,6 @@ class DecoupledKD(Loss):
         Case({"reduction": "sum"}, layouts={"labels": "batch tokens"}, optional=("sample_weight",)),
     )
     aliases = ("DKD", "DKDLoss")
-    paper = "Zhao et al. 2022, arXiv:2203.08679"
 
     temperature: float = scalar(default=4.0, minimum=0.0, exclusive=True)
     target_weight: float = scalar(default=1.0, minimum=0.0)

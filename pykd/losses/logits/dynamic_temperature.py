@@ -27,12 +27,12 @@ def _scaled(logits: Tensor, temperatures: Tensor) -> Tensor:
 def dynamic_temperature(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    temperature: float = 4.0,
-    strength: float = 1.0,
-    weights: str = "flsw",
-    exponent: float = 1.0,
-    form: str = "cross_entropy",
-    minimum_temperature: float = 1.0,
+    temperature: float,
+    strength: float,
+    weights: str,
+    exponent: float,
+    form: str,
+    minimum_temperature: float,
 ) -> Tensor:
     """Soft targets at a temperature per sample; see :class:`DynamicTemperature`."""
     student, teacher = ops.upcast(student_logits), ops.upcast(teacher_logits.detach())
@@ -46,7 +46,7 @@ def dynamic_temperature(
     return ops.negative_of(ops.expectation(p, torch.log_softmax(_scaled(student, temperatures), dim=-1))).mean()
 
 
-@register("dynamic_temperature")
+@register(dynamic_temperature)
 class DynamicTemperature(Loss):
     r"""Soft targets with a temperature per sample: below the base where the sample confuses the student more than others of the batch do.
 
@@ -108,7 +108,6 @@ class DynamicTemperature(Loss):
     )
     couples_batch = "has the mean of the batch in every temperature"
     aliases = ("DTD", "FLSW", Alias("CWSM", weights="cwsm"))
-    paper = "Wen, Lai, Qian 2019, arXiv:1911.07471"
 
     temperature: float = scalar(default=4.0, minimum=0.0, exclusive=True)
     strength: float = scalar(default=1.0, minimum=0.0)

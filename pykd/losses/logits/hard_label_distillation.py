@@ -23,8 +23,8 @@ def _rows(student: Tensor, labels: Tensor) -> Tensor:
 def hard_label_distillation(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     """Cross-entropy against the teacher's decisions; see :class:`HardLabelDistillation`."""
     weight = ops.optional_weight(sample_weight)
@@ -32,7 +32,7 @@ def hard_label_distillation(
     return ops.reduce(_rows(ops.without_left_out(student_logits, weight), _decisions(teacher)), weight, reduction)
 
 
-@register("hard_label_distillation")
+@register(hard_label_distillation)
 class HardLabelDistillation(Loss):
     r"""Cross-entropy of the student's class probabilities against the one class that the teacher decides for.
 
@@ -84,7 +84,6 @@ class HardLabelDistillation(Loss):
         Case(layouts={"student_logits": "batch tokens classes"}),
     )
     aliases = ("hard_distillation", "hard_label")
-    paper = "Touvron et al. 2021, arXiv:2012.12877"
 
     def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight):
         tensors = {"student": student_logits, "labels": _decisions(ops.upcast(teacher_logits.detach()))}

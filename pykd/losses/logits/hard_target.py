@@ -42,11 +42,11 @@ def _smooth(values: Tensor, student: Tensor, class_weight: Tensor | None, label_
 def hard_target(
     student_logits: Tensor,
     labels: Tensor,
-    sample_weight: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
 ) -> Tensor:
     """Cross-entropy against class indices or class probabilities; see :class:`HardTarget`."""
     classes = ops.optional_weight(class_weight)
@@ -75,7 +75,7 @@ def hard_target(
     return ops.reduce(_smooth(values, student, classes, label_smoothing), kept, reduction, count)
 
 
-@register("hard_target")
+@register(hard_target)
 class HardTarget(Loss):
     r"""Cross-entropy of the student's class probabilities against the labels.
 
@@ -152,7 +152,6 @@ class HardTarget(Loss):
         ),
     )
     aliases = ("CE", "CrossEntropyLoss")
-    paper = "Hinton, Vinyals, Dean 2015, arXiv:1503.02531"
 
     label_smoothing: float = number(default=0.0, minimum=0.0, maximum=1.0)
     ignore_index: int = whole(default=-100)

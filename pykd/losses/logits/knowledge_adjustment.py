@@ -46,13 +46,13 @@ def knowledge_adjustment(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 4.0,
-    adjustment: str = "probability_shift",
-    label_smoothing: float = 0.1,
-    tau_squared: bool = True,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    adjustment: str,
+    label_smoothing: float,
+    tau_squared: bool,
+    ignore_index: int,
+    reduction: str,
 ) -> Tensor:
     """KL divergence from a teacher put right; see :class:`KnowledgeAdjustment`."""
     weight = kept_weight(labels, sample_weight, ignore_index)
@@ -68,7 +68,7 @@ def knowledge_adjustment(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("knowledge_adjustment")
+@register(knowledge_adjustment)
 class KnowledgeAdjustment(Loss):
     r"""KL divergence of soft targets that are put right wherever the teacher's largest class is not the label.
 
@@ -136,7 +136,6 @@ class KnowledgeAdjustment(Loss):
         Case({"tau_squared": False, "ignore_index": 1}, layouts={"labels": "batch tokens"}),
     )
     aliases = ("KA", "ProbShift", Alias("LabelSmoothReg", adjustment="label_smoothing"))
-    paper = "Wen, Lai, Qian 2019, arXiv:1911.07471"
 
     temperature: float = scalar(default=4.0, minimum=0.0, exclusive=True)
     adjustment: str = choice(ADJUSTMENTS, default="probability_shift")

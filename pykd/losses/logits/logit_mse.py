@@ -14,12 +14,12 @@ OVER_CLASSES = ("mean", "sum")
 def logit_mse(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    of: str = "logits",
-    over_classes: str = "mean",
-    tau_squared: bool = False,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    of: str,
+    over_classes: str,
+    tau_squared: bool,
+    reduction: str,
 ) -> Tensor:
     """Mean squared difference over the classes; see :class:`LogitMSE`."""
     weight = ops.optional_weight(sample_weight)
@@ -35,7 +35,7 @@ def logit_mse(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("logit_mse")
+@register(logit_mse)
 class LogitMSE(Loss):
     r"""Mean squared difference of the student's and the teacher's logits, or of their softened probabilities.
 
@@ -98,7 +98,6 @@ class LogitMSE(Loss):
         Case({"of": "probabilities", "over_classes": "sum"}),
     )
     aliases = ("Logits", "kd_mse_loss", Alias("softmax_mse", of="probabilities"))
-    paper = "Ba, Caruana 2014, arXiv:1312.6184"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     of: str = choice(OF, default="logits")

@@ -22,11 +22,11 @@ def _z_scores(logits: Tensor, unbiased: bool) -> Tensor:
 def logit_standardization(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 2.0,
-    unbiased: bool = False,
-    tau_squared: bool = True,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    unbiased: bool,
+    tau_squared: bool,
+    reduction: str,
 ) -> Tensor:
     """KL divergence of softened z-scores; see :class:`LogitStandardization`."""
     weight = ops.optional_weight(sample_weight)
@@ -36,7 +36,7 @@ def logit_standardization(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("logit_standardization")
+@register(logit_standardization)
 class LogitStandardization(Loss):
     r"""KL divergence of soft targets whose logits are standardised first, so that the student need not match their range.
 
@@ -98,7 +98,6 @@ class LogitStandardization(Loss):
         Case(layouts={"student_logits": "batch tokens classes"}, optional=("sample_weight",)),
     )
     aliases = ("LSKD", Alias("LogitStdKDLoss", unbiased=True))
-    paper = "Sun et al. 2024, arXiv:2403.01427"
 
     temperature: float = scalar(default=2.0, minimum=0.0, exclusive=True)
     unbiased: bool = flag(default=False)

@@ -30,13 +30,13 @@ def mini_finetuning(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    threshold: float = 0.2,
-    raise_right: bool = True,
-    tau_squared: bool = True,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    threshold: float,
+    raise_right: bool,
+    tau_squared: bool,
+    ignore_index: int,
+    reduction: str,
 ) -> Tensor:
     """KL divergence from a corrected teacher; see :class:`MiniFinetuning`."""
     weight = kept_weight(labels, sample_weight, ignore_index)
@@ -48,7 +48,7 @@ def mini_finetuning(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("mini_finetuning")
+@register(mini_finetuning)
 class MiniFinetuning(Loss):
     r"""KL divergence from a teacher, the model before it is tuned, whose probabilities are mixed with the label until that leads.
 
@@ -118,7 +118,6 @@ class MiniFinetuning(Loss):
         Case({"ignore_index": 1}, layouts={"labels": "batch tokens"}),
     )
     aliases = ("MFT", "MFTLoss")
-    paper = "Belcak et al. 2025, arXiv:2506.15702"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     threshold: float = number(default=0.2, minimum=0.0, maximum=1.0)

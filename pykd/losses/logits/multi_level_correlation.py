@@ -16,9 +16,9 @@ def _products(x: Tensor) -> Tensor:
 def multi_level_correlation(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    temperature: float = 4.0,
-    class_level_weight: float = 1.0,
-    batch_level_weight: float = 1.0,
+    temperature: float,
+    class_level_weight: float,
+    batch_level_weight: float,
 ) -> Tensor:
     """Squared differences of the products of predictions; see :class:`MultiLevelCorrelation`."""
     p = torch.softmax(ops.soften(teacher_logits.detach(), temperature), dim=-1)
@@ -29,7 +29,7 @@ def multi_level_correlation(
     return class_level_weight * class_value + batch_level_weight * (batch_level * batch_level).sum(dim=-1).mean()
 
 
-@register("multi_level_correlation")
+@register(multi_level_correlation)
 class MultiLevelCorrelation(Loss):
     r"""Squared difference of how the predictions of every two classes, and of every two samples, go together.
 
@@ -82,7 +82,6 @@ class MultiLevelCorrelation(Loss):
     )
     couples_batch = "compares every sample of the batch with every other"
     aliases = ("MLLD", "MLKD")
-    paper = "Jin, Wang, Lin 2023"
 
     temperature: float = scalar(default=4.0, minimum=0.0, exclusive=True)
     class_level_weight: float = scalar(default=1.0, minimum=0.0)

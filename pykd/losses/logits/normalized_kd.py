@@ -19,12 +19,12 @@ def normalized_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    non_target_weight: float = 1.5,
-    tau_squared: bool = True,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    non_target_weight: float,
+    tau_squared: bool,
+    ignore_index: int,
+    reduction: str,
 ) -> Tensor:
     """Cross-entropies of the label's class and of all others, normalised; see :class:`NormalizedKD`."""
     weight = kept_weight(labels, sample_weight, ignore_index)
@@ -41,7 +41,7 @@ def normalized_kd(
     return ops.reduce(ops.negative_of(target + non_target_weight * non_target), weight, reduction)
 
 
-@register("normalized_kd")
+@register(normalized_kd)
 class NormalizedKD(Loss):
     r"""Cross-entropy of the label's class by the teacher's trust in it, and of the other classes made a distribution of their own.
 
@@ -101,7 +101,6 @@ class NormalizedKD(Loss):
         Case({"temperature": 0.5, "tau_squared": False, "ignore_index": 1}, layouts={"labels": "batch tokens"}),
     )
     aliases = ("NKD", "NKDLoss")
-    paper = "Yang et al. 2023, arXiv:2303.13005"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     non_target_weight: float = scalar(default=1.5, minimum=0.0)

@@ -19,12 +19,12 @@ def _binary_log_probs(logits: Tensor, temperature: float) -> Tensor:
 def sigmoid_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    form: str = "kl",
-    over_classes: str = "sum",
-    tau_squared: bool = False,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    form: str,
+    over_classes: str,
+    tau_squared: bool,
+    reduction: str,
 ) -> Tensor:
     """Divergence, or cross-entropy, of each class's probability by itself; see :class:`SigmoidKD`."""
     weight = ops.optional_weight(sample_weight)
@@ -38,7 +38,7 @@ def sigmoid_kd(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("sigmoid_kd")
+@register(sigmoid_kd)
 class SigmoidKD(Loss):
     r"""Binary KL divergence (or cross-entropy) of every class by itself, for tasks where a sample may have several labels.
 
@@ -96,7 +96,6 @@ class SigmoidKD(Loss):
         Case({"reduction": "sum"}, layouts={"student_logits": "batch tokens classes"}),
     )
     aliases = ("MultiLabelKD", "binary_kd")
-    paper = "Yang et al. 2023, arXiv:2308.06453"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     form: str = choice(FORMS, default="kl")

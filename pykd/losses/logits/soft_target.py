@@ -53,13 +53,13 @@ def soft_target_rows(
 def soft_target(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 2.0,
-    soften_student: bool = True,
-    form: str = "cross_entropy",
-    beta: float = 0.5,
-    tau_squared: bool = False,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    soften_student: bool,
+    form: str,
+    beta: float,
+    tau_squared: bool,
+    reduction: str,
 ) -> Tensor:
     """Cross-entropy or a divergence to the teacher's softened targets; see :class:`SoftTarget`."""
     weight = ops.optional_weight(sample_weight)
@@ -69,7 +69,7 @@ def soft_target(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("soft_target")
+@register(soft_target)
 class SoftTarget(Loss):
     r"""Cross-entropy (or KL divergence, forward, reverse or in between) of the student against the softened teacher.
 
@@ -177,7 +177,6 @@ class SoftTarget(Loss):
         Alias("GKD", form="jsd", temperature=1.0),
         Alias("generalized_jsd_loss", form="jsd", temperature=1.0),
     )
-    paper = "Hinton, Vinyals, Dean 2015, arXiv:1503.02531"
 
     temperature: float = scalar(default=2.0, minimum=0.0, exclusive=True)
     soften_student: bool = flag(default=True)

@@ -18,10 +18,10 @@ def _deviation(deviations: Tensor, masked: Tensor) -> Tensor:
 def spherical_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 4.0,
-    tau_squared: bool = True,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    tau_squared: bool,
+    reduction: str,
 ) -> Tensor:
     """KL divergence after the student's logits have got the teacher's length; see :class:`SphericalKD`."""
     weight = ops.optional_weight(sample_weight)
@@ -39,7 +39,7 @@ def spherical_kd(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("spherical_kd")
+@register(spherical_kd)
 class SphericalKD(Loss):
     r"""KL divergence of soft targets after the student's logits have been brought to the standard deviation of the teacher's.
 
@@ -97,7 +97,6 @@ class SphericalKD(Loss):
         Case(layouts={"student_logits": "batch tokens classes"}, optional=("sample_weight",)),
     )
     aliases = ("SphericalKnowledgeDistillation",)
-    paper = "Guo et al. 2020, arXiv:2010.07485"
 
     temperature: float = scalar(default=4.0, minimum=0.0, exclusive=True)
     tau_squared: bool = flag(default=True)

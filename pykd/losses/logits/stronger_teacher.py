@@ -31,11 +31,11 @@ def _correlation_distance(x: Tensor, y: Tensor, axis: int, epsilon: float) -> Te
 def stronger_teacher(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    temperature: float = 1.0,
-    inter_class_weight: float = 1.0,
-    intra_class_weight: float = 1.0,
-    epsilon: float = 0.0,
-    tau_squared: bool = True,
+    temperature: float,
+    inter_class_weight: float,
+    intra_class_weight: float,
+    epsilon: float,
+    tau_squared: bool,
 ) -> Tensor:
     """One less the correlations within samples and within classes; see :class:`StrongerTeacher`."""
     p = torch.softmax(ops.soften(teacher_logits.detach(), temperature), dim=-1)
@@ -46,7 +46,7 @@ def stronger_teacher(
     return value * (temperature * temperature) if tau_squared else value
 
 
-@register("stronger_teacher")
+@register(stronger_teacher)
 class StrongerTeacher(Loss):
     r"""One less Pearson's correlation of student and teacher: of each sample's probabilities, and of each class's over the batch.
 
@@ -113,7 +113,6 @@ class StrongerTeacher(Loss):
     )
     couples_batch = "compares the samples of every class"
     aliases = ("DIST", "DISTLoss")
-    paper = "Huang et al. 2022, arXiv:2205.10536"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     inter_class_weight: float = scalar(default=1.0, minimum=0.0)

@@ -20,10 +20,10 @@ def _rows(student: Tensor, teacher: Tensor, temperature: float, form: str, softe
 def transformed_teacher_matching(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    exponent: float = 0.5,
-    weighted: bool = False,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    exponent: float,
+    weighted: bool,
+    reduction: str,
 ) -> Tensor:
     """KL divergence from a power of the teacher's probabilities; see :class:`TransformedTeacherMatching`."""
     weight = ops.optional_weight(sample_weight)
@@ -37,7 +37,7 @@ def transformed_teacher_matching(
     return ops.reduce(values, weight, reduction)
 
 
-@register("transformed_teacher_matching")
+@register(transformed_teacher_matching)
 class TransformedTeacherMatching(Loss):
     r"""KL divergence of the student, without any temperature, from the teacher's probabilities raised to a power.
 
@@ -96,7 +96,6 @@ class TransformedTeacherMatching(Loss):
         Case({"exponent": 1.5, "weighted": True}, layouts={"student_logits": "batch tokens classes"}),
     )
     aliases = ("TTM", Alias("WTTM", weighted=True))
-    paper = "Zheng, Yang 2024, arXiv:2402.11148"
 
     exponent: float = scalar(default=0.5, minimum=0.0, exclusive=True)
     weighted: bool = flag(default=False)

@@ -12,13 +12,13 @@ from pykd.losses.logits._shared import at_label, is_label, kept_weight
 def virtual_teacher(
     student_logits: Tensor,
     labels: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 20.0,
-    label_probability: float = 0.99,
-    soften_student: bool = False,
-    tau_squared: bool = False,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    label_probability: float,
+    soften_student: bool,
+    tau_squared: bool,
+    ignore_index: int,
+    reduction: str,
 ) -> Tensor:
     """KL divergence from a teacher made of labels; see :class:`VirtualTeacher`."""
     weight = kept_weight(labels, sample_weight, ignore_index)
@@ -33,7 +33,7 @@ def virtual_teacher(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("virtual_teacher")
+@register(virtual_teacher)
 class VirtualTeacher(Loss):
     r"""KL divergence of the student from a softened teacher that is made of the label: distillation without a teacher.
 
@@ -95,7 +95,6 @@ class VirtualTeacher(Loss):
         Case({"temperature": 0.5, "ignore_index": 1, "reduction": "sum"}, layouts={"labels": "batch tokens"}),
     )
     aliases = ("TFKD", "TfKDreg", "teacher_free_kd")
-    paper = "Yuan et al. 2020, arXiv:1909.11723"
 
     temperature: float = scalar(default=20.0, minimum=0.0, exclusive=True)
     label_probability: float = number(default=0.99, above=0.0, below=1.0)

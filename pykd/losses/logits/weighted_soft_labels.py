@@ -13,11 +13,11 @@ def weighted_soft_labels(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 2.0,
-    tau_squared: bool = True,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    tau_squared: bool,
+    ignore_index: int,
+    reduction: str,
 ) -> Tensor:
     """Cross-entropies to soft targets by how the student compares with the teacher; see :class:`WeightedSoftLabels`."""
     weight = kept_weight(labels, sample_weight, ignore_index)
@@ -33,7 +33,7 @@ def weighted_soft_labels(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("weighted_soft_labels")
+@register(weighted_soft_labels)
 class WeightedSoftLabels(Loss):
     r"""Cross-entropy against soft targets, weighed per sample: the less, the smaller the student's own error is beside the teacher's.
 
@@ -95,7 +95,6 @@ class WeightedSoftLabels(Loss):
         Case({"ignore_index": 1}, layouts={"labels": "batch tokens"}),
     )
     aliases = ("WSLD", "WSL")
-    paper = "Zhou et al. 2021, arXiv:2102.00650"
 
     temperature: float = scalar(default=2.0, minimum=0.0, exclusive=True)
     tau_squared: bool = flag(default=True)

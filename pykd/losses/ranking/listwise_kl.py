@@ -10,10 +10,10 @@ from pykd.fused.description import SOFT_TARGET, KernelPoint
 def listwise_kl(
     student_scores: Tensor,
     teacher_scores: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    tau_squared: bool = True,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    tau_squared: bool,
+    reduction: str,
 ) -> Tensor:
     """KL divergence of softmaxes over candidates; see :class:`ListwiseKL`."""
     weight = ops.optional_weight(sample_weight)
@@ -24,7 +24,7 @@ def listwise_kl(
     )
 
 
-@register("listwise_kl")
+@register(listwise_kl)
 class ListwiseKL(Loss):
     r"""KL divergence between the teacher's and the student's softmax over the candidates of a query.
 
@@ -74,7 +74,6 @@ class ListwiseKL(Loss):
         Case({"tau_squared": False, "reduction": "sum", "temperature": 3.0}, optional=("sample_weight",)),
     )
     aliases = ("DistillKLDivLoss", "DistillKLDiv")
-    paper = "Lin, Yang, Lin 2020, arXiv:2010.11386"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     tau_squared: bool = flag(default=True)

@@ -11,8 +11,8 @@ from pykd.definition.reference import reduce_samples
 def margin_mse(
     student_scores: Tensor,
     teacher_scores: Tensor,
-    sample_weight: Tensor | None = None,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     """Mean squared difference of margins; see :class:`MarginMSE`."""
     weight = ops.optional_weight(sample_weight)
@@ -29,7 +29,7 @@ def margin_mse(
     return ops.reduce(values, weight, reduction)
 
 
-@register("margin_mse")
+@register(margin_mse)
 class MarginMSE(Loss):
     r"""Mean squared difference between the student's and the teacher's margins of a positive candidate over the negative ones.
 
@@ -79,7 +79,6 @@ class MarginMSE(Loss):
     least_lengths = {"candidates": 2}
     cases = (Case(), Case({"reduction": "sum"}, optional=("sample_weight",)))
     aliases = ("MarginMSELoss",)
-    paper = "Hofstätter et al. 2020, arXiv:2010.02666"
 
     def properties(self) -> Properties:
         return Properties(logit_shift=True, masked_classes=True, zero_when_equal=True, symmetric=True)

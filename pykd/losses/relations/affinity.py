@@ -48,9 +48,9 @@ def _values(student: Tensor, teacher: Tensor, per: str) -> Tensor:
 def affinity(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
-    per: str = "image",
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    per: str,
+    reduction: str,
 ) -> Tensor:
     """Norm of the difference of affinities of positions; see :class:`Affinity`."""
     weight = ops.optional_weight(sample_weight)
@@ -58,7 +58,7 @@ def affinity(
     return ops.reduce(_values(student, teacher, per), weight, reduction)
 
 
-@register("affinity")
+@register(affinity)
 class Affinity(Loss):
     r"""Distance between the student's and the teacher's affinities of the positions of each image (KTAAD).
 
@@ -114,7 +114,6 @@ class Affinity(Loss):
         Case({"per": "channel", "reduction": "sum"}, optional=("sample_weight",)),
     )
     aliases = ("KTAAD", Alias("AffinityLoss", per="channel"))
-    paper = "He et al. 2019, arXiv:1903.04688"
 
     per: str = choice(("image", "channel"), default="image")
 

@@ -13,11 +13,11 @@ def contrastive_representation(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
     negatives: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 0.07,
-    log_normalizer: float = 0.0,
-    form: str = "noise_contrastive",
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    log_normalizer: float,
+    form: str,
+    reduction: str,
 ) -> Tensor:
     """Contrast with given negatives; see :class:`ContrastiveRepresentation`."""
     weight = ops.optional_weight(sample_weight)
@@ -38,7 +38,7 @@ def contrastive_representation(
     return ops.reduce(values, weight, reduction)
 
 
-@register("contrastive_representation")
+@register(contrastive_representation)
 class ContrastiveRepresentation(Loss):
     r"""Contrast of the student's embedding with the teacher's of the same sample and with given negatives (CRD).
 
@@ -106,7 +106,6 @@ class ContrastiveRepresentation(Loss):
     )
     least_lengths = {"channels": 2}  # of one channel a direction is but a sign
     aliases = ("CRD", "CRDLoss")
-    paper = "Tian et al. 2020, arXiv:1910.10699"
 
     temperature: float = scalar(default=0.07, minimum=0.0, exclusive=True)
     log_normalizer: float = number(default=0.0)

@@ -58,12 +58,12 @@ def _norm(mean: Tensor, count: Tensor) -> Tensor:
 def correlation_congruence(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
-    sample_weight: Tensor | None = None,
-    form: str = "mean_square",
-    kernel: str = "gaussian",
-    gamma: float = 0.4,
-    order: int = 2,
-    normalized: bool = True,
+    sample_weight: Tensor | None,
+    form: str,
+    kernel: str,
+    gamma: float,
+    order: int,
+    normalized: bool,
 ) -> Tensor:
     """Difference of correlations under a kernel; see :class:`CorrelationCongruence`."""
     weight = ops.optional_weight(sample_weight)
@@ -73,7 +73,7 @@ def correlation_congruence(
     return mean if form == "mean_square" else _norm(mean, kept(x, weight).sum())
 
 
-@register("correlation_congruence")
+@register(correlation_congruence)
 class CorrelationCongruence(Relation):
     r"""Difference between the student's and the teacher's correlations of the samples in a batch under a kernel (CC).
 
@@ -143,7 +143,6 @@ class CorrelationCongruence(Relation):
         Case({"order": 4}),
     )
     aliases = ("CC", "CCKD", Alias("CCKDLoss", form="norm", normalized=False))
-    paper = "Peng et al. 2019, arXiv:1904.01802"
 
     form: str = choice(("mean_square", "norm"), default="mean_square")
     kernel: str = choice(("gaussian", "bilinear"), default="gaussian")

@@ -135,13 +135,13 @@ def distribution_distillation(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
     labels: Tensor,
-    positive_weight: float = 0.1,
-    negative_weight: float = 0.02,
-    order_weight: float = 0.5,
-    bins: int = 1000,
-    width: float = 0.1,
-    negatives: str = "hardest",
-    convention: str = "paper",
+    positive_weight: float,
+    negative_weight: float,
+    order_weight: float,
+    bins: int,
+    width: float,
+    negatives: str,
+    convention: str,
 ) -> Tensor:
     """Divergence between distributions of pairwise similarities; see :class:`DistributionDistillation`."""
     student = ops.normalize(ops.upcast(student_embeddings), dim=[-1])
@@ -152,7 +152,7 @@ def distribution_distillation(
     return positive_weight * positive + negative_weight * negative + order_weight * order
 
 
-@register("distribution_distillation")
+@register(distribution_distillation)
 class DistributionDistillation(Loss):
     r"""KL divergences between the teacher's and the student's distributions of pairwise similarities.
 
@@ -242,7 +242,6 @@ class DistributionDistillation(Loss):
     )
     couples_batch = "compares every sample of the batch with every other"
     aliases = ("DDL",)
-    paper = "Huang et al. 2020, arXiv:2002.03662"
 
     positive_weight: float = scalar(default=0.1, minimum=0.0)
     negative_weight: float = scalar(default=0.02, minimum=0.0)

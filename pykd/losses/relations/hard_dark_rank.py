@@ -73,11 +73,11 @@ def _block(
 def hard_dark_rank(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
-    sample_weight: Tensor | None = None,
-    alpha: float = 3.0,
-    beta: float = 3.0,
-    length: int = 3,
-    normalized: bool = True,
+    sample_weight: Tensor | None,
+    alpha: float,
+    beta: float,
+    length: int,
+    normalized: bool,
 ) -> Tensor:
     """Likelihood of the teacher's order of neighbours; see :class:`HardDarkRank`."""
     weight = ops.optional_weight(sample_weight)
@@ -86,7 +86,7 @@ def hard_dark_rank(
     return ops.reduce(values, weight, "mean")
 
 
-@register("hard_dark_rank")
+@register(hard_dark_rank)
 class HardDarkRank(Relation):
     r"""Negative log-likelihood, under the student, of the order in which the teacher has each sample's nearest neighbours.
 
@@ -151,7 +151,6 @@ class HardDarkRank(Relation):
         ),
     )
     aliases = ("DarkRank",)
-    paper = "Chen et al. 2018, arXiv:1707.01220"
 
     alpha: float = scalar(default=3.0, minimum=0.0)
     beta: float = scalar(default=3.0, minimum=1.0)

@@ -19,9 +19,9 @@ def _negative_log_probability(scores: Tensor, own: Tensor, weight: Tensor | None
 def in_batch_contrastive(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 0.07,
-    direction: str = "student",
+    sample_weight: Tensor | None,
+    temperature: float,
+    direction: str,
 ) -> Tensor:
     """InfoNCE between student and teacher; see :class:`InBatchContrastive`."""
     weight = ops.optional_weight(sample_weight)
@@ -37,7 +37,7 @@ def in_batch_contrastive(
     return (_negative_log_probability(scores, own, weight, 1) + backward) / 2
 
 
-@register("in_batch_contrastive")
+@register(in_batch_contrastive)
 class InBatchContrastive(Loss):
     r"""InfoNCE: the student's embedding of each sample is to find the teacher's of the same sample among those of the batch.
 
@@ -97,7 +97,6 @@ class InBatchContrastive(Loss):
     )
     couples_batch = COUPLES
     aliases = ("InfoNCE", "NTXentLoss")
-    paper = "van den Oord et al. 2018, arXiv:1807.03748"
 
     temperature: float = scalar(default=0.07, minimum=0.0, exclusive=True)
     direction: str = choice(("student", "teacher", "both"), default="student")

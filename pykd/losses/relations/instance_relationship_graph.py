@@ -73,7 +73,7 @@ def _values(
 def instance_relationship_graph(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
+    sample_weight: Tensor | None,
 ) -> Tensor:
     """Squared difference of edges; see :class:`InstanceRelationshipGraph`."""
     weight = ops.optional_weight(sample_weight)
@@ -81,7 +81,7 @@ def instance_relationship_graph(
     return over_pairs(edges, weight)
 
 
-@register("instance_relationship_graph")
+@register(instance_relationship_graph)
 class InstanceRelationshipGraph(FeatureRelation):
     r"""Squared difference between the student's and the teacher's edges of the graph of samples, for one layer (IRG).
 
@@ -128,7 +128,6 @@ class InstanceRelationshipGraph(FeatureRelation):
     """
 
     aliases = ("IRG",)
-    paper = "Liu et al. CVPR 2019"
 
     def in_blocks(self, blocks: BlockPoint, student_features, teacher_features, sample_weight):
         weight = ops.optional_weight(sample_weight)

@@ -28,8 +28,8 @@ def _values(student: Tensor, teacher: Tensor) -> Tensor:
 def inter_channel_correlation(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     """Squared difference of correlations of channels; see :class:`InterChannelCorrelation`."""
     weight = ops.optional_weight(sample_weight)
@@ -37,7 +37,7 @@ def inter_channel_correlation(
     return ops.reduce(_values(student, teacher), weight, reduction)
 
 
-@register("inter_channel_correlation")
+@register(inter_channel_correlation)
 class InterChannelCorrelation(Loss):
     r"""Squared difference between the student's and the teacher's correlations of the channels of each image (ICKD-C).
 
@@ -105,7 +105,6 @@ class InterChannelCorrelation(Loss):
         ),
     )
     aliases = ("ICKD", "ICKD-C", "ICKDLoss", "ChSimLoss")
-    paper = "Liu et al. 2021, arXiv:2202.03680"
 
     def relation(self, tensors):
         shape = tensors["student_features"].shape

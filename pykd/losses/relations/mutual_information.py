@@ -48,8 +48,8 @@ def _compared(student: Tensor, joint: Tensor, form: str) -> Tensor:
 def mutual_information(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
-    sample_weight: Tensor | None = None,
-    form: str = "difference",
+    sample_weight: Tensor | None,
+    form: str,
 ) -> Tensor:
     """Entropy of similarities that the teacher does not share; see :class:`MutualInformation`."""
     weight = ops.optional_weight(sample_weight)
@@ -60,7 +60,7 @@ def mutual_information(
     return _compared(student, joint, form)
 
 
-@register("mutual_information")
+@register(mutual_information)
 class MutualInformation(Relation):
     r"""What the student's similarities of the samples have that the teacher's have not, by entropies of order 2 (ITRD).
 
@@ -114,7 +114,6 @@ class MutualInformation(Relation):
 
     cases = (Case(), Case({"form": "log_ratio"}, optional=("sample_weight",)))
     aliases = ("ITRD-mutual",)
-    paper = "Miles et al. 2022, arXiv:2112.00459"
 
     form: str = choice(("difference", "log_ratio"), default="difference")
 

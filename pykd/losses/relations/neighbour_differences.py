@@ -14,7 +14,7 @@ def neighbour_differences(student_embeddings: Tensor, teacher_embeddings: Tensor
     return values.sum() / torch.ones_like(values).sum().clamp(min=1.0)
 
 
-@register("neighbour_differences")
+@register(neighbour_differences)
 class NeighbourDifferences(Loss):
     r"""Products of the differences between student and teacher of two samples that follow each other in the batch.
 
@@ -56,7 +56,6 @@ class NeighbourDifferences(Loss):
     }
     cases = (Case(),)
     couples_batch = "multiplies the differences of samples that follow each other"
-    paper = "Tian et al. 2020, arXiv:1910.10699"
 
     def properties(self) -> Properties:
         return Properties(

@@ -49,10 +49,10 @@ def _average(value: Tensor, count: Tensor, average: str) -> Tensor:
 def probabilistic_transfer(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
-    sample_weight: Tensor | None = None,
-    own: bool = False,
-    average: str = "samples",
-    epsilon: float = 1e-7,
+    sample_weight: Tensor | None,
+    own: bool,
+    average: str,
+    epsilon: float,
 ) -> Tensor:
     """Divergence of the probabilities of neighbours; see :class:`ProbabilisticTransfer`."""
     weight = ops.optional_weight(sample_weight)
@@ -63,7 +63,7 @@ def probabilistic_transfer(
     return _average(ops.reduce(values, weight, "mean"), kept(x, weight).sum(), average)
 
 
-@register("probabilistic_transfer")
+@register(probabilistic_transfer)
 class ProbabilisticTransfer(Relation):
     r"""Divergence between the teacher's and the student's probabilities of each sample's neighbours in the batch (PKT).
 
@@ -117,7 +117,6 @@ class ProbabilisticTransfer(Relation):
         Case({"own": True, "average": "pairs", "epsilon": 1e-6}, optional=("sample_weight",)),
     )
     aliases = ("PKT", Alias("PKTLoss", own=True, average="pairs"))
-    paper = "Passalis and Tefas 2018, arXiv:1803.10837"
 
     own: bool = flag(default=False)
     average: str = choice(("samples", "pairs"), default="samples")

@@ -51,7 +51,7 @@ def _shares(weight: Tensor | None, like: Tensor) -> Tensor | None:
 def relational_angle(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
-    sample_weight: Tensor | None = None,
+    sample_weight: Tensor | None,
 ) -> Tensor:
     """Smooth L1 between cosines of angles; see :class:`RelationalAngle`."""
     weight = ops.optional_weight(sample_weight)
@@ -61,7 +61,7 @@ def relational_angle(
     return ops.reduce(values, weight, "mean")
 
 
-@register("relational_angle")
+@register(relational_angle)
 class RelationalAngle(Relation):
     r"""Smooth L1 distance between the student's and the teacher's cosines of the angles that three samples make (RKD-A).
 
@@ -112,7 +112,6 @@ class RelationalAngle(Relation):
     """
 
     aliases = ("RKD-A", "AngleWiseRKD")
-    paper = "Park et al. 2019, arXiv:1904.05068"
 
     def relation(self, tensors):
         samples = len(tensors["student_embeddings"])

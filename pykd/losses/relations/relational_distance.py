@@ -55,7 +55,7 @@ def _values(
 def relational_distance(
     student_embeddings: Tensor,
     teacher_embeddings: Tensor,
-    sample_weight: Tensor | None = None,
+    sample_weight: Tensor | None,
 ) -> Tensor:
     """Smooth L1 between relative distances; see :class:`RelationalDistance`."""
     weight = ops.optional_weight(sample_weight)
@@ -64,7 +64,7 @@ def relational_distance(
     return over_pairs(smooth_l1(student, teacher), weight)
 
 
-@register("relational_distance")
+@register(relational_distance)
 class RelationalDistance(Relation):
     r"""Smooth L1 distance between the student's and the teacher's relative distances of samples from each other (RKD-D).
 
@@ -117,7 +117,6 @@ class RelationalDistance(Relation):
     """
 
     aliases = ("RKD-D", "DistanceWiseRKD")
-    paper = "Park et al. 2019, arXiv:1904.05068"
 
     def in_blocks(self, blocks: BlockPoint, student_embeddings, teacher_embeddings, sample_weight):
         weight = ops.optional_weight(sample_weight)

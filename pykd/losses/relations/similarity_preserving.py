@@ -21,7 +21,7 @@ def _values(student: Tensor, teacher: Tensor) -> Tensor:
 def similarity_preserving(
     student_features: Tensor,
     teacher_features: Tensor,
-    sample_weight: Tensor | None = None,
+    sample_weight: Tensor | None,
 ) -> Tensor:
     """Squared difference of similarities; see :class:`SimilarityPreserving`."""
     weight = ops.optional_weight(sample_weight)
@@ -29,7 +29,7 @@ def similarity_preserving(
     return over_pairs(_values(ops.matmul(x, x.transpose(0, 1)), ops.matmul(y, y.transpose(0, 1))), weight)
 
 
-@register("similarity_preserving")
+@register(similarity_preserving)
 class SimilarityPreserving(FeatureRelation):
     r"""Squared difference between the student's and the teacher's similarities of the samples in a batch (SP).
 
@@ -74,7 +74,6 @@ class SimilarityPreserving(FeatureRelation):
     """
 
     aliases = ("SP", "SPKD", "SPKDLoss", "Similarity")
-    paper = "Tung and Mori 2019, arXiv:1907.09682"
 
     def in_blocks(self, blocks: BlockPoint, student_features, teacher_features, sample_weight):
         weight = ops.optional_weight(sample_weight)

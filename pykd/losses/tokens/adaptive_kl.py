@@ -26,12 +26,12 @@ def _shares(log_p: Tensor, log_q: Tensor, head_mass: float, boundary: str) -> tu
 def adaptive_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    head_mass: float = 0.5,
-    boundary: str = "head",
-    tau_squared: bool = False,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    head_mass: float,
+    boundary: str,
+    tau_squared: bool,
+    reduction: str,
 ) -> Tensor:
     """Forward and reverse KL divergence, each with a weight of its own per sample; see :class:`AdaptiveKL`."""
     weight = ops.optional_weight(sample_weight)
@@ -45,7 +45,7 @@ def adaptive_kl(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("adaptive_kl")
+@register(adaptive_kl)
 class AdaptiveKL(Loss):
     r"""Mixture of forward and reverse KL divergence whose weights say how much student and teacher differ in head and tail.
 
@@ -110,7 +110,6 @@ class AdaptiveKL(Loss):
         ),
     )
     aliases = ("AKL",)
-    paper = "Wu et al. 2024, arXiv:2404.02657"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     head_mass: float = number(default=0.5, above=0.0, below=1.0)

@@ -65,13 +65,13 @@ def _rows(student: Tensor, teacher: Tensor, temperature: float, form: str, alpha
 def alpha_beta_divergence(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    alpha: float = 0.2,
-    beta: float = 0.7,
-    limits: str = "exact",
-    tau_squared: bool = False,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    alpha: float,
+    beta: float,
+    limits: str,
+    tau_squared: bool,
+    reduction: str,
 ) -> Tensor:
     """Divergence with an exponent for each side; see :class:`AlphaBetaDivergence`."""
     weight = ops.optional_weight(sample_weight)
@@ -86,7 +86,7 @@ def alpha_beta_divergence(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("alpha_beta_divergence")
+@register(alpha_beta_divergence)
 class AlphaBetaDivergence(Loss):
     r"""Divergence with two exponents, of which the forward and the reverse KL divergence are corners.
 
@@ -167,7 +167,6 @@ class AlphaBetaDivergence(Loss):
         ),
     )
     aliases = ("ABKD", Alias("ab_div", limits="authors"), "ABDivergence")
-    paper = "Wang et al. 2025, arXiv:2505.04560"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     alpha: float = number(default=0.2, minimum=-5.0, maximum=5.0)

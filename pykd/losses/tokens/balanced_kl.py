@@ -24,11 +24,11 @@ def _rows(student: Tensor, teacher: Tensor, temperature: float, emphasis: float,
 def balanced_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    emphasis: float = 3.0,
-    tau_squared: bool = False,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    emphasis: float,
+    tau_squared: bool,
+    reduction: str,
 ) -> Tensor:
     """Forward and reverse KL divergence, one of them emphasised in each sample; see :class:`BalancedKL`."""
     weight = ops.optional_weight(sample_weight)
@@ -38,7 +38,7 @@ def balanced_kl(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("balanced_kl")
+@register(balanced_kl)
 class BalancedKL(Loss):
     r"""Sum of forward and reverse KL divergence, of which in every sample the one is emphasised whose side has more entropy.
 
@@ -100,7 +100,6 @@ class BalancedKL(Loss):
         ),
     )
     aliases = ("BDKD", "BD-KD")
-    paper = "Amara et al. 2022, arXiv:2212.12965"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     emphasis: float = scalar(default=3.0, minimum=0.0)

@@ -13,9 +13,9 @@ def logistic_ranking(
     student_logits: Tensor,
     teacher_log_probs: Tensor,
     teacher_ids: Tensor,
-    sample_weight: Tensor | None = None,
-    average: str = "pairs",
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    average: str,
+    reduction: str,
 ) -> Tensor:
     """log(1 + exp of the difference of logits) of pairs of classes; see :class:`LogisticRanking`."""
     weight = ops.optional_weight(sample_weight)
@@ -29,7 +29,7 @@ def logistic_ranking(
     return reduce_pairs(terms, preferred_pairs(log_p), log_p, weight, average, reduction)
 
 
-@register("logistic_ranking")
+@register(logistic_ranking)
 class LogisticRanking(Loss):
     r"""Logistic loss of the pairs of tokens of which the teacher prefers one: how surely the student prefers it, too.
 
@@ -93,7 +93,6 @@ class LogisticRanking(Loss):
         ),
     )
     aliases = ("LogisticRankingLoss", "sparse_logistic_ranking_loss", "RankNet")
-    paper = "Burges et al. ICML 2005"
 
     average: str = choice(("pairs", "samples"), default="pairs")
 

@@ -13,11 +13,11 @@ def pairwise_hinge(
     student_logits: Tensor,
     teacher_log_probs: Tensor,
     teacher_ids: Tensor,
-    sample_weight: Tensor | None = None,
-    margins: str = "teacher",
-    margin: float = 0.1,
-    average: str = "pairs",
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    margins: str,
+    margin: float,
+    average: str,
+    reduction: str,
 ) -> Tensor:
     """Hinge of differences of probabilities of pairs of classes; see :class:`PairwiseHinge`."""
     weight = ops.optional_weight(sample_weight)
@@ -32,7 +32,7 @@ def pairwise_hinge(
     return reduce_pairs(torch.relu(least - ahead), preferred_pairs(log_p), log_p, weight, average, reduction)
 
 
-@register("pairwise_hinge")
+@register(pairwise_hinge)
 class PairwiseHinge(Loss):
     r"""How far the student falls short of the margins by which the teacher prefers one token to another.
 
@@ -100,7 +100,6 @@ class PairwiseHinge(Loss):
         ),
     )
     aliases = (Alias("HingeLoss", margins="constant"), "sparse_hinge_loss")
-    paper = "Goddard et al. 2024, DistillKit"
 
     margins: str = choice(("teacher", "constant"), default="teacher")
     margin: float = number(default=0.1, minimum=0.0)

@@ -13,9 +13,9 @@ def sampled_reverse_kl(
     student_logits: Tensor,
     teacher_log_probs: Tensor,
     sampled_ids: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    reduction: str,
 ) -> Tensor:
     """Log-probability of the drawn class times its log-ratio to the teacher's, a constant; see :class:`SampledReverseKL`."""
     weight = ops.optional_weight(sample_weight)
@@ -25,7 +25,7 @@ def sampled_reverse_kl(
     return ops.reduce((log_q.detach() - log_p) * log_q, weight, reduction)
 
 
-@register("sampled_reverse_kl")
+@register(sampled_reverse_kl)
 class SampledReverseKL(Loss):
     r"""What stands in for the reverse KL divergence where only the teacher's log-probability of each drawn token is known.
 
@@ -70,8 +70,8 @@ class SampledReverseKL(Loss):
         tensor([[ 0.1733,  0.1733, -0.5199,  0.1733]])
 
     References:
-        Williams: Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning, Machine Learning,
-        1992; Gu et al.: MiniLLM, 2023, arXiv:2306.08543.
+        Gu et al.: MiniLLM, 2023, arXiv:2306.08543; Williams: Simple Statistical Gradient-Following Algorithms for
+        Connectionist Reinforcement Learning, Machine Learning, 1992.
     """
 
     inputs = {
@@ -89,7 +89,6 @@ class SampledReverseKL(Loss):
         ),
     )
     aliases = ("SampledTokenRKL", "OnPolicyReverseKL")
-    paper = "Gu et al. 2023, arXiv:2306.08543"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
 

@@ -44,12 +44,12 @@ def _rows(student: Tensor, teacher: Tensor, temperature: float, form: str, alpha
 def skewed_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    alpha: float = 0.1,
-    direction: str = "forward",
-    tau_squared: bool = False,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    alpha: float,
+    direction: str,
+    tau_squared: bool,
+    reduction: str,
 ) -> Tensor:
     """KL divergence from a distribution to its mixture with the other; see :class:`SkewedKL`."""
     weight = ops.optional_weight(sample_weight)
@@ -59,7 +59,7 @@ def skewed_kl(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("skewed_kl")
+@register(skewed_kl)
 class SkewedKL(Loss):
     r"""KL divergence from the teacher (or the student) to a mixture of both, which keeps it finite.
 
@@ -129,7 +129,6 @@ class SkewedKL(Loss):
         Alias("SRKL", direction="reverse"),
         Alias("skewed_reverse_kl", direction="reverse"),
     )
-    paper = "Ko et al. 2024, arXiv:2402.03898"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     alpha: float = number(default=0.1, above=0.0, below=1.0)

@@ -55,11 +55,11 @@ def top_k_kl(
     student_logits: Tensor,
     teacher_log_probs: Tensor,
     teacher_ids: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    convention: str = "tail",
-    tau_squared: bool = False,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    convention: str,
+    tau_squared: bool,
+    reduction: str,
 ) -> Tensor:
     """KL divergence over the teacher's k likeliest classes, and what it takes the others for; see :class:`TopKKL`."""
     weight = ops.optional_weight(sample_weight)
@@ -69,7 +69,7 @@ def top_k_kl(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("top_k_kl")
+@register(top_k_kl)
 class TopKKL(Loss):
     r"""Forward KL divergence to a teacher of which only the log-probabilities of its k likeliest tokens are known.
 
@@ -165,7 +165,6 @@ class TopKKL(Loss):
         Alias("TopKLogitsKLLoss", convention="renormalized"),
         Alias("sparse_kl_div", convention="zero"),
     )
-    paper = "Hinton, Vinyals, Dean 2015, arXiv:1503.02531"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     convention: str = choice(CONVENTIONS, default="tail")

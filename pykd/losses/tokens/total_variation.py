@@ -19,10 +19,10 @@ def _rows(student: Tensor, teacher: Tensor, temperature: float, form: str) -> Te
 def total_variation(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    tau_squared: bool = False,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    temperature: float,
+    tau_squared: bool,
+    reduction: str,
 ) -> Tensor:
     """Half the sum of absolute differences of probabilities; see :class:`TotalVariation`."""
     weight = ops.optional_weight(sample_weight)
@@ -32,7 +32,7 @@ def total_variation(
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
-@register("total_variation")
+@register(total_variation)
 class TotalVariation(Loss):
     r"""Total variation distance between the teacher's and the student's softened probabilities.
 
@@ -89,7 +89,6 @@ class TotalVariation(Loss):
         ),
     )
     aliases = ("TVD", "TVDLoss", "tv_distance")
-    paper = "Wen et al. 2023, arXiv:2307.15190"
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     tau_squared: bool = flag(default=False)

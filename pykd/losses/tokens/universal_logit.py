@@ -11,10 +11,10 @@ from pykd.definition.reference import log_softmax, reduce_samples, rows
 def universal_logit(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    sample_weight: Tensor | None = None,
-    student_temperature: float = 1.0,
-    teacher_temperature: float = 1.0,
-    reduction: str = "mean",
+    sample_weight: Tensor | None,
+    student_temperature: float,
+    teacher_temperature: float,
+    reduction: str,
 ) -> Tensor:
     """Sum of absolute differences of sorted probabilities; see :class:`UniversalLogit`."""
     weight = ops.optional_weight(sample_weight)
@@ -30,7 +30,7 @@ def universal_logit(
     return ops.reduce((longer_q - longer_p).abs().sum(dim=-1), weight, reduction)
 
 
-@register("universal_logit")
+@register(universal_logit)
 class UniversalLogit(Loss):
     r"""Distance between the student's and the teacher's probabilities in descending order, whatever classes they are of.
 
@@ -90,7 +90,6 @@ class UniversalLogit(Loss):
         ),
     )
     aliases = ("ULD", "ULDLoss", "UniversalLogitDistillation")
-    paper = "Boizard et al. 2024, arXiv:2402.12030"
 
     student_temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     teacher_temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
