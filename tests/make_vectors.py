@@ -16,12 +16,13 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
 import pykd
-from pykd.export import metadata
+from pykd.export import metadata, tracing
 from pykd.export.verification import LIMITS, rooms_of, truth
 from tests.conftest import Subject, subjects
 from tests.sources import used_by
@@ -80,19 +81,21 @@ def prepare(subject: Subject, dtype: str, root: Path) -> Path:
     if mark.is_file() and mark.read_text() == current:
         return folder
     per_sample = any(not term.couples_batch for term in subject.composition.named_terms)
-    pykd.export(
-        subject.composition,
-        folder,
-        layouts=subject.layouts,
-        optional_inputs=subject.optional,
-        per_sample=per_sample,
-        dtype=dtype,
-        progress=lambda line: None,
-    )
+    with mock.patch.object(tracing, "retraced", wraps=tracing.retraced) as retraced:
+        pykd.export(
+            subject.composition,
+            folder,
+            layouts=subject.layouts,
+            optional_inputs=subject.optional,
+            per_sample=per_sample,
+            dtype=dtype,
+            progress=lambda line: None,
+        )
     # Without the large one: the files are text. An ordinary call first, which keeps the defaults.
     trials = [{}, *(s for name, s in subject.trial_sizes().items() if name != "large")]
     vectors = {
         "name": folder.name,
+        "traced again": retraced.called,
         "calls": [call(subject, i, sizes, dtype, per_sample) for i, sizes in enumerate(trials)],
     }
     (folder / "vectors.json").write_text(json.dumps(vectors))

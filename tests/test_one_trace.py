@@ -1,6 +1,7 @@
 """The exporter hands its own trace to torch.onnx; where that cannot be it has it traced again. Both write the same file."""
 
 import hashlib
+import json
 import logging
 import sys
 
@@ -14,6 +15,7 @@ import pykd
 from pykd.composition import as_composition
 from pykd.export import onnx_files, tracing
 from tests.conftest import subjects
+from tests.make_vectors import DTYPES
 
 
 def computed(model, axes):
@@ -85,12 +87,9 @@ def test_both_routes_write_the_same_graph(one, dtype, monkeypatch):
 
 
 @pytest.mark.slow
-def test_no_loss_needs_a_second_trace(loss_class, monkeypatch):
-    """The last case of each, which has most in it."""
-    monkeypatch.setattr(tracing, "retraced", not_called)
-    subject = [subject for subject in subjects() if subject.name.startswith(f"{loss_class.name}[")][-1]
-    fused = subject.composition.graph(subject.layouts, subject.optional, check=False, fused=True)
-    onnx_files.build(subject.composition, subject.graph(), fused, "float32")
+def test_no_loss_needs_a_second_trace(subject, exported):
+    folders = [exported(subject, dtype) for dtype in DTYPES]
+    assert not any(json.loads((folder / "vectors.json").read_text())["traced again"] for folder in folders)
 
 
 @pytest.mark.parametrize("other", ["no such module", "another signature"])

@@ -18,6 +18,7 @@ from pykd.command_line import main
 from pykd.export import metadata, onnx_files, tracing, verify
 from pykd.export.verification import LIMITS, _onnx_reference, _onnxruntime, errors, truth
 from tests.conftest import loss_subjects
+from tests.test_axes_in_files import models
 
 FORMS = ("overridable", "fixed", "inputs")
 SIZES = ({}, {"batch": 1, "classes": 1, "tokens": 1, "channels": 1}, {"batch": 7, "classes": 3, "channels": 5})
@@ -106,8 +107,8 @@ def first_cases():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "kernels"), first_cases())
-def test_other_runtimes_agree_with_float64(case, kernels, tmp_path):
-    written = write(case, tmp_path, kernels)
+def test_other_runtimes_agree_with_float64(case, kernels, exported):
+    written = models(case, kernels, exported)
     graph = case.graph()
     least = case.composition.least_lengths
     every = [{axis: max(length, least.get(axis, 1)) for axis, length in sizes.items()} for sizes in SIZES]

@@ -51,17 +51,34 @@ def _fresh():
     torch._dynamo.reset()
 
 
+def in_every_form(subject):
+    """A step that calls the module, and of one loss its function and a composition of it as well."""
+    module = Named(subject)
+    if not subject.composition.single:
+        return module
+    loss = subject.loss
+    function = getattr(pykd.functional, loss.name)
+    known = inspect.signature(function).parameters
+    settings = {name: value for name, value in loss.settings().items() if name in known}
+    composition = pykd.compose({"term": (loss, 0.5)})
+
+    def step(**tensors):
+        by_function = function(**loss.grouped(tensors), **settings)
+        return module(**tensors) + 5 * by_function + 3 * Composition.forward(composition, **tensors)["loss"]
+
+    return step
+
+
 @pytest.mark.slow
 @ONE
 def test_compiles_to_one_graph(form):
     """With its gradients, and again with another batch; tests/test_settings.py has the value in every case."""
-    subject = form
-    module = Named(subject)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    step = in_every_form(form)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for seed, sizes in enumerate(({}, {"batch": 4})):
-        tensors = subject.draw(sizes, seed=seed)
-        got = value_and_gradients(compiled, subject, tensors)
-        for a, b in zip(got, value_and_gradients(module, subject, tensors), strict=True):
+        tensors = form.draw(sizes, seed=seed)
+        got = value_and_gradients(compiled, form, tensors)
+        for a, b in zip(got, value_and_gradients(step, form, tensors), strict=True):
             torch.testing.assert_close(a, b)
 
 
@@ -73,29 +90,6 @@ def test_inductor(name):
     compiled = torch.compile(Named(subject), fullgraph=True)
     got = value_and_gradients(compiled, subject, tensors)
     for a, b in zip(got, value_and_gradients(Named(subject), subject, tensors), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", one_per_loss(), ids=str)
-def test_functions_and_compositions_compile(form):
-    """What calls the formula; the formula itself compiles in tests/test_settings.py, in every case."""
-    loss = form.loss
-    function = getattr(pykd.functional, loss.name)
-    known = inspect.signature(function).parameters
-    settings = {name: value for name, value in loss.settings().items() if name in known}
-    composition = pykd.compose({"term": (loss, 0.5)})
-
-    def step(**tensors):
-        by_function = function(**loss.grouped(tensors), **settings)
-        return by_function + 3 * Composition.forward(composition, **tensors)["loss"]
-
-    tensors = form.draw(seed=2)
-    got, want = (
-        value_and_gradients(each, form, tensors)
-        for each in (torch.compile(step, fullgraph=True, backend="aot_eager"), step)
-    )
-    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
 
 
