@@ -80,8 +80,8 @@ test: ## every test: C++, with sanitizers, Python, installed package, machines w
 	@scripts/timed "Python tests"        $(PY) -m pytest -n $(LOGICAL) --dist worksteal
 
 .PHONY: test-fast
-test-fast: ctest ## the inner loop: C++ tests, and Python tests that are not slow
-	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
+test-fast: ctest ## the inner loop: C++ tests, and Python tests that are not slow, each loss in its last case
+	$(PY) -m pytest -n $(LOGICAL) --dist worksteal --fast
 
 .PHONY: tested-build ctest sanitizers asan tsan
 tested-build: OPTIONS += -DPYKD_TESTS=ON -DPYKD_EXAMPLES=ON -DPYKD_TEST_ONNXRUNTIME=$(RUNTIME)

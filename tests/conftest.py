@@ -145,6 +145,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--loss", metavar="NAME", action="append", default=[],
         help="run the tests that are made for the loss of exactly this name; given again, for another as well",
     )  # fmt: skip
+    parser.addoption(
+        "--fast", action="store_true",
+        help="run no slow tests, and of those that differ in nothing but the case of a loss the last one",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -157,21 +161,39 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = items
     if wanted := config.getoption("--loss"):
-        kept = [item for item in items if not losses_of(item).isdisjoint(wanted)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        kept = [item for item in kept if not losses_of(item).isdisjoint(wanted)]
+    if config.getoption("--fast"):
+        kept = [item for item in kept if item.get_closest_marker("slow") is None]
+        kept = list({apart_from_its_case(item): item for item in kept}.values())
+    if kept is not items:
+        config.hook.pytest_deselected(items=list(set(items).difference(kept)))
         items[:] = kept
 
 
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def loss_of(value: Any) -> str | None:
+    """The name of the loss of which a parameter of a test is a case of any kind; compositions are no case of a loss."""
+    if not isinstance(value, Subject) or value.composition.single:
+        value = getattr(value, "loss", value)
+    return value.name if isinstance(value, Loss) or (isinstance(value, type) and issubclass(value, Loss)) else None
+
+
 def losses_of(item: pytest.Item) -> set[str]:
-    """The names of the losses that a test is made for; compositions are tests of the composition."""
-    found = set()
-    for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
-        if not isinstance(value, Subject) or value.composition.single:
-            value = getattr(value, "loss", value)  # of a case of any kind
-        if isinstance(value, Loss) or (isinstance(value, type) and issubclass(value, Loss)):
-            found.add(value.name)
-    return found
+    """The names of the losses that a test is made for."""
+    return {name for value in parameters_of(item).values() if (name := loss_of(value)) is not None}
+
+
+def apart_from_its_case(item: pytest.Item) -> tuple[Any, ...]:
+    """What a test is and takes, with the loss alone of what is a case of one."""
+    if not losses_of(item):
+        return (item.nodeid,)
+    taken = {name: loss_of(value) or str(value) for name, value in parameters_of(item).items()}
+    return (item.path, item.originalname, *taken.items())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
