@@ -1,7 +1,7 @@
 """Scoring two files of logits, end to end, beside what people write by hand.
 
 Two float16 arrays in ``.npy`` files that the machine has in memory (the page cache is warm), and the same as Parquet lists; and two
-base files of llama.cpp with 32,000 classes. The limit is reading the same bytes and widening them to float32, with the same number of threads; for Parquet it is pyarrow's ``iter_batches``. Every
+base files of llama.cpp with 32,000 classes, beside the tool's loop over rows alone (``cpp/bench/llama_rows.cpp``), which has its logits in memory. The limit is reading the same bytes and widening them to float32, with the same number of threads; for Parquet it is pyarrow's ``iter_batches``, each file on a thread of its own. Every
 route's divergences are compared with float64 before it is timed; routes by hand compute the divergence and the agreement,
 and nothing else. Rates are rows per second, medians of runs in turn. The hand-written routes run on the first rows alone.
 
@@ -34,6 +34,7 @@ _BLOCK = 1000  # rows of the routes by hand
 _FEW = 20_000  # rows that they run on
 _ROUNDS = 3
 _PROBED = 500  # rows that are compared with float64
+_TWO_READERS = "pyarrow iter_batches, 2 threads"  # as `pykd score` reads two files
 
 Array = np.ndarray[Any, Any]
 
@@ -133,13 +134,16 @@ def _read_and_widen(folder: Path, rows: int, threads: int) -> None:
         list(pool.map(part, range(0, rows, rows // threads)))
 
 
-def _iter_batches(folder: Path, rows: int) -> None:
-    """The limit for Parquet: pyarrow alone, both files, one after the other as they are scored."""
+def _iter_batches(folder: Path, rows: int, threads: int) -> None:
+    """The limit for Parquet: pyarrow alone, both files, on one thread or on one for each."""
     import pyarrow.parquet as parquet
 
-    for name in ("teacher", "student"):
+    def read(name: str) -> None:
         with parquet.ParquetFile(folder / f"{name}.parquet", pre_buffer=False, buffer_size=1 << 20) as file:
             assert sum(batch.num_rows for batch in file.iter_batches(_BLOCK, use_threads=False)) == rows
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read, ("teacher", "student")))
 
 
 def _score(folder: Path, ending: str, threads: int = 0) -> Array:
@@ -200,6 +204,20 @@ def _write_base_files(folder: Path) -> None:
             student.write(llama.encoded(logits + 0.3 * rng.standard_normal(logits.shape, np.float32)).tobytes())
 
 
+def _row_loop(folder: Path, threads: int) -> tuple[float, Array]:
+    """Seconds of the loop of llama-perplexity over the rows, and its divergences."""
+    program, found = folder / "llama_rows", folder / "found"
+    if not program.exists():
+        source = Path(__file__).parents[1] / "cpp" / "bench" / "llama_rows.cpp"
+        compiler = os.environ.get("CXX", "c++")
+        subprocess.run([compiler, "-O3", "-march=native", "-pthread", source, "-o", program], check=True)
+    files = [folder / f"{name}.kld" for name in ("teacher", "student")]
+    done = subprocess.run(
+        [program, *files, str(threads), "2", found], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    return float(done.stdout.split()[-1]), np.fromfile(found, np.float32)
+
+
 def _base_files(folder: Path) -> list[dict[str, Any]]:
     """Two base files, on one thread and on all."""
     _write_base_files(folder)
@@ -212,20 +230,30 @@ def _base_files(folder: Path) -> list[dict[str, Any]]:
     want = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
     entries = []
     for threads in dict.fromkeys([1, len(os.sched_getaffinity(0))]):
-        entry = {"route": f"pykd score, base files of llama.cpp, {threads} threads", "rows": head.rows}
-        taken = []
-        for number in range(2 * _ROUNDS):
+        loop: dict[str, Any] = {"route": f"row loop of llama-perplexity alone, {threads} threads", "rows": head.rows}
+        entry: dict[str, Any] = {
+            "route": f"pykd score, base files of llama.cpp, {threads} threads",
+            "rows": head.rows,
+        }
+        taken: dict[str, list[float]] = {route["route"]: [] for route in (loop, entry)}
+        for number in range(2 * _ROUNDS + 1):
+            of_loop, theirs = _row_loop(folder, threads)
             start = time.perf_counter()
             got = _score(folder, "kld", threads)
             if number:
-                taken.append(time.perf_counter() - start)
-            elif (error := float(np.abs(got[:_PROBED] - want).max())) > 1e-4:
-                entry["wrong"] = error
-        entry |= {
-            "rows_per_second": head.rows / statistics.median(taken),
-            "best_rows_per_second": head.rows / min(taken),
-        }
-        entries.append(entry)
+                taken[loop["route"]].append(of_loop)
+                taken[entry["route"]].append(time.perf_counter() - start)
+                continue
+            # The loop leaves out classes from −16 down.
+            for route, found, limit in ((loop, theirs, 1e-2), (entry, got, 1e-4)):
+                if (error := float(np.abs(found[:_PROBED] - want).max())) > limit:
+                    route["wrong"] = error
+        for route in (loop, entry):
+            seconds = taken[route["route"]]
+            route["rows_per_second"] = head.rows / statistics.median(seconds)
+            route["best_rows_per_second"] = head.rows / min(seconds)
+        entry["times_as_fast"] = entry["rows_per_second"] / loop["rows_per_second"]
+        entries += [loop, entry]
     memory = _memory(folder, "kld", report=False)
     return [*entries, {"route": "largest resident memory, base files of llama.cpp", "bytes": memory, "rows": head.rows}]
 
@@ -241,7 +269,8 @@ def run(bandwidth: float, rows: int = 200_000) -> list[dict[str, Any]]:
         routes: dict[str, tuple[int, Callable[[], Any]]] = {
             "read and widen": (rows, lambda: _read_and_widen(folder, rows, threads)),
             "pykd score, .npy": (rows, lambda: _score(folder, "npy")),
-            "pyarrow iter_batches": (rows, lambda: _iter_batches(folder, rows)),
+            "pyarrow iter_batches, 1 thread": (rows, lambda: _iter_batches(folder, rows, 1)),
+            _TWO_READERS: (rows, lambda: _iter_batches(folder, rows, 2)),
             "pykd score, Parquet lists": (rows, lambda: _score(folder, "parquet")),
             "NumPy and SciPy": (few, lambda: _by_scipy(folder, few)),
             "torch": (few, lambda: _by_torch(folder, few)),
@@ -255,29 +284,33 @@ def run(bandwidth: float, rows: int = 200_000) -> list[dict[str, Any]]:
         log_p, log_q = _log_softmax(teacher), _log_softmax(student)
         want = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
         taken: dict[str, list[float]] = {route: [] for route in routes}
+        processor: dict[str, list[float]] = {route: [] for route in routes}
         result: dict[str, dict[str, Any]] = {
             route: {"route": route, "rows": count} for route, (count, _) in routes.items()
         }
         for number in range(_ROUNDS + 1):  # the first one warms up
             for route, (_, call) in routes.items():
-                start = time.perf_counter()
+                start, of_processor = time.perf_counter(), time.process_time()
                 got = call()
                 if number:
                     taken[route].append(time.perf_counter() - start)
+                    processor[route].append(time.process_time() - of_processor)
                 elif got is not None and (error := float(np.abs(got[:_PROBED] - want).max())) > 1e-4:
                     result[route]["wrong"] = error
         for route, (count, _) in routes.items():
             result[route]["rows_per_second"] = count / statistics.median(taken[route])
+            result[route]["processor_microseconds_per_row"] = 1e6 * statistics.median(processor[route]) / count
         rate = {route: entry["rows_per_second"] for route, entry in result.items()}
         for route, limit in (
             ("pykd score, .npy", "read and widen"),
-            ("pykd score, Parquet lists", "pyarrow iter_batches"),
+            ("pykd score, Parquet lists", _TWO_READERS),
         ):
             result[route]["of_limit"] = rate[route] / rate[limit]
         for route, entry in result.items():
             entry["times_as_long"] = rate["pykd score, .npy"] / rate[route]
             print(
-                f"{route:28} {entry['rows_per_second']:12,.0f} rows/s  {entry['times_as_long']:6.2f} ×  of limit {entry.get('of_limit', float('nan')):.2f}"
+                f"{route:38} {entry['rows_per_second']:12,.0f} rows/s  {entry['processor_microseconds_per_row']:6.2f} µs of processor time  "
+                f"{entry['times_as_long']:6.2f} ×  of limit {entry.get('of_limit', float('nan')):.2f}"
             )
         start = time.perf_counter()
         summary(Scores(folder / "scores.parquet"))
