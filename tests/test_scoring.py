@@ -14,6 +14,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 import pykd
+from pykd import kernels
 from pykd.command_line import main
 from pykd.scoring import intervals
 from pykd.scoring.conditions import Condition, numbers_of
@@ -117,6 +118,69 @@ def test_rows_are_scored_as_the_definitions_say(dtype):
         else:
             np.testing.assert_allclose(got, expected, rtol=3e-6, atol=1e-6)
     np.testing.assert_array_equal(column(scores, "row"), np.arange(ROWS))
+
+
+@pytest.mark.parametrize("target", kernels.simd_targets())
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_is_said_of_a_row_on_every_instruction_set(target, dtype):
+    """Of few classes, and of blocks of them in which the largest logit rises; each output alone as all together."""
+    kernels.use_simd(target)
+    try:
+        for classes in (1, 19, 2500):
+            teacher, student, labels = draw(9, classes, dtype)
+            teacher[1], student[2] = np.sort(teacher[1]), np.sort(student[2])
+            student[3], labels[4] = np.round(student[3]), classes
+            inputs = {"teacher": teacher, "student": student, "labels": labels}
+            for temperature in (1.0, 1.5):
+                asked = {name: np.empty(9, np.float32) for name in ("soft", "teacher_class_nll", "student_class_nll")}
+                asked |= {name: np.empty(9, np.float32) for name in ("teacher_nll", "student_nll")}
+                asked |= {n: np.empty(9, np.int64) for n in ("teacher_class", "student_class", "teacher_class_rank")}
+                call = ("row_scores", inputs | {"temperature": temperature}, {"form": "kl"})
+                kernels.run(*call, asked)
+                for name, together in asked.items():
+                    alone = np.empty_like(together)
+                    kernels.run(*call, {name: alone}, threads=3)
+                    np.testing.assert_array_equal(alone, together, err_msg=name)
+                losses = [expected_loss("kl", t, s, temperature) for t, s in zip(teacher, student, strict=True)]
+                np.testing.assert_allclose(asked["soft"], losses, rtol=3e-5, atol=1e-6)
+                assert np.isnan([asked["teacher_nll"][4], asked["student_nll"][4]]).all()
+                rows = expected_rows(teacher, student, np.minimum(labels, classes - 1))
+                for side in ("teacher", "student"):
+                    rows[f"{side}_class_nll"] = -np.log(rows[f"{side}_confidence"])
+                for name in asked.keys() & rows.keys():
+                    known = np.arange(9) != (4 if name in ("teacher_nll", "student_nll") else -1)
+                    np.testing.assert_allclose(asked[name][known], rows[name][known], rtol=1e-5, atol=1e-6)
+    finally:
+        kernels.use_simd(None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "message"),
+    [
+        ({"form": "kl"}, np.float32, "soft needs temperature"),
+        ({"temperature": 0.0}, np.float32, "temperature is above 0"),
+        ({"temperature": 1.0, "classes": 5}, np.float32, "classes is how many are compared"),
+        ({"temperature": 1.0, "codes": 1, "classes": 3}, np.float32, "codes are 16-bit words"),
+        ({"temperature": 1.0, "codes": 1, "classes": 1}, np.uint16, "classes is how many are compared"),
+        ({"temperature": 1.0, "codes": 1}, np.uint16, "classes is how many are compared"),
+        ({"temperature": 1.0, "codes": 2}, np.float32, "codes is 0 or 1"),
+    ],
+)
+def test_row_scores_of_what_does_not_go_together_are_refused(settings, dtype, message):
+    logits = np.zeros((2, 4), dtype)
+    inputs = dict.fromkeys(("teacher", "student"), (logits,) if dtype == np.uint16 else logits)
+    inputs |= {"temperature": settings["temperature"]} if "temperature" in settings else {}
+    attributes = {name: value for name, value in settings.items() if name != "temperature"}
+    with pytest.raises(ValueError, match=message):
+        kernels.run("row_scores", inputs, attributes, {"soft": np.empty(2, np.float32)})
+
+
+def test_what_is_cut_off_of_large_float64_logits_is_reported():
+    teacher, student, _ = draw(dtype=np.float64)
+    save(teacher + 1e4, student[:, :9] - 1e4)
+    scores = score_files("teacher.npy", "student.npy", "scores.parquet", classes=9)
+    expected = [np.exp(log_softmax(t)[9:]).sum() for t in teacher]
+    np.testing.assert_allclose(column(scores, "teacher_mass_cut"), expected, rtol=1e-5)
 
 
 def test_a_wide_and_a_narrow_type_go_together():

@@ -84,6 +84,32 @@ def test_a_base_file_is_scored_with_its_labels():
     np.testing.assert_allclose(table["kl"], (np.exp(log_p) * (log_p - log_q)).sum(axis=1), atol=2e-4)
 
 
+@pytest.mark.parametrize("temperature", [None, 2.5])
+def test_two_base_files_have_the_scores_of_the_numbers_in_them(temperature):
+    """Bit for bit, though their codes are never written out as numbers."""
+    teacher, _, tokens = draw()
+    student = teacher + np.random.default_rng(7).normal(size=teacher.shape)
+    teacher[3], student[3] = 0, 0  # codes without a scale
+    student[4] = np.round(student[4])  # ties
+    for name, logits in (("teacher", teacher), ("student", student)):
+        write_base(f"{name}.kld", logits, tokens)
+        data = bytearray(Path(f"{name}.kld").read_bytes())
+        row = 20 + 4 * tokens.size + 5 * 2 * (CLASSES + 5)
+        data[row : row + 4] = struct.pack("<f", math.nan)  # a damaged scale
+        Path(f"{name}.kld").write_bytes(data)
+        rows = [load().values for load in open_matrix(f"{name}.kld", name).blocks(0, 50)]
+        np.save(f"{name}.npy", np.concatenate(rows))
+    losses = ("kl", "jsd", "reverse_kl")
+    tables = []
+    for ending, labels in (("kld", None), ("npy", "teacher.kld")):
+        files = (f"teacher.{ending}", f"student.{ending}", f"{ending}.parquet")
+        scores = score_files(*files, losses, labels=labels, group="teacher.kld#chunk", temperature=temperature)
+        tables.append({n: np.concatenate([b[n] for b in scores.blocks(n, bad=True)]) for n in scores.names})
+    assert np.flatnonzero(tables[0]["status"]).tolist() == [5] and tables[0]["teacher_class_rank"].max() > 1
+    for name, got in tables[0].items():
+        np.testing.assert_array_equal(got, tables[1][name], err_msg=name)
+
+
 def test_rows_of_a_chunk_are_one_group():
     draw()
     scores = score_files("teacher.kld", "student.npy", "scores.parquet")

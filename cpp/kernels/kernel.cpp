@@ -24,6 +24,11 @@ std::vector<Kernel>& registry() {
   return *kernels;
 }
 
+std::vector<Kernel>& unlisted() {
+  static auto* kernels = new std::vector<Kernel>;
+  return *kernels;
+}
+
 // The next word of `rest`; empty at the end.
 std::string_view next_word(std::string_view& rest) {
   while (!rest.empty() && rest.front() == ' ') rest.remove_prefix(1);
@@ -157,11 +162,18 @@ bool add(Kernel kernel) {
   return true;
 }
 
+bool add_unlisted(Kernel kernel) {
+  unlisted().push_back(std::move(kernel));
+  return true;
+}
+
 const std::vector<Kernel>& all() { return registry(); }
 
 const Kernel* find(const std::string& name) {
-  for (const Kernel& kernel : registry()) {
-    if (name == kernel.name) return &kernel;
+  for (const std::vector<Kernel>* kernels : {&registry(), &unlisted()}) {
+    for (const Kernel& kernel : *kernels) {
+      if (name == kernel.name) return &kernel;
+    }
   }
   return nullptr;
 }

@@ -144,7 +144,9 @@ struct Kernel {
 
 // Makes a kernel known. Called while the library is loaded.
 bool add(Kernel kernel);
-// Every kernel, by name.
+// The same of one that is no part of a loss: it is found by its name, and becomes no operator.
+bool add_unlisted(Kernel kernel);
+// Every kernel of a loss, by name.
 const std::vector<Kernel>& all();
 // The kernel of that name; nullptr where there is none.
 const Kernel* find(const std::string& name);

@@ -7,13 +7,13 @@ The kernels of libpykd compute the losses; no torch, no ONNX Runtime. An exporte
 from __future__ import annotations
 
 import os
-import threading
 from typing import Any
 
 import numpy as np
 
 from pykd import kernels
 from pykd.runtime import LoadedLoss, load
+from pykd.scoring import llama
 from pykd.scoring.sources import Block
 
 # What a row can be. All but the first are kept out of the statistics, and counted.
@@ -64,6 +64,8 @@ class RowScores:
         self.temperature = temperature
         self.labels = labels
         self.cut = {"teacher": cut[0], "student": cut[1]}
+        # Whether blocks may be rows of base files of llama.cpp as they are, 16-bit words.
+        self.takes_codes = not any(cut) and not any(isinstance(loss, LoadedLoss) for loss in self.losses.values())
         fields: list[tuple[str, str]] = [("status", "u1"), *((name, "<f4") for name in self.losses)]
         fields += [("teacher_class", "<i4"), ("student_class", "<i4"), ("teacher_class_rank", "<i4")]
         fields += [("teacher_confidence", "<f4"), ("student_confidence", "<f4")]
@@ -102,58 +104,64 @@ class RowScores:
 
     def _compare(self, teacher: Array, student: Array, label: Block | None, result: Array, status: Array) -> None:
         whole = {"teacher": teacher, "student": student}
-        teacher, student = _alike(teacher[:, : self.classes], student[:, : self.classes])
-        rows = np.arange(len(teacher))
-        sides = {"teacher": teacher, "student": student}
-        best, largest, log_share = {}, {}, {}
-        for side, logits in sides.items():
-            best[side] = first_largest(logits)
-            largest[side] = logits[rows, best[side]].astype(np.float32)
-            log_share[side] = np.empty(len(rows), np.float32)  # −log of the best class's probability
-            result[f"{side}_class"] = best[side]
-        kernels.run(
-            "soft_target",
-            {"student": teacher, "labels": best["teacher"]},
-            {},
-            {"hard": log_share["teacher"]},
-            threads=1,
-        )
-        hard = {"labels": best["student"]}, {"hard": log_share["student"]}
-        for name, loss in self.losses.items():
-            if isinstance(loss, str):
-                value = np.empty(len(rows), np.float32)
-                temperature = 1.0 if self.temperature is None else self.temperature
-                inputs = {"student": student, "teacher": teacher, "temperature": temperature, **hard[0]}
-                kernels.run("soft_target", inputs, {"form": loss}, {"soft": value, **hard[1]}, threads=1)
-                hard = {}, {}
-                result[name] = np.maximum(value, 0)  # of which rounding may leave a little less; NaN stays
-        if hard[0]:
-            kernels.run("soft_target", {"student": student, **hard[0]}, {}, hard[1], threads=1)
-        for side in sides:
-            result[f"{side}_confidence"] = np.exp(-log_share[side])
-            if self.cut[side]:
-                tail = whole[side][:, self.classes :].astype(np.float64)
-                result[f"{side}_mass_cut"] = _share_of(tail, largest[side] + log_share[side].astype(np.float64))
-        result["teacher_class_rank"] = rank(student, best["teacher"], best["student"])
-        known = np.zeros(len(rows), np.int64)
+        coded = teacher.dtype == np.uint16
+        if not coded:
+            teacher, student = _alike(teacher[:, : self.classes], student[:, : self.classes])
+        rows = len(teacher)
+        inputs: dict[str, Any] = {"teacher": teacher, "student": student}
+        attributes: dict[str, str | float] = {}
+        if coded:
+            inputs = {side: (words,) for side, words in inputs.items()}  # the mark of 16-bit words
+            attributes = {"codes": 1, "classes": self.classes}
+        classes = {name: np.empty(rows, np.int64) for name in ("teacher_class", "student_class", "teacher_class_rank")}
+        nll = {f"{side}_class_nll": np.empty(rows, np.float32) for side in whole}
+        known = np.zeros(rows, np.int64)
         if label is not None:
             inside = (label.values >= 0) & (label.values < self.classes)
-            known[inside] = label.values[inside]
+            np.copyto(known, label.values, where=inside)
+            inputs["labels"] = known
+            nll |= {f"{side}_nll": np.empty(rows, np.float32) for side in whole}
+        wanted: dict[str, Array] = {**classes, **nll}
+        temperature = 1.0 if self.temperature is None else self.temperature
+        for name, loss in self.losses.items():
+            if isinstance(loss, str):
+                value = np.empty(rows, np.float32)
+                asked = {"soft": value, **wanted}
+                kernels.run(
+                    "row_scores",
+                    inputs | {"temperature": temperature},
+                    attributes | {"form": loss},
+                    asked,
+                    threads=1,
+                )
+                wanted = {}
+                result[name] = np.maximum(value, 0)  # of which rounding may leave a little less; NaN stays
+        if wanted:
+            kernels.run("row_scores", inputs, attributes, wanted, threads=1)
+        for name, places in classes.items():
+            result[name] = places
+        for side, logits in whole.items():
+            result[f"{side}_confidence"] = np.exp(-nll[f"{side}_class_nll"])
+            if self.cut[side]:
+                largest = logits[np.arange(rows), classes[f"{side}_class"]].astype(np.float64)
+                tail = logits[:, self.classes :].astype(np.float64)
+                result[f"{side}_mass_cut"] = _share_of(tail, largest + nll[f"{side}_class_nll"])
+        if label is not None:
             result["label"] = label.values
-            for side, logits in sides.items():
-                # Both terms are at least 0: nothing cancels.
-                result[f"{side}_nll"] = log_share[side] + (largest[side] - logits[rows, known].astype(np.float32))
-            teacher_share, student_share = np.exp(-result["teacher_nll"]), np.exp(-result["student_nll"])
-            result["label_probability_change"] = student_share - teacher_share
+            for side in whole:
+                result[f"{side}_nll"] = nll[f"{side}_nll"]
+            result["label_probability_change"] = np.exp(-nll["student_nll"]) - np.exp(-nll["teacher_nll"])
         for name, loss in self.losses.items():
             if not isinstance(loss, str):
                 result[name] = self._run(loss, teacher, student, known)
-        finite = np.ones(len(rows), bool)
+        finite = np.ones(rows, bool)
         for name in self.dtype.names or ():
             if self.dtype[name].kind == "f":
                 finite &= np.isfinite(result[name])
         for row in np.flatnonzero(~finite):
-            status[row] = _why(*(side[row, : self.classes] for side in whole.values()))
+            sides = (side[row : row + 1] for side in whole.values())
+            both = (llama.decoded(side, self.classes) if coded else side[:, : self.classes] for side in sides)
+            status[row] = _why(*both)
         if label is not None:
             status[~inside] = LABEL_OUT_OF_RANGE
             status[label.values == IGNORED_LABEL] = IGNORED
@@ -206,48 +214,6 @@ def _alike(teacher: Array, student: Array) -> tuple[Array, Array]:
         return np.ascontiguousarray(logits, np.float32)
 
     return narrow(teacher), narrow(student)
-
-
-_scratch = threading.local()  # memory that is written again in each block: new pages cost more than the arithmetic
-
-
-def _ordered(logits: Array) -> Array:
-    """Numbers in the same order that NumPy compares fast: float16 as signed integers, −0 and 0 alike.
-
-    They lie in memory of the thread's own, until its next call.
-    """
-    if logits.dtype != np.float16:
-        return logits
-    kept = getattr(_scratch, "kept", None)
-    if kept is None or kept.shape[1] < logits.size:
-        kept = _scratch.kept = np.empty((2, logits.size), np.int16)
-    sign: Array
-    key: Array
-    sign, key = (part[: logits.size].reshape(logits.shape) for part in kept)
-    bits = logits.view(np.int16)
-    np.right_shift(bits, 15, out=sign)
-    np.bitwise_and(bits, 0x7FFF, out=key)
-    np.bitwise_xor(key, sign, out=key)
-    np.subtract(key, sign, out=key)
-    return key
-
-
-def first_largest(logits: Array) -> Array:
-    return np.asarray(_ordered(logits).argmax(axis=1), np.int64)
-
-
-def rank(student: Array, teacher_class: Array, student_class: Array) -> Array:
-    """The place of the teacher's best class in the student's order, from 1; of equals the first comes first."""
-    rank = np.ones(len(student), np.int32)
-    differ = np.flatnonzero(teacher_class != student_class)
-    if len(differ):
-        logits = _ordered(student[differ])
-        own = logits[np.arange(len(differ)), teacher_class[differ]][:, None]
-        rank[differ] += (logits > own).sum(axis=1, dtype=np.int32)
-        equal = logits == own
-        for row in np.flatnonzero(equal.sum(axis=1, dtype=np.int32) > 1):
-            rank[differ[row]] += equal[row, : teacher_class[differ[row]]].sum()
-    return rank
 
 
 def _share_of(tail: Array, log_sum: Array) -> Array:

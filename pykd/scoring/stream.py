@@ -233,10 +233,13 @@ class _Work:
 
     def run(self, start: int, threads: int) -> Iterator[np.ndarray[Any, Any]]:
         """Records of the rows from ``start`` on, in order."""
-        rows = block_rows(self.teacher, self.student)
+        teacher, student = self.teacher, self.student
+        if teacher.coded and student.coded and isinstance(self.scores, RowScores) and self.scores.takes_codes:
+            teacher, student = teacher.coded, student.coded
+        rows = block_rows(teacher, student)
         pairs = zip(
-            self.teacher.blocks(start, rows),
-            self.student.blocks(start, rows),
+            teacher.blocks(start, rows),
+            student.blocks(start, rows),
             _nothing() if self.label is None else self.label.blocks(start, rows),
             strict=self.label is not None,
         )

@@ -24,8 +24,6 @@ from pykd.scoring.row_scores import (
     OK,
     RAGGED,
     STATUSES,
-    first_largest,
-    rank,
 )
 from pykd.scoring.top_k import log_masses, log_sum, narrow
 
@@ -120,9 +118,9 @@ class TopKScores:
                 _loss(loss, log_p, log_q), 0
             )  # of which rounding may leave a little less; NaN stays
         best_of_teacher = ids[rows, teacher.values.argmax(axis=1)]
-        best = first_largest(logits)
+        best = logits.argmax(axis=1)
         result["teacher_class"], result["student_class"] = best_of_teacher, best
-        result["teacher_class_rank"] = rank(logits, best_of_teacher, best)
+        result["teacher_class_rank"] = _rank(logits, best_of_teacher, best)
         result["teacher_confidence"] = np.exp(self._teacher(teacher, 0)[:, :-1].max(axis=1))
         result["student_confidence"] = np.exp(logits[rows, best] - at_one)
         if self.cut:
@@ -161,6 +159,20 @@ class TopKScores:
             status[label.values == IGNORED_LABEL] = IGNORED
             if label.missing is not None:
                 status[label.missing] = MISSING
+
+
+def _rank(student: Array, teacher_class: Array, student_class: Array) -> Array:
+    """The place of the teacher's best class in the student's order, from 1; of equals the first comes first."""
+    rank = np.ones(len(student), np.int32)
+    differ = np.flatnonzero(teacher_class != student_class)
+    if len(differ):
+        logits = student[differ]
+        own = logits[np.arange(len(differ)), teacher_class[differ]][:, None]
+        rank[differ] += (logits > own).sum(axis=1, dtype=np.int32)
+        equal = logits == own
+        for row in np.flatnonzero(equal.sum(axis=1, dtype=np.int32) > 1):
+            rank[differ[row]] += equal[row, : teacher_class[differ[row]]].sum()
+    return rank
 
 
 def _normalised(logs: Array) -> Array:

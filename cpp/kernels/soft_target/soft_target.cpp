@@ -4,8 +4,10 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
 
 #include "kernels/host/rows.h"
 #include "kernels/kernel.h"
@@ -36,6 +38,7 @@ constexpr size_t kBlock = 1024;
 struct Problem {
   pykd_dtype dtype;
   size_t rows, classes;
+  size_t row_entries;  // from the start of a row of logits to the next one's
   Form form;
   const void* student;
   const void* teacher;
@@ -52,6 +55,57 @@ struct Problem {
   bool almost_equal;     // a temperature at which p and q may be, and their divergence small beside their rounding
   bool separate_hard;    // the hard part needs a softmax of its own, without temperature
   bool stream_gradient;  // write it past the caches
+};
+
+// A log-probability as base files of llama.cpp have it: scale code + least, of 16-bit codes. A row begins with its two
+// numbers, in float32.
+struct Code {
+  std::uint16_t bits;
+};
+constexpr size_t kCodesBegin = 4;  // words of a row before its codes
+
+struct Codes {
+  const std::uint16_t* words;
+  float scale, least;
+
+  Codes operator+(size_t count) const { return {words + count, scale, least}; }
+};
+
+// The entries of a row.
+template <class T>
+auto row_of(const void* rows, size_t row, size_t row_entries) {
+  const T* const entries = static_cast<const T*>(rows) + row * row_entries;
+  if constexpr (std::is_same_v<T, Code>) {
+    float numbers[2];
+    std::memcpy(numbers, entries, sizeof numbers);
+    return Codes{reinterpret_cast<const std::uint16_t*>(entries) + kCodesBegin, numbers[0], numbers[1]};
+  } else {
+    return entries;
+  }
+}
+template <class T>
+const void* address_of(const T* entries) {
+  return entries;
+}
+inline const void* address_of(const Codes& codes) { return codes.words; }
+
+// What else is said of the rows, beside their losses; nullptr: it is not wanted.
+struct RowScores {
+  const void* teacher;
+  const std::int64_t* labels;
+  std::int64_t* teacher_class;  // with the largest logit, the first of equal ones
+  std::int64_t* student_class;
+  std::int64_t* teacher_class_rank;
+  float* teacher_class_nll;
+  float* student_class_nll;
+  float* teacher_nll;  // of the labels
+  float* student_nll;
+
+  bool wanted() const {
+    return teacher_class != nullptr || student_class != nullptr || teacher_class_rank != nullptr ||
+           teacher_class_nll != nullptr || student_class_nll != nullptr || teacher_nll != nullptr ||
+           student_nll != nullptr;
+  }
 };
 
 // A form is what it sums up over the classes, and so what the gradient needs to find in scratch memory.
@@ -148,20 +202,33 @@ using kernels::HWY_NAMESPACE::stream;
 using D = hn::ScalableTag<float>;
 using V = hn::Vec<D>;
 
+// As kernels/simd/memory-inl.h has it for other types; with two roundings, as who writes the codes expects.
+HWY_INLINE V load(D d, const Codes& codes) {
+  const hn::RebindToSigned<D> di;
+  const V code = hn::ConvertTo(d, hn::PromoteTo(di, hn::LoadU(hn::Rebind<std::uint16_t, D>(), codes.words)));
+  return hn::Add(hn::Mul(code, hn::Set(d, codes.scale)), hn::Set(d, codes.least));
+}
+HWY_INLINE V load(D d, const Codes& codes, size_t count, float fill) {
+  std::uint16_t words[hn::MaxLanes(D())] = {};
+  std::memcpy(words, codes.words, count * sizeof *words);
+  return hn::IfThenElse(hn::FirstN(d, count), load(d, Codes{words, codes.scale, codes.least}), hn::Set(d, fill));
+}
+
 // value, but 0 where factor is 0 (not where it is NaN).
 HWY_INLINE V unless_zero(V factor, V value) { return hn::IfThenZeroElse(hn::Eq(factor, hn::Zero(D())), value); }
 
 HWY_INLINE double sum_of_lanes(V v) { return hn::GetLane(hn::SumOfLanes(D(), v)); }
 
-// The largest of `count` entries and of `least`. Leaves half-precision entries as float32 in `wide`.
-template <class T>
-HWY_NOINLINE float maximum(const T* HWY_RESTRICT p, size_t count, float least, float* HWY_RESTRICT wide) {
+// The largest of `count` entries and of `least`. Leaves entries that are no float32 as such in `wide`.
+template <class Entries>
+HWY_NOINLINE float maximum(const Entries p, size_t count, float least, float* HWY_RESTRICT wide) {
+  constexpr bool kWiden = !std::is_same_v<Entries, const float*>;
   const D d;
   const size_t lanes = hn::Lanes(d);
   V top0 = hn::Set(d, least), top1 = top0;
   const auto read = [&](size_t i) __attribute__((always_inline)) {
     const V entries = load(d, p + i);
-    if constexpr (sizeof(T) < sizeof(float)) hn::Store(entries, d, wide + i);
+    if constexpr (kWiden) hn::Store(entries, d, wide + i);
     return entries;
   };
   size_t i = 0;
@@ -175,7 +242,7 @@ HWY_NOINLINE float maximum(const T* HWY_RESTRICT p, size_t count, float least, f
   }
   if (i < count) {
     const V entries = load(d, p + i, count - i, -kInfinity);
-    if constexpr (sizeof(T) < sizeof(float)) hn::Store(entries, d, wide + i);
+    if constexpr (kWiden) hn::Store(entries, d, wide + i);
     top1 = hn::Max(top1, entries);
   }
   return hn::GetLane(hn::MaxOfLanes(d, hn::Max(top0, top1)));
@@ -326,9 +393,9 @@ struct Excess {
   double teacher = 0;  // of e_teacher
 };
 
-template <class T>
-HWY_NOINLINE Excess excess_over_teacher(const T* HWY_RESTRICT student, const T* HWY_RESTRICT teacher, size_t classes,
-                                        float student_top, float teacher_top, float scale) {
+template <class Entries>
+HWY_NOINLINE Excess excess_over_teacher(const Entries student, const Entries teacher, size_t classes, float student_top,
+                                        float teacher_top, float scale) {
   const D d;
   const size_t lanes = hn::Lanes(d);
   Excess sums;
@@ -360,6 +427,37 @@ HWY_NOINLINE Excess excess_over_teacher(const T* HWY_RESTRICT student, const T* 
     sums.teacher += sum_of_lanes(teacher_sum);
   }
   return sums;
+}
+
+// The first of the entries that is `value`; 0 where none is.
+template <class Entries>
+HWY_NOINLINE size_t first_equal(const Entries row, size_t classes, float value) {
+  const D d;
+  const size_t lanes = hn::Lanes(d);
+  const V wanted = hn::Set(d, value);
+  size_t i = 0;
+  for (; i + lanes <= classes; i += lanes) {
+    const auto equal = hn::Eq(load(d, row + i), wanted);
+    if (!hn::AllFalse(d, equal)) return i + static_cast<size_t>(hn::FindFirstTrue(d, equal));
+  }
+  if (i == classes) return 0;
+  const auto equal = hn::Eq(load(d, row + i, classes - i, std::numeric_limits<float>::quiet_NaN()), wanted);
+  return hn::AllFalse(d, equal) ? 0 : i + static_cast<size_t>(hn::FindFirstTrue(d, equal));
+}
+
+// How many of the entries [begin, end) are larger than `value`, or equal to it.
+template <bool or_equal, class Entries>
+HWY_NOINLINE size_t count_above(const Entries row, size_t begin, size_t end, float value) {
+  const D d;
+  const size_t lanes = hn::Lanes(d);
+  const V least = hn::Set(d, value);
+  const auto count = [&](V entries) HWY_ATTR {
+    return hn::CountTrue(d, or_equal ? hn::Ge(entries, least) : hn::Gt(entries, least));
+  };
+  size_t found = 0, i = begin;
+  for (; i + lanes <= end; i += lanes) found += count(load(d, row + i));
+  if (i < end) found += count(load(d, row + i, end - i, std::numeric_limits<float>::quiet_NaN()));
+  return found;
 }
 
 // The two divergences of jsd over a span of classes, given the factors that make e a probability and the logarithm to
@@ -521,7 +619,33 @@ class Rows {
     if (problem_.stream_gradient) finish_streaming();
   }
 
+  // The sums over a row, and its soft value; `keep`: what a gradient needs as well.
+  void sum_up(size_t row, const T* probs, bool keep) {
+    scratch_.keep = keep || Terms::kMixture;
+    read(row, probs);
+
+    log_student_ = std::log2(sums_.student);
+    if (Terms::kTeacher) log_teacher_ = std::log2(sums_.teacher);
+    if constexpr (Terms::kTeacher) {
+      if (problem_.almost_equal) refine_ratio(row);
+      const double soft = soft_value();
+      if (problem_.soft != nullptr) problem_.soft[row] = static_cast<float>(soft);
+    }
+  }
+
+  // Of the row that was summed up: its largest logit, and -log of the probability of a class that has it. The
+  // teacher's is softened, the student's is not.
+  struct Best {
+    float logit, nll;
+  };
+  Best student_best() const { return best(student_top_, Hard::kSeparate ? std::log2(sums_.hard) : log_student_); }
+  Best teacher_best() const { return best(teacher_top_, log_teacher_); }
+
  private:
+  static Best best(float top, double log2_sum) {
+    return {top, std::isfinite(top) ? static_cast<float>(log2_sum * kLn2InDouble) : static_cast<float>(kNan)};
+  }
+
   void run_row(size_t row) {
     const bool has_hard = problem_.labels != nullptr || problem_.label_probs != nullptr;
     T* const gradient = problem_.gradient == nullptr ? nullptr : static_cast<T*>(problem_.gradient) + row * classes_;
@@ -535,24 +659,15 @@ class Rows {
 
     const T* const probs = Hard::kProbs ? static_cast<const T*>(problem_.label_probs) + row * classes_ : nullptr;
     const std::int64_t label = problem_.labels != nullptr ? problem_.labels[row] : -1;
-    scratch_.keep = !gradient_is_zero || Terms::kMixture;
-    read(row, probs);
-
-    log_student_ = std::log2(sums_.student);
-    if (Terms::kTeacher) log_teacher_ = std::log2(sums_.teacher);
-    if constexpr (Terms::kTeacher) {
-      if (problem_.almost_equal) refine_ratio(row);
-      const double soft = soft_value();
-      if (problem_.soft != nullptr) problem_.soft[row] = static_cast<float>(soft);
-    }
+    sum_up(row, probs, !gradient_is_zero);
     if (problem_.hard != nullptr) problem_.hard[row] = static_cast<float>(hard_value(row, label));
     if (!gradient_is_zero) write(gradient, probs, label, soft_weight, hard_weight);
   }
 
   // Fills sums_ and scratch_.
   void read(size_t row, const T* probs) {
-    const T* const student = static_cast<const T*>(problem_.student) + row * classes_;
-    const T* const teacher = Terms::kTeacher ? static_cast<const T*>(problem_.teacher) + row * classes_ : nullptr;
+    const auto student = row_of<T>(problem_.student, row, problem_.row_entries);
+    const auto teacher = Terms::kTeacher ? row_of<T>(problem_.teacher, row, problem_.row_entries) : student;
     sums_ = Sums();
     student_top_ = teacher_top_ = -kInfinity;
     const float teacher_share = problem_.form == Form::kCrossEntropy ? 0.0f : 1.0f;
@@ -575,11 +690,11 @@ class Rows {
       scales.teacher_top = teacher_top;
       // The next block is fetched from memory while this one is worked on.
       const float* const student_entries = as_float32(student + begin, wide[0]);
-      const auto* const student_ahead = reinterpret_cast<const unsigned char*>(student + begin + kBlock);
+      const auto* const student_ahead = static_cast<const unsigned char*>(address_of(student + begin + kBlock));
       PartInput input{student_entries, student_entries, student_entries, student_ahead, student_ahead, sizeof(T)};
       if constexpr (Terms::kTeacher) {
         input.teacher = as_float32(teacher + begin, wide[1]);
-        input.teacher_ahead = reinterpret_cast<const unsigned char*>(teacher + begin + kBlock);
+        input.teacher_ahead = static_cast<const unsigned char*>(address_of(teacher + begin + kBlock));
       }
       if constexpr (Hard::kProbs) {
         if constexpr (sizeof(T) < sizeof(float)) widen_entries(probs + begin, count, wide[2]);
@@ -598,8 +713,8 @@ class Rows {
   // The student's sum once more, by how little it differs from the teacher's: the rounding of the exponentials, which
   // is another one for each, is more than what a divergence of two that are almost equal is made of.
   void refine_ratio(size_t row) {
-    const T* const student = static_cast<const T*>(problem_.student) + row * classes_;
-    const T* const teacher = static_cast<const T*>(problem_.teacher) + row * classes_;
+    const auto student = row_of<T>(problem_.student, row, problem_.row_entries);
+    const auto teacher = row_of<T>(problem_.teacher, row, problem_.row_entries);
     const Excess sums = excess_over_teacher(student, teacher, classes_, student_top_, teacher_top_, student_scale2_);
     const double ratio = sums.excess / sums.teacher;
     if (!(std::abs(ratio) < 0.5) || std::isnan(sums_.student)) return;
@@ -608,8 +723,8 @@ class Rows {
   }
 
   static const float* as_float32(const float* entries, const float* /*wide*/) { return entries; }
-  template <class Half>
-  static const float* as_float32(const Half* /*entries*/, const float* wide) {
+  template <class Narrow>
+  static const float* as_float32(const Narrow& /*entries*/, const float* wide) {
     return wide;
   }
 
@@ -639,7 +754,7 @@ class Rows {
     if (Hard::kProbs) return (sums_.labels * log_sum - sums_.label_scores) * kLn2InDouble;
     if (label < 0 || label >= static_cast<std::int64_t>(classes_)) return kNan;
     const D d;
-    const T* const logit = static_cast<const T*>(problem_.student) + row * classes_ + label;
+    const auto logit = row_of<T>(problem_.student, row, problem_.row_entries) + static_cast<size_t>(label);
     return log_sum * kLn2InDouble -
            (static_cast<double>(hn::GetLane(load(d, logit, 1, 0.0f))) - static_cast<double>(student_top_));
   }
@@ -794,6 +909,102 @@ void SoftTargetRows(const Problem& problem, size_t first, size_t last, float* me
   }
 }
 
+// ---- Scores of rows ------------------------------------------------------------------------------
+
+template <class T, class Terms, class Hard>
+void score_rows(const Problem& problem, const RowScores& scores, size_t first, size_t last, float* memory) {
+  constexpr bool kTeacherAlone = !Terms::kTeacher || Hard::kSeparate;  // its softmax without temperature is another
+  using TeacherRows = Rows<T, NoForm, HardPart<false, false>>;
+  Problem of_teacher = problem;
+  of_teacher.student = scores.teacher;
+  of_teacher.teacher = nullptr;
+  of_teacher.soft = nullptr;
+  of_teacher.student_scale = 1.0f;
+  Rows<T, Terms, Hard> rows(problem, memory);
+  TeacherRows teacher_rows(of_teacher, memory);
+  const D d;
+  for (size_t row = first; row < last; ++row) {
+    rows.sum_up(row, nullptr, false);
+    if (!scores.wanted()) continue;
+    float teacher_top, teacher_nll;
+    if constexpr (kTeacherAlone) {
+      teacher_rows.sum_up(row, nullptr, false);
+      const auto best = teacher_rows.student_best();
+      teacher_top = best.logit;
+      teacher_nll = best.nll;
+    } else {
+      const auto best = rows.teacher_best();
+      teacher_top = best.logit;
+      teacher_nll = best.nll;
+    }
+    const auto best = rows.student_best();
+    const auto student = row_of<T>(problem.student, row, problem.row_entries);
+    const auto teacher = row_of<T>(scores.teacher, row, problem.row_entries);
+    const size_t teacher_class = first_equal(teacher, problem.classes, teacher_top);
+    const size_t student_class = first_equal(student, problem.classes, best.logit);
+    if (scores.teacher_class != nullptr) scores.teacher_class[row] = static_cast<std::int64_t>(teacher_class);
+    if (scores.student_class != nullptr) scores.student_class[row] = static_cast<std::int64_t>(student_class);
+    if (scores.teacher_class_nll != nullptr) scores.teacher_class_nll[row] = teacher_nll;
+    if (scores.student_class_nll != nullptr) scores.student_class_nll[row] = best.nll;
+    const auto logit = [&](const auto& entries, size_t place)
+                           HWY_ATTR { return hn::GetLane(load(d, entries + place, 1, 0.0f)); };
+    if (scores.teacher_class_rank != nullptr) {
+      size_t before = 0;
+      if (teacher_class != student_class) {
+        const float own = logit(student, teacher_class);
+        before = count_above<true>(student, 0, teacher_class, own) +
+                 count_above<false>(student, teacher_class, problem.classes, own);
+      }
+      scores.teacher_class_rank[row] = static_cast<std::int64_t>(before + 1);
+    }
+    if (scores.labels == nullptr) continue;
+    const std::int64_t label = scores.labels[row];
+    const bool known = label >= 0 && label < static_cast<std::int64_t>(problem.classes);
+    // Both terms are at least 0: nothing cancels.
+    const auto nll = [&](float of_best, float top, const auto& entries) HWY_ATTR {
+      return known ? of_best + (top - logit(entries, static_cast<size_t>(label))) : static_cast<float>(kNan);
+    };
+    if (scores.teacher_nll != nullptr) scores.teacher_nll[row] = nll(teacher_nll, teacher_top, teacher);
+    if (scores.student_nll != nullptr) scores.student_nll[row] = nll(best.nll, best.logit, student);
+  }
+}
+
+template <class T>
+void score_rows_of(const Problem& problem, const RowScores& scores, size_t first, size_t last, float* memory) {
+  const auto with = [&](auto terms) {
+    using Terms = decltype(terms);
+    if constexpr (Terms::kTeacher) {
+      if (problem.separate_hard)
+        return score_rows<T, Terms, HardPart<true, false>>(problem, scores, first, last, memory);
+    }
+    return score_rows<T, Terms, HardPart<false, false>>(problem, scores, first, last, memory);
+  };
+  if (problem.teacher == nullptr) return with(NoForm());
+  switch (problem.form) {
+    case Form::kCrossEntropy:
+    case Form::kKl:
+      return with(ForwardForm());
+    case Form::kReverseKl:
+      return with(ReverseForm());
+    case Form::kSymmetricKl:
+      return with(SymmetricForm());
+    case Form::kJsd:
+      return with(MixtureForm());
+  }
+}
+
+void ScoreRows(const Problem& problem, const RowScores& scores, bool codes, size_t first, size_t last, float* memory) {
+  if (codes) return score_rows_of<Code>(problem, scores, first, last, memory);
+  switch (problem.dtype) {
+    case PYKD_FLOAT16:
+      return score_rows_of<hwy::float16_t>(problem, scores, first, last, memory);
+    case PYKD_BFLOAT16:
+      return score_rows_of<hwy::bfloat16_t>(problem, scores, first, last, memory);
+    default:
+      return score_rows_of<float>(problem, scores, first, last, memory);
+  }
+}
+
 }  // namespace pykd::kernels::soft_target::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
@@ -806,6 +1017,7 @@ namespace pykd::kernels::soft_target {
 namespace {
 
 HWY_EXPORT(SoftTargetRows);
+HWY_EXPORT(ScoreRows);
 
 // The floats of scratch memory that a thread needs.
 size_t scratch_size(const Problem& problem) {
@@ -831,6 +1043,14 @@ float* thread_memory(size_t size) {
   return memory.get();
 }
 
+constexpr char kNoTemperature[] = "temperature is above 0, and a number of full precision in float32 (from 1.2e-38)";
+
+bool is_temperature(float number) { return number >= std::numeric_limits<float>::min() && std::isfinite(number); }
+
+// Whether p and q may be so alike that rounding matters. Up to 8, T^2 times the rounding of a probability is below
+// 1e-5.
+bool is_almost_equal(Form form, float temperature) { return form != Form::kCrossEntropy && temperature > 8.0f; }
+
 const char* refuse(const Call& call) {
   const auto in = [&call](Input input) { return call.inputs[input].given(); };
   const auto out = [&call](Output output) { return call.outputs[output].given(); };
@@ -843,11 +1063,7 @@ const char* refuse(const Call& call) {
   if (out(kGradStudent) && !in(kSoftWeight) && !in(kHardWeight)) {
     return "grad_student needs soft_weight or hard_weight";
   }
-  if (in(kTeacher)) {
-    const float temperature = call.number(kTemperature);
-    const bool good = temperature >= std::numeric_limits<float>::min() && std::isfinite(temperature);
-    if (!good) return "temperature is above 0, and a number of full precision in float32 (from 1.2e-38)";
-  }
+  if (in(kTeacher) && !is_temperature(call.number(kTemperature))) return kNoTemperature;
   const double beta = call.attributes[kBeta];
   if (call.choice(kForm) == static_cast<int>(Form::kJsd) && !(beta > 0 && beta < 1)) {
     return "beta of jsd must lie between 0 and 1";
@@ -861,7 +1077,7 @@ void run(const Call& call) {
   Problem problem{};
   problem.dtype = call.dtype;
   problem.rows = static_cast<size_t>(in(kStudent).length(0));
-  problem.classes = static_cast<size_t>(in(kStudent).length(1));
+  problem.classes = problem.row_entries = static_cast<size_t>(in(kStudent).length(1));
   problem.form = static_cast<Form>(call.choice(kForm));
   problem.student = in(kStudent).data;
   problem.soft = out(kSoft).as<float>();
@@ -883,9 +1099,8 @@ void run(const Call& call) {
     if (call.attributes[kSoftenStudent] != 0) problem.student_scale = problem.teacher_scale;
   }
   problem.beta = static_cast<float>(call.attributes[kBeta]);
-  // Up to 8, T^2 times the rounding of a probability is below 1e-5.
-  problem.almost_equal = problem.teacher != nullptr && problem.form != Form::kCrossEntropy &&
-                         call.attributes[kSoftenStudent] != 0 && call.number(kTemperature) > 8.0f;
+  problem.almost_equal = problem.teacher != nullptr && call.attributes[kSoftenStudent] != 0 &&
+                         is_almost_equal(problem.form, call.number(kTemperature));
   problem.separate_hard =
       problem.student_scale != 1.0f && (problem.labels != nullptr || problem.label_probs != nullptr);
   const size_t entries = problem.rows * problem.classes;
@@ -913,6 +1128,84 @@ const bool registered = add({
     kFloatAndHalves,
     refuse,
     run,
+});
+
+// ---- Scores of rows ------------------------------------------------------------------------------
+
+const char* refuse_scores(const Call& call) {
+  const auto in = [&call](ScoreInput input) { return call.inputs[input]; };
+  const auto out = [&call](ScoreOutput output) { return call.outputs[output].given(); };
+  if (out(kSoftScore) && !in(kScoreTemperature).given()) return "soft needs temperature";
+  if (in(kScoreTemperature).given() && !is_temperature(call.number(kScoreTemperature))) return kNoTemperature;
+  if ((out(kTeacherNll) || out(kStudentNll)) && !in(kScoreLabels).given()) {
+    return "teacher_nll and student_nll need labels";
+  }
+  const double codes = call.attributes[kCodes], classes = call.attributes[kClasses];
+  if (codes != 0 && codes != 1) return "codes is 0 or 1";
+  if (codes == 1 && call.dtype != PYKD_BFLOAT16) return "codes are 16-bit words, given as bfloat16";
+  const double most = static_cast<double>(in(kScoreStudent).length(1)) - (codes == 1 ? kCodesBegin : 0);
+  if (!(classes >= codes && classes <= most) || classes != std::floor(classes)) {
+    return "classes is how many are compared, of those that a row has";
+  }
+  return nullptr;
+}
+
+void run_scores(const Call& call) {
+  const auto in = [&call](ScoreInput input) { return call.inputs[input]; };
+  const auto out = [&call](ScoreOutput output) { return call.outputs[output]; };
+  Problem problem{};
+  problem.dtype = call.dtype;
+  problem.rows = static_cast<size_t>(in(kScoreStudent).length(0));
+  problem.row_entries = static_cast<size_t>(in(kScoreStudent).length(1));
+  problem.classes = static_cast<size_t>(call.attributes[kClasses]);
+  if (problem.classes == 0) problem.classes = problem.row_entries;
+  problem.form = static_cast<Form>(call.choice(kScoreForm));
+  problem.student = in(kScoreStudent).data;
+  problem.soft = out(kSoftScore).as<float>();
+  problem.student_scale = problem.teacher_scale = 1.0f;
+  problem.beta = 0.5f;
+  RowScores scores{};
+  scores.teacher = in(kScoreTeacher).data;
+  scores.labels = in(kScoreLabels).as<const std::int64_t>();
+  scores.teacher_class = out(kTeacherClass).as<std::int64_t>();
+  scores.student_class = out(kStudentClass).as<std::int64_t>();
+  scores.teacher_class_rank = out(kTeacherClassRank).as<std::int64_t>();
+  scores.teacher_class_nll = out(kTeacherClassNll).as<float>();
+  scores.student_class_nll = out(kStudentClassNll).as<float>();
+  scores.teacher_nll = out(kTeacherNll).as<float>();
+  scores.student_nll = out(kStudentNll).as<float>();
+  if (problem.soft != nullptr) {
+    const float temperature = call.number(kScoreTemperature);
+    problem.teacher = scores.teacher;
+    problem.student_scale = problem.teacher_scale = 1.0f / temperature;
+    problem.almost_equal = is_almost_equal(problem.form, temperature);
+    problem.separate_hard = problem.student_scale != 1.0f && scores.wanted();
+  }
+  const bool codes = call.attributes[kCodes] != 0;
+  const size_t size = scratch_size(problem);
+  for_rows(call, problem.rows, problem.rows * problem.classes, [&](size_t first, size_t last) {
+    HWY_DYNAMIC_DISPATCH(ScoreRows)(problem, scores, codes, first, last, thread_memory(size));
+  });
+}
+
+const bool scores_registered = add_unlisted({
+    "row_scores",
+    {{"student", "batch entries", Role::kTensor},
+     {"teacher", "batch entries", Role::kTensor},
+     {"temperature", "", Role::kNumber, kOptional},
+     {"labels", "batch", Role::kIndex, kOptional}},
+    {{"soft", "batch", Role::kFloat32},
+     {"teacher_class", "batch", Role::kIndex},
+     {"student_class", "batch", Role::kIndex},
+     {"teacher_class_rank", "batch", Role::kIndex},
+     {"teacher_class_nll", "batch", Role::kFloat32},
+     {"student_class_nll", "batch", Role::kFloat32},
+     {"teacher_nll", "batch", Role::kFloat32},
+     {"student_nll", "batch", Role::kFloat32}},
+    {{"form", 1, {"cross_entropy", "kl", "reverse_kl", "symmetric_kl", "jsd"}}, {"codes", 0}, {"classes", 0}},
+    kFloatAndHalves,
+    refuse_scores,
+    run_scores,
 });
 
 }  // namespace

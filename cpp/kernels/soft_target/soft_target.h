@@ -39,6 +39,20 @@
 // maximum so far, takes the exponentials (once per entry and softmax) and adds to the row's sums, which are rescaled
 // when the maximum has changed. Once the sums are known, the gradient is a few multiplications per entry of what the
 // blocks left in scratch memory.
+//
+// "row_scores", of no loss and so in no list, says of each row what `pykd score` writes of it, in one pass over the
+// logits of both sides where the temperature is 1:
+//
+//     soft[b]                as above, with beta = 1/2
+//     teacher_class[b]       the class with the largest logit, the first of equal ones; student_class[b] likewise
+//     teacher_class_rank[b]  the place of teacher_class in the student's order, from 1
+//     teacher_class_nll[b]   -log softmax(t)[teacher_class]; student_class_nll[b] likewise: never softened
+//     teacher_nll[b]         -log softmax(t)[labels[b]]; student_nll[b] likewise; NaN for a label outside the classes
+//
+// The first `classes` entries of a row are compared (0: all). With codes = 1 rows are those of base files of llama.cpp,
+// words of 16 bits that are called bfloat16: scale and least as two float32, then codes; a log-probability is scale
+// code
+// + least. Classes of rows with NaN, and of rows whose largest logit is infinite, mean nothing; their numbers are NaN.
 #ifndef PYKD_KERNELS_SOFT_TARGET_SOFT_TARGET_H_
 #define PYKD_KERNELS_SOFT_TARGET_SOFT_TARGET_H_
 
@@ -48,6 +62,18 @@ namespace pykd::kernels::soft_target {
 enum Input { kStudent, kTeacher, kTemperature, kSoftWeight, kLabels, kLabelProbs, kHardWeight };
 enum Output { kSoft, kHard, kGradStudent };
 enum AttributeIndex { kForm, kSoftenStudent, kBeta };
+enum ScoreInput { kScoreStudent, kScoreTeacher, kScoreTemperature, kScoreLabels };
+enum ScoreOutput {
+  kSoftScore,
+  kTeacherClass,
+  kStudentClass,
+  kTeacherClassRank,
+  kTeacherClassNll,
+  kStudentClassNll,
+  kTeacherNll,
+  kStudentNll
+};
+enum ScoreAttribute { kScoreForm, kCodes, kClasses };
 enum class Form { kCrossEntropy, kKl, kReverseKl, kSymmetricKl, kJsd };
 
 }  // namespace pykd::kernels::soft_target

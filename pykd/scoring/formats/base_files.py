@@ -28,4 +28,4 @@ def base_file(path: str, label: str, name: str | None, matrix: bool) -> Source:
         for load in words.load(start, rows):
             yield lambda load=load: Block(llama.decoded(load().values, head.classes, memory.empty))  # type: ignore[misc]
 
-    return Source(label, head.rows, head.classes, np.dtype(np.float32), "16-bit codes", blocks)
+    return Source(label, head.rows, head.classes, np.dtype(np.float32), "16-bit codes", blocks, coded=words)

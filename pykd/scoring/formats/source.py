@@ -94,6 +94,7 @@ class Source:
     temperatures: tuple[float, ...] = (1.0,)  # where the mass of the others is known
     shape: tuple[int, ...] | None = None  # of the whole array, where the file has one
     facts: Mapping[str, Any] = field(default_factory=dict)  # what the file says of itself
+    coded: Source | None = None  # the same rows as a base file of llama.cpp has them: 16-bit words
 
     def blocks(self, start: int, rows: int) -> Iterator[Load]:
         """Blocks of exactly that many rows, the last one excepted, from row ``start`` on."""
