@@ -429,6 +429,7 @@ def _onnxruntime(data: bytes) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it warns that parameters can be overridden, which is what they are for
+    options.intra_op_num_threads = 1  # others would spin after each of these small calls
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     required = {item.name: item.type for item in session.get_inputs()}
