@@ -11,6 +11,7 @@ import pyarrow.parquet as parquet
 import pytest
 from safetensors.numpy import save_file
 
+from pykd.scoring.formats import source
 from pykd.scoring.formats.source import Memory
 from pykd.scoring.sources import open_column, open_matrix
 
@@ -234,6 +235,20 @@ def test_what_is_wrong_is_seen_when_the_file_is_opened(case, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected the teacher at .*nowhere.npy, got no file"):
         open_matrix(tmp_path / "nowhere.npy", "teacher")
+
+
+def test_blocks_are_whole_parts_of_row_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "_MOST_ROWS", 27)
+    opened = []
+    for rows in (40, 60, 7):
+        table = pa.table({"logits": lists(logits("float32"), "list")})
+        parquet.write_table(table, tmp_path / f"{rows}.parquet", row_group_size=rows)
+        opened.append(open_matrix(tmp_path / f"{rows}.parquet", "teacher"))
+    np.save(tmp_path / "logits.npy", logits("float32"))
+    flat = open_matrix(tmp_path / "logits.npy", "student")
+    assert source.block_rows(flat) == 27
+    assert source.block_rows(opened[0], flat) == 20 == source.block_rows(*opened[:2])
+    assert source.block_rows(opened[2], flat) == 27, "groups that are smaller than half a block"
 
 
 def test_damage_inside_a_row_group_names_it(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from pykd.scoring.formats.columns import arrow_modules, column_source
@@ -45,4 +46,5 @@ def parquet(path: str, label: str, name: str | None, matrix: bool) -> Source:
                         f"expected {label} to be whole, got {first_line(error)} in row group {group}; write it again"
                     ) from error
 
-    return column_source(schema, sum(groups), name, label, matrix, batches)
+    source = column_source(schema, sum(groups), name, label, matrix, batches)
+    return replace(source, group_rows=groups[0] if len({*groups[:-1]}) == 1 else None)

@@ -93,6 +93,7 @@ class Source:
     kept: int | None = None  # K, where blocks have the K most probable classes alone
     temperatures: tuple[float, ...] = (1.0,)  # where the mass of the others is known
     shape: tuple[int, ...] | None = None  # of the whole array, where the file has one
+    group_rows: int | None = None  # that the file holds together, where that is one number
     facts: Mapping[str, Any] = field(default_factory=dict)  # what the file says of itself
     coded: Source | None = None  # the same rows as a base file of llama.cpp has them: 16-bit words
 
@@ -104,7 +105,10 @@ class Source:
 def block_rows(*sources: Source) -> int:
     """How many rows of these sources are worked on at once."""
     row_bytes = max(source.dtype.itemsize * (source.width or 1) for source in sources)
-    return min(max(_BLOCK_BYTES // row_bytes, _LEAST_ROWS), _MOST_ROWS)
+    rows = min(max(_BLOCK_BYTES // row_bytes, _LEAST_ROWS), _MOST_ROWS)
+    groups = math.gcd(*(source.group_rows or 0 for source in sources))
+    # Whole blocks of a group need not be put together of two of them.
+    return next((fewer for fewer in range(rows, rows // 2, -1) if groups and groups % fewer == 0), rows)
 
 
 def ahead(loads: Iterator[Load]) -> Iterator[Load]:
@@ -123,7 +127,7 @@ def worked(items: Iterable[Item], work: Callable[[Item], Result], threads: int) 
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) > threads + 1:
+                if len(waiting) > threads + 4:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
