@@ -80,7 +80,8 @@ test: ## every test: C++, with sanitizers, Python, installed package, machines w
 	@scripts/timed "Python tests"        $(PY) -m pytest -n $(LOGICAL) --dist worksteal
 
 .PHONY: test-fast
-test-fast: ctest ## the inner loop: C++ tests, and Python tests that are not slow, each loss in its last case
+test-fast: tested-build ## the inner loop: no slow tests, no exported losses, each loss in one case
+	$(FACTS) $(CTEST) --test-dir $(BUILD) --label-exclude exports
 	$(PY) -m pytest -n $(LOGICAL) --dist worksteal --fast
 
 .PHONY: tested-build ctest sanitizers asan tsan
