@@ -15,10 +15,12 @@ SIZES = {"batch": 11, "channels": 4, "teacher_channels": 5, "tokens": 3, "height
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True, params=[1, 40])
+@pytest.fixture(autouse=True, params=[(1, 50), (100, 1000)], ids=["one row", "all kept"])
 def few_entries(request, monkeypatch):
-    """Blocks of one row, and of some that do not divide the batch."""
-    monkeypatch.setattr(blocks, "_ENTRIES", request.param)
+    """Blocks of one row, with room for some of the products, and of rows that do not divide the batch, with room for all."""
+    entries, kept = request.param
+    monkeypatch.setattr(blocks, "_ENTRIES", entries)
+    monkeypatch.setattr(blocks, "_KEPT", kept)
 
 
 def drawn(subject, dtype=torch.float32, **sizes):
@@ -199,7 +201,8 @@ def test_inputs_that_change_before_they_are_read_again_are_an_error():
     with torch.no_grad():
         student += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()
+        torch.autograd.grad(value, student, create_graph=True, retain_graph=True)
+    value.backward()  # which does not read them
 
 
 def test_strides_and_inference_mode():

@@ -289,6 +289,12 @@ def squares(x: Tensor) -> Tensor:
     return (x * x).sum(dim=-1)
 
 
+def inverse_root(squares: Tensor) -> Tensor:
+    """One over the root of what is at least 0; 0 with the gradient 0 where that is 0."""
+    zero = squares == 0
+    return torch.where(zero, 0.0, torch.rsqrt(torch.where(zero, 1.0, squares)))
+
+
 def distances(x: Tensor) -> Tensor:
     """Euclidean distances ``[n, n]`` of the rows of a matrix from each other, by the Gram matrix.
 
@@ -301,7 +307,12 @@ def distances(x: Tensor) -> Tensor:
 
 def distances_of(products: Tensor, rows: Tensor, columns: Tensor, same: Tensor) -> Tensor:
     """:func:`distances` of the products of rows with each other, of each one's with itself, and where both are one row."""
-    sums = rows.unsqueeze(1) + columns.unsqueeze(0)
+    return distances_between(products, rows.unsqueeze(1), columns.unsqueeze(0), same)
+
+
+def distances_between(products: Tensor, squares: Tensor, other_squares: Tensor, same: Tensor) -> Tensor:
+    """:func:`distances_of`, whose products of each with itself have the shape of what is looked at, or one for all."""
+    sums = squares + other_squares
     squared = torch.sub(sums, products, alpha=2)
     rounding = 1e-14 if products.dtype == torch.float64 else 4e-6
     coincide = (squared.detach() <= sums.detach() * rounding) | same  # false for NaN off the diagonal

@@ -160,7 +160,33 @@ class Same:
     like: Tensor
 
 
-Piece = Products | Rows | Columns | Same | Tensor | float | bool | str | int | None
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Of the samples that are the rows of a block, what ``x`` holds of the samples that ``index`` names: ``(block, chosen, …)``."""
+
+    x: Tensor
+    index: Tensor
+
+
+class KeptProducts(Protocol):
+    """The products of all samples with each other, for several sums: ``(block, samples)`` of a block of rows.
+
+    Attributes:
+        node: a tensor without elements, of the type of the samples.
+    """
+
+    node: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Squares:
+    """The product with itself of every sample that is a row of a block, or a column."""
+
+    of: Any  # KeptProducts
+    rows: bool
+
+
+Piece = Products | Rows | Columns | Same | Chosen | KeptProducts | Squares | Tensor | float | bool | str | int | None
 
 
 class BlockPoint(Protocol):
@@ -179,16 +205,34 @@ class BlockPoint(Protocol):
         """:func:`pykd.definition.ops.reduce` of one value per row."""
 
     def over_pairs(
-        self, function: Callable[..., Tensor], *pieces: Piece, weight: Tensor | None, symmetric: bool = False
+        self,
+        function: Callable[..., Tensor],
+        *pieces: Piece,
+        weight: Tensor | None,
+        symmetric: bool = False,
+        columns: bool = True,
+        last: bool = False,
     ) -> Tensor:
         """The mean of one value per pair of a row and a column, which weighs the product of its samples' weights.
 
         Args:
-            function: returns ``(block, samples)``.
+            function: returns ``(block, samples)``; of :meth:`products`, where it is not symmetric, a pair: of the rows with the
+                columns, and of the columns with the rows.
             pieces: its arguments.
             weight: of the samples; None: all of them 1.
             symmetric: whether the value of a pair is that of the pair the other way round, so that half of them will do.
+            columns: whether the weight of a column counts, too; else this is the mean over rows of the sum of each.
+            last: whether nobody will look at :meth:`products` among the pieces after this.
         """
 
+    def row_sums(self, function: Callable[..., Tensor], *pieces: Piece) -> Tensor:
+        """The sum of every row of one value per pair, which is the same the other way round. Pieces are :meth:`products` and constants."""
+
     def largest(self, function: Callable[..., Tensor], *pieces: Piece) -> Tensor:
-        """The largest of one value per pair, whose value is the same the other way round."""
+        """The largest of one value per pair, which is the same the other way round. Pieces are :meth:`products` and constants."""
+
+    def with_gradient(self, function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, y: Tensor) -> Tensor:
+        """What a function makes of a student's ``x``, a teacher's ``y`` and the rows of a block, of which it knows the gradient."""
+
+    def products(self, x: Tensor, factor: float = 1.0) -> KeptProducts:
+        """The products of the rows of ``x`` with each other, times a factor, as a piece that several sums look at."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Spec, ops
-from pykd.fused.description import BlockPoint, Columns, Piece, Products, Rows, Same
+from pykd.fused.description import BlockPoint, Columns, KeptProducts, Piece, Products, Rows, Same, Squares
 
 COUPLES = "compares every sample of the batch with every other"
 
@@ -34,9 +34,22 @@ def centred(x: Tensor, weight: Tensor | None) -> Tensor:
 def centre(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """The mean of the rows that are kept, and the largest entry of their differences from it, or 1 where that is 0."""
     count = kept(x, weight)
-    middle = x.sum(dim=0) / count.sum().clamp(min=1.0)  # what is left out is 0
-    largest = ((x - middle) * count.unsqueeze(1)).abs().amax(dim=[0, 1])
-    return middle, torch.where(largest == 0, torch.ones_like(largest), largest)
+    middle = _middle(x, count)
+    return middle, _scale(_extents(x, count, middle))
+
+
+def _middle(x: Tensor, count: Tensor) -> Tensor:
+    return x.sum(dim=0) / count.sum().clamp(min=1.0)  # what is left out is 0
+
+
+def _extents(x: Tensor, count: Tensor, middle: Tensor) -> Tensor:
+    """Of every row that is kept the largest entry of the difference from the middle."""
+    return ((x - middle) * count.unsqueeze(1)).abs().amax(dim=1)
+
+
+def _scale(extents: Tensor) -> Tensor:
+    largest = extents.amax(dim=0)
+    return torch.where(largest == 0, torch.ones_like(largest), largest)
 
 
 def moved(x: Tensor, count: Tensor, middle: Tensor, largest: Tensor) -> Tensor:
@@ -63,9 +76,17 @@ def own_products(blocks: BlockPoint, x: Tensor) -> list[Piece]:
     return [Products(x, x), Rows(squares), Columns(squares), Same(x)]
 
 
+def kept_products(products: KeptProducts) -> list[Piece]:
+    """:func:`own_products` of which several sums are taken."""
+    return [products, Squares(products, rows=True), Squares(products, rows=False), Same(products.node)]
+
+
 def centred_by_blocks(blocks: BlockPoint, x: Tensor, weight: Tensor | None) -> Tensor:
     """:func:`centred`."""
-    return blocks.each(moved, Rows(x), Rows(kept(x, weight)), *centre(x.detach(), weight))
+    count = Rows(kept(x, weight))
+    middle = _middle(x.detach(), count.x)
+    scale = _scale(blocks.each(_extents, Rows(x.detach()), count, middle))
+    return blocks.each(moved, Rows(x), count, middle, scale)
 
 
 def weights_of_rows(weight: Tensor | None) -> Rows | None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pykd.definition import Case, Properties, flag, ops, register, scalar, whole
 from pykd.definition.reference import unit
-from pykd.fused.description import BlockPoint, Columns, Rows
+from pykd.fused.description import BlockPoint, Chosen, Columns, Rows
 from pykd.losses.relations._shared import Relation, kept, numpy_kept, own_products, weights_of_rows
 
 
@@ -31,43 +31,38 @@ def _nearest(distances: Tensor, alike: Tensor, same: Tensor, length: int) -> tup
     return torch.cat(found, dim=1), torch.cat(taken, dim=1)
 
 
-def _values(
-    student: Tensor,
-    teacher: Tensor,
-    alike: Tensor,
-    same: Tensor,
-    alpha: float,
-    beta: float,
-    length: int,
-) -> Tensor:
-    """One value for every row of a block, of the distances to all samples."""
-    nearest, taken = _nearest(teacher, alike, same, length)
-    scores = torch.gather(student, 1, nearest).pow(beta) * -alpha
+def _values(distances: Tensor, taken: Tensor, alpha: float, beta: float, length: int) -> Tensor:
+    """One value for every row, of the student's distances to the teacher's nearest, and which of these places are taken."""
+    scores = distances.pow(beta) * -alpha
     scores = torch.where(taken, scores, -1e30)  # not −∞, which would have gradients of NaN where nobody is left
     values = torch.zeros_like(scores[:, 0])
     for place in range(length):
         better = torch.logsumexp(scores[:, place:], dim=1) - scores[:, place]
         values = values + torch.where(taken[:, place], better, 0.0)
-    return values + (teacher - teacher).sum()  # which is nothing; the order alone would lose the teacher's NaN
+    return values
+
+
+def _nothing(teacher: Tensor) -> Tensor:
+    """0; NaN where the teacher has any, which its order alone would lose."""
+    return (teacher - teacher).sum()
+
+
+def _nearest_of(products: Tensor, rows: Tensor, columns: Tensor, same: Tensor, alike: Tensor, length: int) -> Tensor:
+    """:func:`_nearest` of a block, with −1 in the places that nobody takes."""
+    nearest, taken = _nearest(ops.distances_of(products, rows, columns, same), alike, same, length)
+    return torch.where(taken, nearest, -1)
 
 
 def _block(
-    products: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    same: Tensor,
-    teacher_products: Tensor,
-    teacher_rows: Tensor,
-    teacher_columns: Tensor,
-    teacher_same: Tensor,
-    alike: Tensor,
-    alpha: float,
-    beta: float,
-    length: int,
+    student: Tensor, others: Tensor, nearest: Tensor, teacher: Tensor, alpha: float, beta: float, length: int
 ) -> Tensor:
-    student = ops.distances_of(products, rows, columns, same)
-    teacher = ops.distances_of(teacher_products, teacher_rows, teacher_columns, teacher_same)
-    return _values(student, teacher, alike, same, alpha, beta, length)
+    """Of samples, those that are nearest to each of them, the numbers of these, and the teacher's samples."""
+    own = student.unsqueeze(1)
+    products = ops.matmul(others, own.transpose(1, 2)).squeeze(2)
+    distances = ops.distances_between(
+        products, ops.squares(own), ops.squares(others), torch.zeros_like(products, dtype=torch.bool)
+    )
+    return _values(distances, nearest >= 0, alpha, beta, length) + _nothing(teacher)
 
 
 def hard_dark_rank(
@@ -82,7 +77,10 @@ def hard_dark_rank(
     """Likelihood of the teacher's order of neighbours; see :class:`HardDarkRank`."""
     weight = ops.optional_weight(sample_weight)
     x, y = _samples(student_embeddings, weight, normalized), _samples(teacher_embeddings.detach(), weight, normalized)
-    values = _values(ops.distances(x), ops.distances(y), kept(x, weight), ops.same_pairs(x), alpha, beta, length)
+    teacher = ops.distances(y)
+    nearest, taken = _nearest(teacher, kept(x, weight), ops.same_pairs(x), length)
+    distances = torch.gather(ops.distances(x), 1, nearest)
+    values = _values(distances, taken, alpha, beta, length) + _nothing(teacher)
     return ops.reduce(values, weight, "mean")
 
 
@@ -163,15 +161,11 @@ class HardDarkRank(Relation):
             blocks.each(_samples, Rows(embeddings), weights_of_rows(weight), self.normalized)
             for embeddings in (student_embeddings, teacher_embeddings.detach())
         )
-        pieces = (
-            *own_products(blocks, x),
-            *own_products(blocks, y),
-            Columns(kept(x, weight)),
-            alpha,
-            beta,
-            self.length,
-        )
-        return blocks.over_rows(_block, *pieces, weight=weight)
+        count = Columns(kept(x, weight))
+        # The student's distances are wanted of these pairs alone.
+        nearest = blocks.each(_nearest_of, *own_products(blocks, y), count, self.length)
+        pieces = (Rows(x), Chosen(x, nearest.clamp(min=0)), Rows(nearest), Rows(y))
+        return blocks.over_rows(_block, *pieces, alpha, beta, self.length, weight=weight)
 
     def properties(self) -> Properties:
         return Properties(

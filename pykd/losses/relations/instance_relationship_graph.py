@@ -11,10 +11,10 @@ from pykd.losses.relations._shared import (
     alike,
     centred,
     centred_by_blocks,
+    kept_products,
     numpy_kept,
     numpy_over_pairs,
     over_pairs,
-    own_products,
     squared_differences,
 )
 
@@ -132,13 +132,15 @@ class InstanceRelationshipGraph(FeatureRelation):
     def in_blocks(self, blocks: BlockPoint, student_features, teacher_features, sample_weight):
         weight = ops.optional_weight(sample_weight)
         pieces: list[Piece] = []
-        for features in (student_features, teacher_features.detach()):
+        for features in (teacher_features.detach(), student_features):
             flat = ops.upcast(ops.without_left_out(features, weight)).flatten(1)
-            x = centred_by_blocks(blocks, flat, weight)
-            count = alike(x, weight)
-            own = [*own_products(blocks, x), *((None, None) if count is None else (Rows(count), Columns(count)))]
-            pieces += [*own, _divisor(blocks.largest(_squares, *own))]
-        return blocks.over_pairs(_values, *pieces, weight=weight, symmetric=True)
+            count = alike(flat, weight)
+            own = [
+                *kept_products(blocks.products(centred_by_blocks(blocks, flat, weight))),
+                *((None, None) if count is None else (Rows(count), Columns(count))),
+            ]
+            pieces = [*own, _divisor(blocks.largest(_squares, *own)), *pieces]
+        return blocks.over_pairs(_values, *pieces, weight=weight, symmetric=True, last=True)
 
     def properties(self) -> Properties:
         return Properties(

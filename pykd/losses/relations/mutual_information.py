@@ -121,7 +121,8 @@ class MutualInformation(Relation):
         weight = ops.optional_weight(sample_weight)
         x = blocks.each(_weighted_samples, Rows(student_embeddings), weights_of_rows(weight))
         y = blocks.each(_samples, Rows(teacher_embeddings.detach()), weights_of_rows(weight))
-        own = blocks.each(ops.squares, Rows(x))
+        # The lengths are 1 or 0, which has no gradient.
+        own = blocks.each(ops.squares, Rows(x.detach()))
         trace, joint_trace = own.sum(), (own * blocks.each(ops.squares, Rows(y))).sum()
         pairs = len(x) ** 2
         if self.form == "difference":

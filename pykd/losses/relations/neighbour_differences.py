@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from pykd.definition import Case, Loss, Properties, Spec, ops, register
+from pykd.fused.description import BlockPoint
 
 
 def neighbour_differences(student_embeddings: Tensor, teacher_embeddings: Tensor) -> Tensor:
@@ -12,6 +13,26 @@ def neighbour_differences(student_embeddings: Tensor, teacher_embeddings: Tensor
     differences = (ops.upcast(student_embeddings) - ops.upcast(teacher_embeddings.detach())).abs()
     values = (differences[:-1] * differences[1:]).sum(dim=1)
     return values.sum() / torch.ones_like(values).sum().clamp(min=1.0)
+
+
+def _value_and_gradient(student: Tensor, teacher: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The same, by blocks of rows. All products want the neighbours' differences alone, of which few are there at a time."""
+    samples = len(student)
+    share = 1.0 / max(samples - 1, 1)
+    total, nothing = student.new_zeros((), dtype=torch.float64), student.new_zeros(())
+    gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    for start in range(0, samples, rows):
+        stop = min(start + rows, samples)
+        first, last = max(start - 1, 0), min(stop + 1, samples)  # with the neighbours
+        differences = student[first:last] - teacher[first:last]
+        own = gradient[start:stop]
+        torch.sign(differences[start - first : stop - first], out=own)
+        differences.abs_()
+        if first == start or last == stop:  # the first sample has no neighbour before it, and the last none after it
+            differences = torch.nn.functional.pad(differences, (0, 0, int(first == start), int(last == stop)))
+        total += torch.dot(differences[1:-1].flatten(), differences[2:].flatten())
+        torch.addcmul(nothing, own, differences[:-2] + differences[2:], value=share, out=own)
+    return (total * share).to(student.dtype), gradient
 
 
 @register(neighbour_differences)
@@ -56,6 +77,14 @@ class NeighbourDifferences(Loss):
     }
     cases = (Case(),)
     couples_batch = "multiplies the differences of samples that follow each other"
+
+    def relation(self, tensors):
+        return tensors["student_embeddings"].shape
+
+    def in_blocks(self, blocks: BlockPoint, student_embeddings, teacher_embeddings):
+        return blocks.with_gradient(
+            _value_and_gradient, ops.upcast(student_embeddings), ops.upcast(teacher_embeddings.detach())
+        )
 
     def properties(self) -> Properties:
         return Properties(

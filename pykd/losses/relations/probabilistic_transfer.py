@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pykd.definition import Alias, Case, Properties, choice, flag, number, ops, register
 from pykd.definition.reference import unit
-from pykd.fused.description import BlockPoint, Columns, Products, Rows, Same
+from pykd.fused.description import BlockPoint, Columns, Piece, Rows, Same
 from pykd.losses.relations._shared import Relation, alike, kept, numpy_kept, weights_of_rows
 
 
@@ -14,32 +14,61 @@ def _samples(embeddings: Tensor, weight: Tensor | None) -> Tensor:
     return ops.normalize(ops.upcast(ops.without_left_out(embeddings, weight)), dim=[-1])
 
 
-def _probabilities(cosines: Tensor, alike: Tensor | None, same: Tensor | None) -> Tensor:
-    """Rows of probabilities: cosines, moved to between 0 and 1, over their sums; 0 in the columns of what is left out.
+def _affinities(cosines: Tensor, alike: Tensor | None, same: Tensor | None) -> Tensor:
+    """Cosines, moved to between 0 and 2; 0 in the columns of what is left out.
 
     Args:
-        cosines: of a block of rows with all samples.
+        cosines: of some samples with others.
         alike: 1 for every column that counts, else 0; None: all do.
         same: where row and column are one sample; None: a sample is a neighbour of itself.
     """
-    affinities = (cosines + 1.0) / 2.0
-    strangers = affinities.detach() <= (
-        1e-14 if cosines.dtype == torch.float64 else 1e-6
-    )  # the rounding of opposite embeddings
+    affinities: Tensor = cosines + 1.0
+    rounding = 2e-14 if cosines.dtype == torch.float64 else 2e-6  # of opposite embeddings
+    affinities = torch.ops.aten.threshold_backward(affinities, affinities.detach(), rounding)  # 0 up to there
     if alike is not None:
-        strangers = strangers | (alike == 0)
+        affinities = affinities.masked_fill(alike == 0, 0.0)
     if same is not None:
-        strangers = strangers | same
-    affinities = affinities.masked_fill(strangers, 0.0)
-    sums = affinities.sum(dim=1, keepdim=True)
-    return affinities / torch.where(sums == 0, torch.ones_like(sums), sums)
+        affinities = affinities.masked_fill(same, 0.0)
+    return affinities
 
 
-def _divergences(student: Tensor, teacher: Tensor, alike: Tensor | None, same: Tensor | None, epsilon: float) -> Tensor:
-    """One value for every row of a block, of cosines."""
-    q, p = _probabilities(student, alike, same), _probabilities(teacher, alike, same)
-    scale = 1.0 / epsilon  # log(p + ε) is log(1 + p/ε), but for what both have
-    return (p * (torch.log1p(p * scale) - torch.log1p(q * scale))).sum(dim=1)
+def _divisors(sums: Tensor) -> Tensor:
+    return torch.where(sums == 0, torch.ones_like(sums), sums)
+
+
+def _factors(sums: Tensor, epsilon: float) -> Tensor:
+    """What affinities are multiplied by for probabilities over ε, from the sums of all of the same row."""
+    return 1.0 / (torch.where(sums == 0, torch.ones_like(sums), sums) * epsilon)
+
+
+def _divergences(q: Tensor, p: Tensor) -> Tensor:
+    """One value for every pair, over ε, of the student's probabilities over ε and the teacher's."""
+    return p * (torch.log1p(p) - torch.log1p(q))  # log(p + ε) is log(1 + p/ε), but for what both have
+
+
+def _both(cosines: Tensor, row_alike: Tensor | None, alike: Tensor | None, same: Tensor | None) -> Tensor:
+    """:func:`_affinities`, which are 0 in the rows of what is left out, too."""
+    own = _affinities(cosines, alike, same)
+    return own if row_alike is None else own * row_alike.unsqueeze(1)
+
+
+def _values(
+    student: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    teacher: Tensor,
+    teacher_rows: Tensor,
+    teacher_columns: Tensor,
+    row_alike: Tensor | None,
+    alike: Tensor | None,
+    same: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`_divergences` of cosines in a block of rows, and of its mirror image, with the factors of both."""
+    own, others = _both(student, row_alike, alike, same), _both(teacher, row_alike, alike, same)
+    return (
+        _divergences(own * rows.unsqueeze(1), others * teacher_rows.unsqueeze(1)),
+        _divergences(own * columns, others * teacher_columns),
+    )
 
 
 def _average(value: Tensor, count: Tensor, average: str) -> Tensor:
@@ -59,7 +88,10 @@ def probabilistic_transfer(
     x, y = _samples(student_embeddings, weight), _samples(teacher_embeddings.detach(), weight)
     student, teacher = ops.matmul(x, x.transpose(0, 1)), ops.matmul(y, y.transpose(0, 1))
     same = None if own else ops.same_pairs(x)
-    values = _divergences(student, teacher, alike(x, weight), same, epsilon)
+    q, p = _affinities(student, alike(x, weight), same), _affinities(teacher, alike(x, weight), same)
+    q = q * _factors(q.sum(dim=1, keepdim=True), epsilon)
+    p = p * _factors(p.sum(dim=1, keepdim=True), epsilon)
+    values = _divergences(q, p).sum(dim=1) * epsilon
     return _average(ops.reduce(values, weight, "mean"), kept(x, weight).sum(), average)
 
 
@@ -124,16 +156,16 @@ class ProbabilisticTransfer(Relation):
 
     def in_blocks(self, blocks: BlockPoint, student_embeddings, teacher_embeddings, sample_weight):
         weight = ops.optional_weight(sample_weight)
-        x, y = (
-            blocks.each(_samples, Rows(embeddings), weights_of_rows(weight))
-            for embeddings in (student_embeddings, teacher_embeddings.detach())
-        )
-        columns = None if weight is None else Columns(kept(x, weight))
-        same = None if self.own else Same(x)
-        value = blocks.over_rows(
-            _divergences, Products(x, x), Products(y, y), columns, same, self.epsilon, weight=weight
-        )
-        return _average(value, kept(x, weight).sum(), self.average)
+        count = kept(ops.upcast(student_embeddings.detach()), weight)
+        rows, columns = (None, None) if weight is None else (Rows(count), Columns(count))
+        same = None if self.own else Same(count)
+        pieces: list[Piece] = [rows, columns, same]
+        for embeddings in (teacher_embeddings.detach(), student_embeddings):
+            products = blocks.products(blocks.each(_samples, Rows(embeddings), weights_of_rows(weight)))
+            factors = _factors(blocks.row_sums(_both, products, rows, columns, same), self.epsilon)
+            pieces = [products, Rows(factors), Columns(factors), *pieces]
+        value = blocks.over_pairs(_values, *pieces, weight=weight, columns=False, last=True) * self.epsilon
+        return _average(value, count.sum(), self.average)
 
     def properties(self) -> Properties:
         return Properties(

@@ -12,11 +12,11 @@ from pykd.losses.relations._shared import (
     centred,
     centred_by_blocks,
     kept,
+    kept_products,
     numpy_kept,
     numpy_over_pairs,
     numpy_smooth_l1,
     over_pairs,
-    own_products,
     smooth_l1,
 )
 
@@ -121,12 +121,12 @@ class RelationalDistance(Relation):
     def in_blocks(self, blocks: BlockPoint, student_embeddings, teacher_embeddings, sample_weight):
         weight = ops.optional_weight(sample_weight)
         pieces: list[Piece] = []
-        for embeddings in (student_embeddings, teacher_embeddings.detach()):
-            x = centred_by_blocks(blocks, ops.upcast(ops.without_left_out(embeddings, weight)), weight)
-            own = own_products(blocks, x)
+        for embeddings in (teacher_embeddings.detach(), student_embeddings):
+            x = ops.upcast(ops.without_left_out(embeddings, weight))
+            own = kept_products(blocks.products(centred_by_blocks(blocks, x, weight)))
             mean = blocks.over_pairs(ops.distances_of, *own, weight=alike(x, weight), symmetric=True)
-            pieces += [*own, _divisor(mean, kept(x, weight).sum())]
-        return blocks.over_pairs(_values, *pieces, weight=weight, symmetric=True)
+            pieces = [*own, _divisor(mean, kept(x, weight).sum()), *pieces]
+        return blocks.over_pairs(_values, *pieces, weight=weight, symmetric=True, last=True)
 
     def properties(self) -> Properties:
         return Properties(

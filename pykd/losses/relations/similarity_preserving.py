@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pykd.definition import Properties, ops, register
 from pykd.definition.reference import unit
-from pykd.fused.description import BlockPoint, Products
+from pykd.fused.description import BlockPoint, Columns, Piece, Rows
 from pykd.losses.relations._shared import FeatureRelation, numpy_kept, numpy_over_pairs, over_pairs, squared_differences
 
 
@@ -16,6 +16,26 @@ def _samples(features: Tensor, weight: Tensor | None) -> Tensor:
 def _values(student: Tensor, teacher: Tensor) -> Tensor:
     """Of products of rows of samples with all samples: squared differences, every row divided by its length before."""
     return squared_differences(ops.normalize(student, dim=[1]), ops.normalize(teacher, dim=[1]))
+
+
+def _squares(products: Tensor) -> Tensor:
+    return products * products
+
+
+def _differences(
+    student: Tensor, rows: Tensor, columns: Tensor, teacher: Tensor, teacher_rows: Tensor, teacher_columns: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`_values` of a block of the rows, and of its mirror image, with one over the length of each."""
+    return (
+        squared_differences(student * rows.unsqueeze(1), teacher * teacher_rows.unsqueeze(1)),
+        squared_differences(student * columns, teacher * teacher_columns),
+    )
+
+
+def _factor(x: Tensor) -> float:
+    """Of products whose squares are to fit; rows that are divided by their lengths do not mind it."""
+    largest = ops.squares(x.detach()).amax().item()
+    return 1.0 / largest if 1e-30 < largest < 1e30 else 1.0
 
 
 def similarity_preserving(
@@ -77,8 +97,13 @@ class SimilarityPreserving(FeatureRelation):
 
     def in_blocks(self, blocks: BlockPoint, student_features, teacher_features, sample_weight):
         weight = ops.optional_weight(sample_weight)
-        x, y = _samples(student_features, weight), _samples(teacher_features.detach(), weight)
-        return blocks.over_pairs(_values, Products(x, x), Products(y, y), weight=weight)
+        pieces: list[Piece] = []
+        for features in (teacher_features.detach(), student_features):
+            x = _samples(features, weight)
+            products = blocks.products(x, _factor(x))
+            inverse = ops.inverse_root(blocks.row_sums(_squares, products))
+            pieces = [products, Rows(inverse), Columns(inverse), *pieces]
+        return blocks.over_pairs(_differences, *pieces, weight=weight, last=True)
 
     def properties(self) -> Properties:
         return Properties(
