@@ -1,11 +1,14 @@
 """Losses on relations at large batches, beside the formulas that other libraries have for them: time, and memory at the peak.
 
 Value + gradient by ``backward()``, nothing said about kernels. The answers of both are compared with float64 first, and
-the two are timed in turn, so that a busy machine meets both. torchdistill is what ``scripts/python-environment`` installs; formulas of
+the two are timed in turn, so that a busy machine meets both. The memory is what tensors take at the highest point of a call, the
+gradient among them, which is the same in every call; what a process holds then is about twice that, by the holes that malloc
+leaves, and another number each time. torchdistill is what ``scripts/python-environment`` installs; formulas of
 RepDistiller and of others that are in no package are written here as their code goes.
 """
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,9 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import pykd
-from benchmarks.kernels import peak_memory
+from benchmarks.kernels import peak_memory as resident_memory
 from pykd.export.verification import LIMITS, errors
 from tests import oracles
 
@@ -115,13 +119,23 @@ def _call(formula: Formula, x: Tensor, y: Tensor) -> Callable[[], dict[str, Tens
     leaf = x.clone().requires_grad_()
 
     def call() -> dict[str, Tensor]:
-        leaf.grad = None
         loss = formula(leaf, y)
         loss.backward()  # type: ignore[no-untyped-call]
-        assert leaf.grad is not None
-        return {"loss": loss.detach(), "grad_x": leaf.grad}
+        gradient, leaf.grad = leaf.grad, None  # else it would be there before the next call
+        assert gradient is not None
+        return {"loss": loss.detach(), "grad_x": gradient}
 
     return call
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Bytes of tensors at the highest point of a call, beyond those that are there before."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        call()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held)
 
 
 def drawn(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -151,7 +165,8 @@ def run(bandwidth: float) -> list[dict[str, Any]]:
         for route, seconds in in_turn(routes).items():
             found[route] |= {
                 "seconds": seconds,
-                "peak_bytes": statistics.median(peak_memory(routes[route]) for _ in range(3)),
+                "peak_bytes": peak_memory(routes[route]),
+                "resident_bytes": statistics.median(resident_memory(routes[route]) for _ in range(5)),
             }
         rows += found.values()
         print(_line(case, found), flush=True)
