@@ -16,8 +16,9 @@ import onnx
 import torch
 from torch import Tensor
 
+from pykd import integrity
 from pykd.composition import Composition, LossGraph
-from pykd.export import axes, integrity, kernel_nodes, metadata, tracing
+from pykd.export import axes, kernel_nodes, metadata, tracing
 from pykd.export.kernel_nodes import Site
 
 _ONNX_TYPES = {

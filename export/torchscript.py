@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from pykd import integrity
 from pykd.composition import LossGraph
-from pykd.export import integrity, metadata
+from pykd.export import metadata
 
 
 def write(graph: LossGraph, described: dict[str, Any], path: Path) -> None:

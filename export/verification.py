@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pykd import _core, files
-from pykd.export import integrity, metadata
+from pykd import _core, files, integrity
+from pykd.export import metadata
 
 Values = Mapping[str, Tensor]
 Run = Callable[[Values, Mapping[str, float]], dict[str, Tensor]]

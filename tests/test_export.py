@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import pykd
-from pykd import MKMMD, HardTarget, SoftTarget, compose
+from pykd import MKMMD, HardTarget, SoftTarget, compose, integrity
 from pykd.command_line import main
-from pykd.export import integrity
 from pykd.export.verification import verify
 
 RECIPE = """

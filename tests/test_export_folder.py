@@ -13,7 +13,8 @@ import onnx
 import pytest
 
 import pykd
-from pykd.export import FILES, MANIFEST, folder, integrity
+from pykd import integrity
+from pykd.export import FILES, MANIFEST, folder
 
 NAMES = [*FILES.values(), MANIFEST]
 OLD_EXPORTS = Path(__file__).parent / "data" / "format-1"

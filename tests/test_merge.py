@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import quantize_dynamic
 
 import pykd
+from pykd import integrity
 from pykd.command_line import main
 from pykd.scoring import merge as merging
 from pykd.scoring.merge import merge
@@ -141,6 +142,8 @@ def test_parameters_and_other_inputs_of_the_loss_are_inputs(tmp_path, models, lo
     got = scored(tmp_path / "scorer.onnx", {**feeds, "temperature": np.array(3.0, np.float32)})
     np.testing.assert_allclose(got["loss_per_sample"], divergence(teacher, student, 3.0), rtol=2e-5)
     out = merge(*models, losses / "both", tmp_path / "both.onnx")
+    integrity.check(out.read_bytes(), out.name)
+    assert merging.described(onnx.load(out))["lengths"] == {"classes": CLASSES}
     got = scored(out, {**feeds, "labels": LABELS})
     apart = Sessions(*models, losses / "both")
     assert apart.inputs == ["pixels", "labels"] and apart.outputs == list(got)

@@ -11,9 +11,9 @@ import torch
 from onnx import helper, numpy_helper
 
 import pykd
-from pykd import _core
+from pykd import _core, integrity
 from pykd.composition import MAX_PARTS
-from pykd.export import integrity, tracing
+from pykd.export import tracing
 from tests.conftest import subjects
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A name stands for the module and everything inside it; the longest that fits counts. Rooms on one
 # floor do not import each other.
 FLOORS = [
-    ("pykd._version", "pykd._core", "pykd.config", "pykd.files"),
+    ("pykd._version", "pykd._core", "pykd.config", "pykd.files", "pykd.integrity"),
     ("pykd.runtime", "pykd.kernels", "pykd.definition"),
     ("pykd.fused", "pykd.scoring"),
     ("pykd.torch_kernels", "pykd.losses"),

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import pykd
+from pykd import integrity
 from pykd.command_line import main
 from pykd.demo import programs
-from pykd.export import integrity, verification
+from pykd.export import verification
 from pykd.export.verification import verify
 from tests.conftest import one_per_loss
 

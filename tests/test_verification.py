@@ -15,7 +15,8 @@ import torch
 from onnx import helper, numpy_helper
 
 import pykd
-from pykd.export import integrity, metadata, torchscript, verification
+from pykd import integrity
+from pykd.export import metadata, torchscript, verification
 from pykd.export.verification import LIMITS, Report, Row, errors, verify
 from tests import make_vectors
 from tests.conftest import Subject

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper
 
-from pykd import files
+from pykd import files, integrity
 from pykd._version import __version__
 
 ROLES = ("teacher", "student")
@@ -240,7 +240,8 @@ def _shape(value: Any) -> list[int | str] | None:
     return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in value.type.tensor_type.shape.dim]
 
 
-def _check_shapes(parts: Parts, connected: Mapping[str, tuple[str, str]]) -> None:
+def _check_shapes(parts: Parts, connected: Mapping[str, tuple[str, str]]) -> dict[str, int]:
+    """The lengths that the models fix, by the axes of the loss."""
     lengths: dict[str, tuple[int, str]] = {}
     for name, (role, output) in connected.items():
         value, wanted = parts.models[role].outputs[output], parts.loss_inputs[name]
@@ -261,6 +262,7 @@ def _check_shapes(parts: Parts, connected: Mapping[str, tuple[str, str]]) -> Non
                         f"expected one length of the axis {axis!r}, got {known[0]} of {known[1]} and {length} of {role}:{output}; "
                         "cut one of them to what the other has"
                     )
+    return {axis: length for axis, (length, _) in lengths.items() if length > 0}
 
 
 _WIDENED = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -398,6 +400,7 @@ def _assemble(
         "format_version": FORMAT_VERSION,
         "loss": parts.described,
         "connections": {name: ":".join(place) for name, place in connected.items()},
+        "lengths": _check_shapes(parts, connected),
         "models": {role: {"file": m.path.name, "sha256": _digest(m.path)} for role, m in parts.models.items()},
         "outputs": [value.name for value in merged.graph.output],
         "pykd": __version__,
@@ -712,7 +715,9 @@ def _write(model: ModelProto, out: Path) -> None:
     data = _move_weights(model, out)
     try:
         with files.replacing(out) as file:
-            file.write(model.SerializeToString(deterministic=True))
+            serialised = model.SerializeToString(deterministic=True)
+            file.write(serialised)
+            file.write(integrity.onnx_seal(serialised))
     except BaseException:
         if data is not None and data not in before:
             data.unlink(missing_ok=True)

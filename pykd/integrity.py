@@ -13,9 +13,14 @@ def _digits(data: bytes) -> bytes:
     return f"{zlib.crc32(data):08x}".encode()
 
 
+def onnx_seal(model: bytes) -> bytes:
+    """What a serialised ONNX model has at its end."""
+    return _ONNX_PREFIX + _digits(model)
+
+
 def seal_onnx(model: bytes) -> bytes:
     """A serialised ONNX model with its checksum appended."""
-    return model + _ONNX_PREFIX + _digits(model)
+    return model + onnx_seal(model)
 
 
 def seal_zip(archive: bytes) -> bytes:
