@@ -22,7 +22,8 @@ BUILD   := build/python
 VECTORS := build/vectors/.made
 # What the C++ tests want to know: where ONNX Runtime is, and the exported losses with their numbers.
 RUNTIME  = "$$($(PY) -m pykd.config --onnxruntime-library)"
-FACTS    = PYKD_TEST_VECTORS=$(abspath build/vectors) PYKD_ONNXRUNTIME_LIBRARY=$(RUNTIME)
+FACTS    = PYKD_TEST_VECTORS=$(abspath build/vectors) PYKD_TEST_MERGED=$(abspath build/merged) \
+           PYKD_ONNXRUNTIME_LIBRARY=$(RUNTIME)
 OURS     = $(shell find cpp tests -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.c')
 CTEST   := ctest --output-on-failure --no-tests=error --parallel $(LOGICAL)
 
@@ -88,8 +89,9 @@ test-fast: tested-build ## the inner loop: no slow tests, no exported losses, ea
 tested-build: OPTIONS += -DPYKD_TESTS=ON -DPYKD_EXAMPLES=ON -DPYKD_TEST_ONNXRUNTIME=$(RUNTIME)
 tested-build: build
 
-$(VECTORS): $(INSTALLED) $(shell find pykd export tests/make_vectors.py -name '*.py' 2>/dev/null)
+$(VECTORS): $(INSTALLED) $(shell find pykd export tests/make_vectors.py tests/make_merged.py -name '*.py' 2>/dev/null)
 	$(PY) -m tests.make_vectors build/vectors
+	$(PY) -m tests.make_merged build/merged
 	@touch $@
 
 ctest: tested-build $(VECTORS)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from onnxruntime.quantization import quantize_dynamic
 import pykd
 from pykd import integrity
 from pykd.command_line import main
+from pykd.demo import programs
 from pykd.scoring import merge as merging
 from pykd.scoring.merge import merge
 from pykd.scoring.sessions import Sessions
@@ -133,6 +135,42 @@ def test_scores_are_those_of_three_sessions_bit_for_bit(tmp_path, models, losses
     np.testing.assert_array_equal(got["student/logits"], logits_of(models[1], feeds).astype(np.float32))
     # The kernel is found by its name.
     assert any(n.domain == "pykd" for n in onnx.load(tmp_path / "scorer.onnx").graph.node)
+
+
+@pytest.mark.slow
+def test_the_example_scores_a_stream_as_three_sessions_do(tmp_path, models, losses):
+    """Without Python, in blocks of 256 rows: the same bits, bad rows told apart."""
+    out = merge(*models, losses / "both", tmp_path / "scorer.onnx")
+    rows = 700
+    feeds = {"pixels": RANDOM.standard_normal((rows, WIDTH)).astype(np.float32), "labels": np.arange(rows) % CLASSES}
+    apart = Sessions(*models, losses / "both")
+    blocks = [{name: array[at : at + 256] for name, array in feeds.items()} for at in range(0, rows, 256)]
+    want = np.concatenate([apart(block)["loss_per_sample"] for block in blocks])
+    feeds["pixels"][3, 1], feeds["labels"][4], feeds["labels"][rows - 1] = np.nan, CLASSES, -100
+    for name, array in feeds.items():
+        array.tofile(tmp_path / name)
+    program = programs.find()["evaluate"].with_name("score_merged")
+
+    def run(*names):
+        command = [program, out, *(tmp_path / name for name in names)]
+        return subprocess.run(command, env=programs.environment(), capture_output=True, text=True, timeout=60)
+
+    done = run("pixels", "labels")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    bad = {3: "nan", 4: "label_out_of_range", rows - 1: "ignored"}
+    assert [line[1] for line in lines] == [bad.get(row, "ok") for row in range(rows)]
+    good = [row for row in range(rows) if row not in bad]
+    np.testing.assert_array_equal(np.array([lines[row][0] for row in good], np.float32), want[good])
+    assert float(done.stderr.removeprefix("mean ")) == pytest.approx(want[good].mean(dtype=np.float64), rel=1e-7)
+    assert "expected a file for every input" in run("pixels").stderr
+    assert "expected a file that can be read for labels" in run("pixels", "nothing").stderr
+    (tmp_path / "labels").write_bytes(feeds["labels"].tobytes()[:-1])
+    failed = run("pixels", "labels")
+    assert failed.returncode == 1 and "cut off" in failed.stderr
+    (tmp_path / "labels").write_bytes(feeds["labels"].tobytes()[:-8])
+    failed = run("pixels", "labels")
+    assert failed.returncode == 1 and "labels of length 188" in failed.stderr
 
 
 def test_parameters_and_other_inputs_of_the_loss_are_inputs(tmp_path, models, losses):

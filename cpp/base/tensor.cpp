@@ -7,7 +7,7 @@ namespace pykd::internal {
 
 std::string dtypes_text(std::uint32_t dtypes) {
   std::vector<std::string> names;
-  for (const pykd_dtype dtype : kDtypes) {
+  for (const pykd_dtype dtype : kAllDtypes) {
     if (dtypes & dtype_bit(dtype)) names.emplace_back(dtype_name(dtype));
   }
   std::string last = names.back();

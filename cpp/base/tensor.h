@@ -57,7 +57,7 @@ int raw(const Enumeration& field) {
   return value;
 }
 
-inline bool is_dtype(const pykd_dtype& dtype) { return raw(dtype) >= PYKD_FLOAT16 && raw(dtype) <= PYKD_INT64; }
+inline bool is_dtype(const pykd_dtype& dtype) { return raw(dtype) >= PYKD_FLOAT16 && raw(dtype) <= PYKD_BOOL; }
 
 // ---- Checks: each throws a Failure that names the tensor ----------------------------------------
 

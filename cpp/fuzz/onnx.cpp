@@ -1,8 +1,11 @@
-// The scan of ONNX files, and the checksum before it: any bytes are a signature or a Failure(PYKD_BAD_ARTEFACT).
+// The scans of ONNX files and of merged scorers, and the checksum before them: any bytes are a signature or a
+// Failure(PYKD_BAD_ARTEFACT).
 #include "base/error.h"
 #include "fuzz/fuzz.h"
 #include "runtime/artefact/checksum.h"
 #include "runtime/artefact/files.h"
+#include "runtime/artefact/merged_contents.h"
+#include "runtime/artefact/merged_scan.h"
 #include "runtime/artefact/onnx_scan.h"
 #include "tests/tiny_model.h"
 
@@ -32,12 +35,19 @@ std::vector<std::string> pykd::fuzz::seeds() {
   calls.functions = {function("pykd", "f", {node("Mul", {"x", "x"}, "y")}),
                      function("pykd", "g", {node("f", {"x"}, "y", {}, "pykd")})};
   calls.nodes[1] = node("g", {"d"}, "dd", {}, "pykd");
-  return {tiny_model(true).bytes(), tiny_model(false).bytes(), calls.bytes(), tests::sealed(calls.bytes())};
+  tests::TinyModel scorer = tests::tiny_scorer();
+  scorer.functions = calls.functions;
+  std::string graph;
+  tests::pbf_writer(graph).add_message(5, tests::tensor_outside("w", {{"location", "w.data"}, {"length", "8"}}));
+  scorer.nodes.push_back(node("If", {"d"}, "e", {tests::attribute_with(6, graph)}));
+  return {tiny_model(true).bytes(),     tiny_model(false).bytes(),    calls.bytes(),
+          tests::sealed(calls.bytes()), tests::tiny_scorer().bytes(), scorer.bytes(),
+          tests::sealed(scorer.bytes())};
 }
 
 std::vector<std::string> pykd::fuzz::words() {
-  return {"pykd",  "Constant", "Expand", "student_logits", "loss", "\x00\x00\x00\x80", std::string(8, '\xff'),
-          "value", "axis"};
+  return {"pykd",  "Constant", "Expand",      "student_logits", "loss", "\x00\x00\x00\x80", std::string(8, '\xff'),
+          "value", "axis",     "pykd.scorer", "lengths",        "../"};
 }
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
@@ -49,6 +59,18 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     pykd::internal::PykdNodes nodes;
     pykd::internal::scan_onnx(file, &nodes);
     nodes.that_run({"f", "soft_target_float32"});
+  });
+  pykd::internal::MemorySource source(file.bytes, file.label);
+  pykd::internal::is_merged(source);
+  expect_bad_artefact([&] { pykd::internal::check_integrity(source); });
+  expect_bad_artefact([&] {
+    pykd::internal::PykdNodes nodes;
+    const pykd::internal::Signature signature = pykd::internal::scan_merged(source, "", nodes);
+    for (const auto& output : signature.outputs) {
+      for (const std::size_t axis : output.axis_ids) {
+        if (axis >= signature.axes.size()) std::abort();
+      }
+    }
   });
   return 0;
 }

@@ -60,7 +60,8 @@ void write_tensor_info(const TensorSpec& spec, std::size_t partner, pykd_tensor_
                                   spec.axis_names.data(),
                                   spec.dtypes,
                                   partner == pykd::internal::kNone ? 0 : 1,
-                                  spec.least_lengths.data()};
+                                  spec.least_lengths.data(),
+                                  spec.lengths.data()};
   write_sized(value, *info, offsetof(pykd_tensor_info, least_lengths), "a pykd_tensor_info", "PYKD_TENSOR_INFO_INIT");
 }
 
@@ -116,6 +117,7 @@ pykd_status pykd_check_onnx(const void* bytes, size_t size) {
   return guarded([&] {
     check_pointer(bytes, "the bytes of an ONNX file");
     const pykd::internal::Artefact artefact = pykd::internal::wrap_artefact(bytes, size);
+    if (artefact.merged) refuse_merged(*artefact.merged);
     if (!artefact.value) {
       pykd::internal::fail(PYKD_BAD_ARTEFACT, "an ONNX file", "a ZIP archive", "give the bytes of an ONNX file");
     }

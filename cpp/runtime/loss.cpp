@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <filesystem>
 #include <new>
 #include <set>
+#include <system_error>
 
 #include "base/error.h"
 #include "base/fork.h"
@@ -11,6 +13,7 @@
 #include "base/struct_size.h"
 #include "ops/onnxruntime/custom_ops.h"
 #include "runtime/artefact/checksum.h"
+#include "runtime/artefact/merged_scan.h"
 #include "runtime/artefact/onnx_scan.h"
 #include "runtime/engines/engines.h"
 #include "runtime/signature/metadata.h"
@@ -49,7 +52,8 @@ std::string wanted_engine(const LoadOptions& options) {
 
 pykd_load_options copy_options(const pykd_load_options& given) {
   const pykd_load_options defaults = PYKD_LOAD_OPTIONS_INIT;
-  pykd_load_options copy = copy_sized(given, defaults, sizeof defaults, "load options", "PYKD_LOAD_OPTIONS_INIT");
+  pykd_load_options copy =
+      copy_sized(given, defaults, offsetof(pykd_load_options, trust_merged), "load options", "PYKD_LOAD_OPTIONS_INIT");
   if (copy.abi_version != PYKD_ABI_VERSION) {
     fail(PYKD_UNAVAILABLE,
          "a program built for version " + std::to_string(PYKD_ABI_VERSION) + " of libpykd's interface",
@@ -72,15 +76,15 @@ std::string text_or(const char* text, const char* otherwise) { return text == nu
 
 // What an engine throws while it opens a file; its own words reach the user.
 template <class Body>
-auto opening(const ArtefactFile& file, Body&& body) -> decltype(body()) {
+auto opening(const std::string& label, Body&& body) -> decltype(body()) {
   try {
     return body();
   } catch (const Failure& failure) {
-    throw Failure(failure.status(), file.label + ": " + failure.what());
+    throw Failure(failure.status(), label + ": " + failure.what());
   } catch (const std::bad_alloc&) {
     throw;
   } catch (const std::exception& error) {
-    fail(PYKD_BAD_ARTEFACT, "a file that its engine can open at " + file.label, error.what(), "export the loss again");
+    fail(PYKD_BAD_ARTEFACT, "a file that its engine can open at " + label, error.what(), "export the loss again");
   }
 }
 
@@ -154,16 +158,16 @@ std::string join_with_spaces(const std::set<std::string>& words) {
 }
 
 // Those that the file uses.
-std::set<std::string> choose_ops(const ArtefactFile& file, const PykdNodes& nodes,
+std::set<std::string> choose_ops(const std::string& label, const PykdNodes& nodes,
                                  const std::set<std::string>& available, const LoadOptions& options) {
   if (options.kernels == KernelUse::kOn) {
     if (nodes.in_graph.empty()) {
-      no_kernels("a node that a kernel computes in " + file.label,
+      no_kernels("a node that a kernel computes in " + label,
                  "a file of standard operators alone, as float64 and an export with kernels=\"off\" make them");
     }
     for (const std::string& node : nodes.in_graph) {
       if (available.count(node) == 0) {
-        no_kernels("a kernel for every node of domain \"pykd\" in " + file.label,
+        no_kernels("a kernel for every node of domain \"pykd\" in " + label,
                    "none for " + in_quotes(node) + " on " + device_name(options.engine_options.device));
       }
     }
@@ -182,6 +186,7 @@ LoadOptions read_options(const pykd_load_options* options) {
   result.onnxruntime_library = text_or(given.onnxruntime_library, "");
   result.torch_library = text_or(given.torch_library, "");
   result.skip_integrity_check = given.skip_integrity_check != 0;
+  result.trust_merged = given.trust_merged != 0;
   result.engine_options.device = parse_device(result.device);
   result.engine_options.threads = given.threads;
   result.engine_options.cuda_stream = given.cuda_stream;
@@ -208,6 +213,7 @@ void Loss::check_process() const {
 }
 
 std::unique_ptr<Loss> Loss::load(Artefact& artefact, const LoadOptions& options) {
+  if (artefact.merged) return load_merged(*artefact.merged, options);
   if (!options.skip_integrity_check) check_sizes(artefact);
   const std::string engine = wanted_engine(options);
   const bool may_onnx = engine != "torchscript" && artefact.has_onnx();
@@ -249,7 +255,6 @@ std::unique_ptr<Loss> Loss::load_onnx(Artefact& artefact, const LoadOptions& opt
   for (std::optional<ArtefactFile>* file : {&artefact.value, &artefact.gradient, &artefact.score}) {
     if (!file->has_value()) continue;
     read_contents(**file);
-    refuse_merged(**file);
     check_integrity(**file, options);
     Checked& checked = files.emplace_back();
     checked.file = &**file;
@@ -270,10 +275,10 @@ std::unique_ptr<Loss> Loss::load_onnx(Artefact& artefact, const LoadOptions& opt
   const std::set<std::string> available = available_ops(options, loss->passed_over_);
   std::set<std::string> in_use;
   for (Checked& checked : files) {
-    const std::set<std::string> ops = choose_ops(*checked.file, checked.nodes, available, options);
+    const std::set<std::string> ops = choose_ops(checked.file->label, checked.nodes, available, options);
     in_use.insert(ops.begin(), ops.end());
     engine_options.kernels = !ops.empty();
-    loss->add_part(engine, *checked.file, std::move(checked.signature), engine_options);
+    loss->add_part(engine, checked.file->label, checked.file->bytes, std::move(checked.signature), engine_options);
   }
   loss->kernels_ = join_with_spaces(in_use);
   loss->connect_parts();
@@ -291,22 +296,73 @@ std::unique_ptr<Loss> Loss::load_torchscript(Artefact& artefact, const LoadOptio
   engine_options.library = options.torch_library;
   Engine& engine = torchscript_engine(engine_options.library);
   Signature signature =
-      opening(file, [&] { return parse_signature(engine.metadata(file.bytes.data(), file.bytes.size())); });
+      opening(file.label, [&] { return parse_signature(engine.metadata(file.bytes.data(), file.bytes.size())); });
   check_kind(file, signature, ArtefactKind::kTorchScript);
   check_membership(artefact, file, signature);
   std::unique_ptr<Loss> loss(new Loss(options, "torchscript"));
   loss->signature_ = parse_signature(signature.metadata);
-  loss->add_part(engine, file, std::move(signature), engine_options);
+  loss->add_part(engine, file.label, file.bytes, std::move(signature), engine_options);
   loss->connect_parts();
   return loss;
 }
 
-void Loss::add_part(Engine& engine, const ArtefactFile& file, Signature signature, const EngineOptions& options) {
+namespace {
+
+// What changes with a file; nothing of one in memory.
+struct FileState {
+  explicit FileState(const std::string& path) {
+    std::error_code error;
+    if (path.empty()) return;
+    written = std::filesystem::last_write_time(path, error);
+    size = std::filesystem::file_size(path, error);
+  }
+  bool operator==(const FileState& other) const { return written == other.written && size == other.size; }
+
+  std::filesystem::file_time_type written;
+  std::uintmax_t size = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Loss> Loss::load_merged(MergedFile& file, const LoadOptions& options) {
+  const std::string& label = file.source->label();
+  if (!options.trust_merged) refuse_merged(file);
+  if (wanted_engine(options) == "torchscript") {
+    fail(PYKD_NOT_FOUND, "a file for the engine \"torchscript\"", "a merged scorer, which is ONNX",
+         "leave the engine out");
+  }
+  const FileState before(file.path);
+  if (!options.skip_integrity_check) check_integrity(*file.source);
+  const std::filesystem::path folder = file.path.empty() ? "" : std::filesystem::absolute(file.path).parent_path();
+  PykdNodes nodes;
+  Signature signature = scan_merged(*file.source, folder.string(), nodes);
+
+  std::unique_ptr<Loss> loss(new Loss(options, "onnxruntime"));
+  loss->signature_ = signature.copy();
+  EngineOptions engine_options = options.engine_options;
+  engine_options.library = options.onnxruntime_library;
+  engine_options.model_path = file.path;
+  engine_options.whole_models = true;
+  Engine& engine = onnxruntime_engine(engine_options.library);
+  const std::set<std::string> available = available_ops(options, loss->passed_over_);
+  const std::set<std::string> ops = choose_ops(label, nodes, available, options);
+  engine_options.kernels = !ops.empty();
+  loss->add_part(engine, label, file.bytes, std::move(signature), engine_options);
+  if (!(FileState(file.path) == before)) {
+    fail(PYKD_BAD_ARTEFACT, label + " to stay as it is while it is loaded", "another file in its place",
+         "load it again");
+  }
+  loss->kernels_ = join_with_spaces(ops);
+  loss->connect_parts();
+  return loss;
+}
+
+void Loss::add_part(Engine& engine, const std::string& label, std::string_view bytes, Signature signature,
+                    const EngineOptions& options) {
   engine_version_ = engine.version();
   auto part = std::make_unique<Part>();
   part->signature = std::move(signature);
-  part->session =
-      opening(file, [&] { return engine.open(file.bytes.data(), file.bytes.size(), part->signature, options); });
+  part->session = opening(label, [&] { return engine.open(bytes.data(), bytes.size(), part->signature, options); });
   parts_.push_back(std::move(part));
 }
 

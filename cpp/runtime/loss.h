@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "runtime/artefact/files.h"
@@ -26,6 +27,7 @@ struct LoadOptions {
   std::string onnxruntime_library;
   std::string torch_library;
   bool skip_integrity_check = false;
+  bool trust_merged = false;
   KernelUse kernels = KernelUse::kAuto;
   EngineOptions engine_options;
 };
@@ -66,8 +68,11 @@ class Loss {
   Loss(const LoadOptions& options, std::string engine);
   static std::unique_ptr<Loss> load_onnx(Artefact& artefact, const LoadOptions& options);
   static std::unique_ptr<Loss> load_torchscript(Artefact& artefact, const LoadOptions& options);
+  static std::unique_ptr<Loss> load_merged(MergedFile& file, const LoadOptions& options);
 
-  void add_part(Engine& engine, const ArtefactFile& file, Signature signature, const EngineOptions& options);
+  // `bytes` of an artefact that messages call `label`; none where the options have a path.
+  void add_part(Engine& engine, const std::string& label, std::string_view bytes, Signature signature,
+                const EngineOptions& options);
   void connect_parts();
   void check_process() const;
   bool wants_gradient(const Request& request) const;

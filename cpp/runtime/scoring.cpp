@@ -58,10 +58,9 @@ Found look(const void* data, std::size_t count, pykd_dtype dtype) {
       return look<std::uint32_t>(data, count, {0x7F800000u, 0x007FFFFFu});
     case PYKD_FLOAT64:
       return look<std::uint64_t>(data, count, {0x7FF0000000000000u, 0x000FFFFFFFFFFFFFu});
-    case PYKD_INT64:
-      break;
+    default:
+      return {};  // all numbers of that type are finite
   }
-  return {};
 }
 
 // What one row of a tensor has, and where it lies.
@@ -125,7 +124,8 @@ class Block {
       scores |= std::strcmp(outputs[i].name, kScores) == 0;
       if (id == kNone) continue;
       const OutputSpec& spec = signature_.outputs[id];
-      if (spec.rank() == 1 && spec.axis_ids[0] == samples_) continue;
+      const bool numbers = (spec.dtypes & (dtype_bit(PYKD_FLOAT32) | dtype_bit(PYKD_FLOAT64))) != 0;
+      if (spec.rank() == 1 && spec.axis_ids[0] == samples_ && numbers) continue;
       fail(PYKD_INVALID_VALUE, "outputs with a value per row", in_quotes(spec.name),
            "run the loss with pykd_run() for it");
     }
@@ -151,7 +151,9 @@ class Block {
       if (spec.index_axis == kNone || spec.rank() == 0 || spec.axis_ids[0] != samples_) continue;
       const std::size_t each = row_elements(inputs_[id]);
       const auto* labels = static_cast<const std::int64_t*>(inputs_[id].data);
-      const std::int64_t classes = binding_.lengths[spec.index_axis];
+      // 0 where the models alone know how many there are.
+      const std::int64_t known = binding_.lengths[spec.index_axis];
+      const std::int64_t classes = known == 0 ? std::numeric_limits<std::int64_t>::max() : known;
       std::vector<std::int64_t> mended;
       for (std::size_t row = 0; row < status_.size(); ++row) {
         std::size_t ignored = 0;

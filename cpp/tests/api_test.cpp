@@ -528,7 +528,8 @@ TEST_F(Api, SaysWhatToDoWithAMergedScorer) {
   model.metadata = json();
   pbf_writer(model.model_extra).add_message(14, property("pykd.scorer", "{}"));
   folder.write("scorer.onnx", model.bytes());
-  EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load(folder.path("scorer.onnx")), "scorer.onnx", "pykd merge", "in a session");
+  EXPECT_ERROR(PYKD_BAD_ARTEFACT, Loss::load(folder.path("scorer.onnx")), "scorer.onnx", "pykd merge",
+               "set trust_merged");
 }
 
 TEST_F(Api, SkipsTheIntegrityCheckOnRequestAlone) {

@@ -57,7 +57,7 @@ TEST_F(Engines, SaysThatLibpykdTorchCannotBeOpened) {
 
 TEST_F(Engines, SaysThatLibpykdTorchIsOfAnotherVersion) {
   torchscript.torch_library = FAKE_TORCH_OLD;
-  EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "interface version 3", "got 4", "one build");
+  EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "interface version 4", "got 5", "one build");
   torchscript.torch_library = FAKE_TORCH_EMPTY;
   EXPECT_ERROR(PYKD_UNAVAILABLE, load(torchscript), "a library without one", "one build");
 }

@@ -75,7 +75,11 @@ inline std::string value_info(const std::string& name, int dtype, const std::vec
   std::string shape, tensor, type, bytes;
   for (const std::string& axis : axes) {
     std::string dimension;
-    pbf_writer(dimension).add_string(2, axis);
+    if (!axis.empty() && axis.find_first_not_of("0123456789") == std::string::npos) {
+      pbf_writer(dimension).add_int64(1, std::stoll(axis));  // a length
+    } else {
+      pbf_writer(dimension).add_string(2, axis);
+    }
     pbf_writer(shape).add_message(1, dimension);
   }
   pbf_writer(tensor).add_int32(1, dtype);
@@ -250,6 +254,36 @@ inline TinyModel tiny_score() {
   model.metadata["outputs"] = {tensor_json("loss_per_sample", {"batch"})};
   model.outputs = {value_info("loss_per_sample", kFloat, {"batch"})};
   model.nodes.erase(model.nodes.begin() + 2, model.nodes.begin() + 4);  // of the two scalars
+  return model;
+}
+
+// A tensor whose elements lie in another file, at the entries' place.
+inline std::string tensor_outside(const std::string& name,
+                                  const std::vector<std::pair<std::string, std::string>>& entries) {
+  std::string bytes;
+  pbf_writer writer(bytes);
+  writer.add_int32(2, kFloat);
+  writer.add_string(8, name);
+  for (const auto& entry : entries) writer.add_message(13, property(entry.first, entry.second));
+  writer.add_enum(14, 1);
+  return bytes;
+}
+
+// What `pykd merge` would write of two models that return their pixels, and the scores of the tiny model.
+inline json scorer_metadata() {
+  return {{"format_version", 1},
+          {"loss", tiny_score().metadata},
+          {"connections", {{"student_logits", "student:same"}, {"teacher_logits", "teacher:same"}}},
+          {"lengths", {{"classes", 3}}},
+          {"outputs", {"loss_per_sample"}}};
+}
+
+inline TinyModel tiny_scorer(const json& metadata = scorer_metadata()) {
+  TinyModel model = tiny_score();
+  model.metadata = json();
+  model.inputs = {value_info("pixels", kFloat, {"n", "width"}), value_info("weight", kFloat, {})};
+  model.nodes[0] = node("Sub", {"pixels", "pixels"}, "d");
+  pbf_writer(model.model_extra).add_message(14, property("pykd.scorer", metadata.dump()));
   return model;
 }
 

@@ -88,8 +88,9 @@ struct Array {
         return at<double>(index);
       case PYKD_INT64:
         return static_cast<double>(at<std::int64_t>(index));
+      default:
+        return 0;  // to_dtype() knows no other
     }
-    return 0;
   }
 
   Tensor tensor() { return Tensor(bytes.data(), dtype, shape); }

@@ -85,7 +85,15 @@ typedef enum pykd_dtype {
   PYKD_BFLOAT16 = 2,
   PYKD_FLOAT32 = 3,
   PYKD_FLOAT64 = 4,
-  PYKD_INT64 = 5
+  PYKD_INT64 = 5,
+  PYKD_INT8 = 6, /* from here on: of the models in merged scorers alone */
+  PYKD_UINT8 = 7,
+  PYKD_INT16 = 8,
+  PYKD_UINT16 = 9,
+  PYKD_INT32 = 10,
+  PYKD_UINT32 = 11,
+  PYKD_UINT64 = 12,
+  PYKD_BOOL = 13 /* one byte, 0 or 1 */
 } pykd_dtype;
 
 typedef enum pykd_device { PYKD_CPU = 0, PYKD_CUDA = 1 } pykd_device;
@@ -133,10 +141,12 @@ typedef struct pykd_load_options {
                                       none, or a node that no kernel computes. "off": the portable body that
                                       the file carries */
   uint32_t abi_version;            /* PYKD_ABI_VERSION of the header that the program was built with */
+  int64_t trust_merged; /* not 0: load merged scorers, too, from a source you trust: see "Merged scorers". (64
+                           bits: in an older struct there is padding behind abi_version) */
 } pykd_load_options;
 
 #define PYKD_LOAD_OPTIONS_INIT \
-  { sizeof(pykd_load_options), NULL, NULL, NULL, NULL, 0, 0, NULL, NULL, PYKD_ABI_VERSION }
+  { sizeof(pykd_load_options), NULL, NULL, NULL, NULL, 0, 0, NULL, NULL, PYKD_ABI_VERSION, 0 }
 
 /* A loaded loss. */
 typedef struct pykd_loss pykd_loss;
@@ -149,13 +159,15 @@ typedef struct pykd_tensor_info {
   int32_t rank;
   const char* const* axes;      /* `rank` names; equal names mean equal lengths, across all tensors */
   uint32_t dtypes;              /* the dtypes it may have: bit (1u << pykd_dtype). All floating tensors of
-                                   one call have the same dtype */
+                                   one call have the same dtype, but for those of merged scorers */
   int32_t has_gradient;         /* input: "grad_<name>" is among the outputs. output: it is such a gradient */
   const int64_t* least_lengths; /* `rank` lengths, at least 1: what is shorter along that axis is refused */
+  const int64_t* lengths;       /* `rank` lengths: the only one that the axis may have, or 0 for any (merged scorers:
+                                   what the models fix) */
 } pykd_tensor_info;
 
 #define PYKD_TENSOR_INFO_INIT \
-  { sizeof(pykd_tensor_info), NULL, 0, NULL, 0, 0, NULL }
+  { sizeof(pykd_tensor_info), NULL, 0, NULL, 0, 0, NULL, NULL }
 
 /* One parameter of a loss. Start from PYKD_PARAMETER_INFO_INIT. */
 typedef struct pykd_parameter_info {
@@ -196,7 +208,8 @@ PYKD_API const char* pykd_last_error(void);
  * open.
  *
  * TorchScript files are programs: load them only from a source you trust. ONNX files are checked
- * before ONNX Runtime sees them: size, integrity, operators, no external data. */
+ * before ONNX Runtime sees them: size, integrity, operators, no external data. Merged scorers are refused
+ * unless the options say otherwise: see below. */
 PYKD_API pykd_status pykd_load(const char* path, const pykd_load_options* options, pykd_loss** loss);
 
 /* The same for one file that is in memory already. The bytes may be freed after the call. */
@@ -294,8 +307,8 @@ typedef struct pykd_score_summary {
   { sizeof(pykd_score_summary), 0, {0, 0, 0, 0, 0, 0, 0, 0}, 0.0, 0.0, 0.0 }
 
 /* Scores the rows of one block: pykd_run() of a loss on the CPU whose "loss_per_sample" has one number per row (an
- * export of kind "score", or with values per sample), where a bad row is told in place of an error, and spoils no
- * other.
+ * export of kind "score", or with values per sample; a merged scorer), where a bad row is told in place of an error,
+ * and spoils no other.
  *
  * outputs: "loss_per_sample", and any other vector of the same rows. Bad rows are NaN there.
  * status:  a pykd_row_status for each row of the block; NULL where it is not wanted.
@@ -304,6 +317,28 @@ typedef struct pykd_score_summary {
 PYKD_API pykd_status pykd_score(const pykd_loss* loss, const pykd_tensor* inputs, size_t num_inputs,
                                 const pykd_parameter* parameters, size_t num_parameters, const pykd_tensor* outputs,
                                 size_t num_outputs, uint8_t* status, pykd_score_summary* summary);
+
+/* ---- Merged scorers ----
+ *
+ * What `pykd merge` writes: teacher, student and loss in one ONNX file, the models' inputs in, scores out. With
+ * trust_merged in the load options it loads as any other file and is for pykd_run() and pykd_score():
+ *
+ *     pykd_load_options options = PYKD_LOAD_OPTIONS_INIT;
+ *     options.trust_merged = 1;
+ *     if (pykd_load("scorer.onnx", &options, &loss) != PYKD_OK) puts(pykd_last_error());
+ *
+ * pykd_input_info() tells what to give: for each input its dtype, which may be any pykd_dtype, its axes and the lengths
+ * that the models fix. An axis of the models' inputs that is free and comes first counts the samples, and is that of
+ * "loss_per_sample" (where the models fix it, all of them to one length, it has that length). Names of their other
+ * axes are "<input>.<name>", for names mean the same within one tensor alone. Labels are checked where the models fix
+ * the number of classes. Outputs of the models that were kept are outputs, too, where their lengths follow from the
+ * inputs'.
+ *
+ * Models have operators of any kind and weights of any size, so that the file is not held to the bounds of a loss, and
+ * costs to open and to run what its models do: load what you would give to a session of ONNX Runtime's. It is data all
+ * the same. What is checked is its form, its checksum, its metadata against its graph, and that weights outside of it
+ * lie beside it, under a plain name, and are long enough (their contents are not looked at). ONNX Runtime opens it by
+ * its path; pykd_load_bytes() takes one without weights outside. */
 
 /* Memory for results on the CPU: at least `bytes` of it, aligned to 256, not cleared; NULL where there is
  * none. It is for outputs that are new in every step, such as gradients: what pykd_deallocate() was given

@@ -65,9 +65,11 @@ inline void check_version() {
 }
 template <class T>
 struct dtype_of {
-  static_assert(sizeof(T) == 0,
-                "pykd has no such element type: it knows float, double and std::int64_t; for 16-bit floats name the "
-                "dtype: pykd::Tensor(data, PYKD_FLOAT16, shape); convert other types first");
+  static_assert(
+      sizeof(T) == 0,
+      "pykd has no such element type: it knows float, double, bool and the integers of <cstdint>, of which losses "
+      "take std::int64_t alone; for 16-bit floats name the dtype: pykd::Tensor(data, PYKD_FLOAT16, shape); "
+      "convert other types first");
   static constexpr pykd_dtype value = PYKD_FLOAT32;
 };
 template <>
@@ -82,15 +84,56 @@ template <>
 struct dtype_of<std::int64_t> {
   static constexpr pykd_dtype value = PYKD_INT64;
 };
+template <>
+struct dtype_of<std::int8_t> {
+  static constexpr pykd_dtype value = PYKD_INT8;
+};
+template <>
+struct dtype_of<std::uint8_t> {
+  static constexpr pykd_dtype value = PYKD_UINT8;
+};
+template <>
+struct dtype_of<std::int16_t> {
+  static constexpr pykd_dtype value = PYKD_INT16;
+};
+template <>
+struct dtype_of<std::uint16_t> {
+  static constexpr pykd_dtype value = PYKD_UINT16;
+};
+template <>
+struct dtype_of<std::int32_t> {
+  static constexpr pykd_dtype value = PYKD_INT32;
+};
+template <>
+struct dtype_of<std::uint32_t> {
+  static constexpr pykd_dtype value = PYKD_UINT32;
+};
+template <>
+struct dtype_of<std::uint64_t> {
+  static constexpr pykd_dtype value = PYKD_UINT64;
+};
+template <>
+struct dtype_of<bool> {
+  static constexpr pykd_dtype value = PYKD_BOOL;
+};
 inline std::size_t size_of(pykd_dtype dtype) {
   switch (dtype) {
+    case PYKD_INT8:
+    case PYKD_UINT8:
+    case PYKD_BOOL:
+      return 1;
     case PYKD_FLOAT16:
     case PYKD_BFLOAT16:
+    case PYKD_INT16:
+    case PYKD_UINT16:
       return 2;
     case PYKD_FLOAT32:
+    case PYKD_INT32:
+    case PYKD_UINT32:
       return 4;
     case PYKD_FLOAT64:
     case PYKD_INT64:
+    case PYKD_UINT64:
       return 8;
   }
   throw Error(PYKD_INVALID_TYPE,
@@ -125,6 +168,18 @@ inline std::shared_ptr<void> allocate(std::size_t bytes) {
   return std::shared_ptr<void>(memory, &pykd_deallocate);
 }
 }  // namespace internal
+
+// Bytes of one element.
+inline std::size_t size_of(pykd_dtype dtype) { return internal::size_of(dtype); }
+
+// The dtype that an input or output of one dtype alone has; throws Error where it may have several (TorchScript files).
+inline pykd_dtype dtype_of(const pykd_tensor_info& info) {
+  for (int dtype = PYKD_FLOAT16; dtype <= PYKD_BOOL; ++dtype) {
+    if (info.dtypes == 1u << dtype) return static_cast<pykd_dtype>(dtype);
+  }
+  throw Error(PYKD_INVALID_TYPE, std::string("expected a tensor of one dtype, got ") + info.name +
+                                     ", which takes several; choose one yourself");
+}
 
 // A view of somebody's tensor: it owns its shape and nothing else.
 class Tensor {
@@ -231,10 +286,19 @@ Tensor from_dlpack(const DLTensor& tensor) {
     dtype = PYKD_BFLOAT16;
   } else if (code == 0 && bits == 64) {
     dtype = PYKD_INT64;
+  } else if (code <= 1 && (bits == 8 || bits == 16 || bits == 32)) {
+    dtype = bits == 8    ? (code == 0 ? PYKD_INT8 : PYKD_UINT8)
+            : bits == 16 ? (code == 0 ? PYKD_INT16 : PYKD_UINT16)
+                         : (code == 0 ? PYKD_INT32 : PYKD_UINT32);
+  } else if (code == 1 && bits == 64) {
+    dtype = PYKD_UINT64;
+  } else if (code == 6 && bits == 8) {
+    dtype = PYKD_BOOL;
   } else {
-    throw Error(PYKD_INVALID_TYPE, "expected float16, bfloat16, float32, float64 or int64, got DLPack type code " +
-                                       std::to_string(code) + " with " + std::to_string(bits) +
-                                       " bits; cast the tensor first");
+    throw Error(PYKD_INVALID_TYPE,
+                "expected float16, bfloat16, float32, float64, int64, another integer or bool, got "
+                "DLPack type code " +
+                    std::to_string(code) + " with " + std::to_string(bits) + " bits; cast the tensor first");
   }
   const int device = static_cast<int>(tensor.device.device_type);
   if (device != 1 && device != 2 && device != 3) {
@@ -316,6 +380,7 @@ struct LoadOptions {
   bool skip_integrity_check = false;
   void* cuda_stream = nullptr;   // a cudaStream_t for ONNX Runtime; the default stream: cudaStreamLegacy
   std::string kernels = "auto";  // fused kernels: "auto" where there are some, "on" or an error, "off"
+  bool trust_merged = false;     // load merged scorers, too, from a source you trust: see pykd.h
 };
 
 // A loaded loss.
@@ -410,6 +475,7 @@ class Loss {
     c.skip_integrity_check = options.skip_integrity_check ? 1 : 0;
     c.cuda_stream = options.cuda_stream;
     c.kernels = text(options.kernels);
+    c.trust_merged = options.trust_merged ? 1 : 0;
     return c;
   }
   static std::vector<pykd_tensor> c_tensors(const Tensors& tensors) {
@@ -464,6 +530,8 @@ class Loss {
 //       write(block.data<float>("loss_per_sample"), scorer.status());
 //     }
 //     scorer.summary().mean;
+//
+// Of a merged scorer (LoadOptions::trust_merged) the rows are the models' inputs; Loss::inputs() tells what they are.
 class Scorer {
  public:
   explicit Scorer(const Loss& loss, Parameters parameters = {}) : loss_(&loss), parameters_(std::move(parameters)) {}
@@ -474,8 +542,9 @@ class Scorer {
     const std::vector<pykd_parameter> settings = Loss::c_parameters(parameters_);
     std::vector<pykd_tensor> out;
     Result result;
+    const std::string samples = axis_of_scores();
     for (const pykd_tensor_info& info : loss_->outputs()) {
-      if (info.rank != 1 || info.has_gradient) continue;
+      if (info.rank != 1 || info.has_gradient || info.axes[0] != samples || !is_score(info)) continue;
       Result::Array& array = result.arrays_[info.name];
       array.dtype = dtype_of(info, rows);
       array.shape = {count(info.axes[0], rows)};
@@ -495,6 +564,16 @@ class Scorer {
   const pykd_score_summary& summary() const { return summary_; }
 
  private:
+  // Empty where there is none, which pykd_score() tells.
+  std::string axis_of_scores() const {
+    for (const pykd_tensor_info& info : loss_->outputs()) {
+      if (info.rank == 1 && std::string(info.name) == "loss_per_sample") return info.axes[0];
+    }
+    return "";
+  }
+  static bool is_score(const pykd_tensor_info& output) {
+    return (output.dtypes & (1u << PYKD_FLOAT32 | 1u << PYKD_FLOAT64)) != 0;
+  }
   // Not pykd_output_shape(), to which a bad label is an error. What is wrong here is told by pykd_score().
   std::int64_t count(const std::string& axis, const Tensors& rows) const {
     for (const pykd_tensor_info& input : loss_->inputs()) {

@@ -54,6 +54,8 @@ inline at::ScalarType torch_scalar_type(pykd_dtype dtype) {
       return at::kDouble;
     case PYKD_INT64:
       return at::kLong;
+    default:
+      break;
   }
   throw Error(PYKD_INTERNAL, "expected one of the values of pykd_dtype, got " +
                                  std::to_string(static_cast<int>(dtype)) +

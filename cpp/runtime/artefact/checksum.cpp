@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <protozero/pbf_reader.hpp>
 #include <string_view>
+#include <vector>
 
 #include "base/error.h"
 #include "runtime/artefact/sha256.h"
@@ -45,7 +46,35 @@ bool is_cut_short(const ArtefactFile& file) {
   }
 }
 
+void compare(std::string_view written, unsigned long checksum, const std::string& label) {
+  if (written == hex_digits(checksum)) return;
+  fail(PYKD_BAD_ARTEFACT, "contents with the checksum " + in_quotes(written) + " at " + label,
+       in_quotes(hex_digits(checksum)), "the file is damaged: copy it again");
+}
+
 }  // namespace
+
+void check_integrity(Source& source) {
+  constexpr std::size_t kLength = kOnnxTrailer.size() + kDigits;
+  char trailer[kLength] = {};
+  const std::uint64_t size = source.size();
+  if (size >= kLength) source.read(size - kLength, trailer, kLength);
+  if (std::string_view(trailer, kOnnxTrailer.size()) != kOnnxTrailer) {
+    fail(PYKD_BAD_ARTEFACT, "pykd's checksum at the end of " + source.label(), "none",
+         "it was cut short, was changed after pykd merge or is of an older one: merge the models again, or load it "
+         "with the "
+         "integrity check switched off if you changed it yourself");
+  }
+  std::vector<char> chunk(std::size_t{1} << 20);
+  unsigned long checksum = crc32_z(0, nullptr, 0);
+  for (std::uint64_t at = 0, end = size - kLength; at < end;) {
+    const auto count = static_cast<std::size_t>(std::min<std::uint64_t>(chunk.size(), end - at));
+    source.read(at, chunk.data(), count);
+    checksum = crc32_z(checksum, reinterpret_cast<const Bytef*>(chunk.data()), count);
+    at += count;
+  }
+  compare({trailer + kOnnxTrailer.size(), kDigits}, checksum, source.label());
+}
 
 void check_integrity(const ArtefactFile& file) {
   const std::string_view bytes = file.bytes;
@@ -69,11 +98,7 @@ void check_integrity(const ArtefactFile& file) {
   }
   const std::size_t covered = bytes.size() - length;
   const unsigned long checksum = crc32_z(crc32_z(0, nullptr, 0), reinterpret_cast<const Bytef*>(bytes.data()), covered);
-  const std::string_view written = bytes.substr(bytes.size() - kDigits);
-  if (written != hex_digits(checksum)) {
-    fail(PYKD_BAD_ARTEFACT, "contents with the checksum " + in_quotes(written) + " at " + file.label,
-         in_quotes(hex_digits(checksum)), "the file is damaged: copy it again");
-  }
+  compare(bytes.substr(bytes.size() - kDigits), checksum, file.label);
   if (!file.described) return;
   const std::string hash = Sha256::hex(bytes);
   if (hash != file.described->sha256) {

@@ -11,6 +11,8 @@ namespace pykd::internal {
 // Compares the checksum at the end with the bytes before it, and the whole with the manifest's hash.
 // Tells a file that was cut short, one that was damaged, and one without a checksum apart.
 void check_integrity(const ArtefactFile& file);
+// The same of a merged scorer, which is read in pieces. Weights that lie beside it have no checksum.
+void check_integrity(Source& source);
 
 }  // namespace pykd::internal
 

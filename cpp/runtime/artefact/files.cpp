@@ -1,12 +1,13 @@
 #include "runtime/artefact/files.h"
 
-#include <cerrno>
-#include <cstring>
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <system_error>
 
 #include "base/error.h"
+#include "runtime/artefact/merged_contents.h"
+#include "runtime/artefact/source.h"
 
 namespace pykd::internal {
 namespace {
@@ -16,23 +17,11 @@ namespace fs = std::filesystem;
 constexpr std::string_view kZipMagic = "PK\x03\x04";
 constexpr std::size_t kMaxTorchScriptSize = 1u << 30;
 
-[[noreturn]] void cannot_read(const std::string& path, const std::string& why) {
-  fail(PYKD_NOT_FOUND, "a file that can be read at " + path, why, "check the path and its permissions");
-}
-
 ArtefactFile read_file(const fs::path& path) {
   ArtefactFile file;
   file.label = path.string();
-  std::error_code error;
-  // A device or a pipe might never end.
-  if (!fs::is_regular_file(path, error)) cannot_read(file.label, "no regular file there");
-  std::ifstream stream(path, std::ios::binary);
-  if (!stream) cannot_read(file.label, std::strerror(errno));
-  // Of the file that is open: an export may put another one in its place.
-  const std::streamoff end = stream.seekg(0, std::ios::end).tellg();
-  if (end < 0) cannot_read(file.label, "no size");
-  const auto size = static_cast<std::uintmax_t>(end);
-  stream.seekg(0);
+  std::uint64_t size = 0;
+  std::ifstream stream = open_regular(file.label, size);
   char magic[4] = {};
   stream.read(magic, sizeof magic);
   const auto start = static_cast<std::size_t>(stream.gcount());
@@ -96,6 +85,13 @@ Artefact read_folder(const fs::path& folder) {
   return artefact;
 }
 
+bool is_scorer(Source& source) {
+  char magic[kZipMagic.size()] = {};
+  const auto start = static_cast<std::size_t>(std::min<std::uint64_t>(source.size(), sizeof magic));
+  source.read(0, magic, start);
+  return detect_format({magic, start}) == FileFormat::kOnnx && is_merged(source);
+}
+
 Artefact single(ArtefactFile file) {
   Artefact artefact;
   (file.format == FileFormat::kOnnx ? artefact.value : artefact.torchscript) = std::move(file);
@@ -112,21 +108,21 @@ void not_of_the_manifest(const std::string& label, const std::string& expected, 
 void check_size(const std::string& label, FileFormat format, std::uintmax_t size) {
   const std::size_t limit = format == FileFormat::kOnnx ? kMaxOnnxSize : kMaxTorchScriptSize;
   if (size > limit) {
-    fail(
-        PYKD_BAD_ARTEFACT,
-        std::string(format == FileFormat::kOnnx ? "an ONNX" : "a TorchScript") + " file of at most " +
-            std::to_string(limit >> 20) + " MiB at " + label,
-        std::to_string(size) + " bytes",
-        "load a file that pykd.export wrote; they hold no weights (a scorer of pykd merge does: run it in a session of "
-        "ONNX Runtime's)");
+    fail(PYKD_BAD_ARTEFACT,
+         std::string(format == FileFormat::kOnnx ? "an ONNX" : "a TorchScript") + " file of at most " +
+             std::to_string(limit >> 20) + " MiB at " + label,
+         std::to_string(size) + " bytes",
+         "load a file that pykd.export wrote; they hold no weights (a scorer of pykd merge does: this is none, or is "
+         "cut)");
   }
 }
 
-void refuse_merged(const ArtefactFile& file) {
-  if (file.bytes.find("\x0a\x0bpykd.scorer") == std::string::npos) return;  // the key of an entry of metadata
-  fail(PYKD_BAD_ARTEFACT, "a loss that pykd.export wrote at " + file.label,
+void refuse_merged(const MergedFile& file) {
+  fail(PYKD_BAD_ARTEFACT, "a loss that pykd.export wrote at " + file.source->label(),
        "a scorer that pykd merge wrote, which holds whole models and is not looked through",
-       "run it in a session of ONNX Runtime's, or score the models' outputs with a loss of kind \"score\"");
+       "in C and C++ set trust_merged in the load options where you trust whoever wrote it; elsewhere run it in a "
+       "session "
+       "of ONNX Runtime's");
 }
 
 FileFormat detect_format(std::string_view bytes) {
@@ -141,6 +137,12 @@ Artefact read_artefact(const std::string& path) {
          error && error != std::errc::no_such_file_or_directory ? error.message() : "nothing there", "check the path");
   }
   if (fs::is_directory(status)) return read_folder(path);
+  auto file = std::make_unique<FileSource>(path);
+  Artefact artefact;
+  if (is_scorer(*file)) {
+    artefact.merged = MergedFile{std::move(file), path, {}};
+    return artefact;
+  }
   return single(read_file(path));
 }
 
@@ -178,6 +180,12 @@ Artefact wrap_artefact(const void* bytes, std::size_t size) {
   ArtefactFile file;
   file.label = "the bytes that were given";
   const std::string_view view(static_cast<const char*>(bytes), size);
+  auto source = std::make_unique<MemorySource>(view, file.label);
+  if (is_scorer(*source)) {
+    Artefact artefact;
+    artefact.merged = MergedFile{std::move(source), "", view};
+    return artefact;
+  }
   file.format = detect_format(view);
   check_size(file.label, file.format, size);
   file.bytes = view;

@@ -7,10 +7,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
 
+#include "runtime/artefact/source.h"
 #include "runtime/signature/metadata.h"
 
 namespace pykd::internal {
@@ -29,12 +31,20 @@ struct ArtefactFile {
   std::optional<ManifestEntry> described;  // by the manifest of its folder
 };
 
+// What `pykd merge` wrote. It may be large, and is not read as a whole.
+struct MergedFile {
+  std::unique_ptr<Source> source;
+  std::string path;        // empty: it is in memory
+  std::string_view bytes;  // there; of the caller
+};
+
 // What `path` offers: one file, or those of a folder.
 struct Artefact {
   std::optional<ArtefactFile> value;        // loss.onnx, or a single ONNX file of any kind
   std::optional<ArtefactFile> gradient;     // loss.grad.onnx of a folder
   std::optional<ArtefactFile> torchscript;  // loss.pt
   std::optional<ArtefactFile> score;        // score.onnx of a folder, which has no other files then
+  std::optional<MergedFile> merged;         // a single file, and no other then
   std::string folder;                       // empty: a single file
   std::string manifest;                     // the text of its manifest.json
 
@@ -57,11 +67,11 @@ void check_sizes(const Artefact& artefact);
 // Throws Failure(PYKD_BAD_ARTEFACT) where a file is larger than any of ours.
 void check_size(const std::string& label, FileFormat format, std::uintmax_t size);
 
-// The same for one file in memory.
+// The same for one file in memory, which is the caller's where it is a merged scorer.
 Artefact wrap_artefact(const void* bytes, std::size_t size);
 
-// Throws Failure(PYKD_BAD_ARTEFACT) where a file is what `pykd merge` wrote, and says what to do with that.
-void refuse_merged(const ArtefactFile& file);
+// Throws Failure(PYKD_BAD_ARTEFACT): a file is what `pykd merge` wrote, for those who did not ask for it.
+[[noreturn]] void refuse_merged(const MergedFile& file);
 
 FileFormat detect_format(std::string_view bytes);
 

@@ -37,6 +37,8 @@ std::string_view view_of(const pbf_reader& reader) {
   return {bytes.data(), bytes.size()};
 }
 
+pbf_reader reader_of(std::string_view bytes) { return pbf_reader(protozero::data_view(bytes.data(), bytes.size())); }
+
 bool is_standard(std::string_view domain) { return domain.empty() || domain == "ai.onnx"; }
 
 void check_domain(std::string_view domain, const char* what) {
@@ -83,6 +85,22 @@ std::int64_t onnx_dtype(pykd_dtype dtype) {
       return kOnnxDouble;
     case PYKD_INT64:
       return kOnnxInt64;
+    case PYKD_INT8:
+      return 3;
+    case PYKD_UINT8:
+      return 2;
+    case PYKD_INT16:
+      return 5;
+    case PYKD_UINT16:
+      return 4;
+    case PYKD_INT32:
+      return kOnnxInt32;
+    case PYKD_UINT32:
+      return 12;
+    case PYKD_UINT64:
+      return 13;
+    case PYKD_BOOL:
+      return kOnnxBool;
   }
   return 0;
 }
@@ -134,9 +152,12 @@ void add_dimension(Constant& constant, std::int64_t length) {
   }
 }
 
+}  // namespace
+
 // The elements lie in one field: as raw bytes, or as packed numbers, which are the same bytes. Whatever else a tensor
 // may hold could mean something else to an engine.
-Constant read_tensor(pbf_reader tensor) {
+Constant read_tensor(std::string_view bytes_of_tensor) {
+  pbf_reader tensor = reader_of(bytes_of_tensor);
   Constant result;
   std::optional<std::int64_t> dtype;
   std::optional<std::string_view> name, elements;
@@ -201,6 +222,8 @@ Constant read_tensor(pbf_reader tensor) {
   return result;
 }
 
+namespace {
+
 // The value stands in the field of its type, once, and in no other.
 Attribute read_attribute(pbf_reader attribute) {
   Attribute result;
@@ -225,7 +248,7 @@ Attribute read_attribute(pbf_reader attribute) {
         break;
       case message(5):
         set_once(field, here, "the value of an attribute");
-        result.constant = read_tensor(attribute.get_message());
+        result.constant = read_tensor(view_of(attribute));
         break;
       case fixed32(2):
       case message(4):
@@ -384,40 +407,45 @@ void read_shape(pbf_reader shape, ValueInfo& info) {
     }
     bound(info.axes, kMaxRank + 1, "axes");
     std::string_view axis;
+    std::int64_t length = 0;
     pbf_reader dimension = shape.get_message();
     while (dimension.next()) {
       if (dimension.tag_and_type() == message(2)) {
         axis = view_of(dimension);
+      } else if (dimension.tag_and_type() == number(1)) {
+        length = dimension.get_int64();
       } else {
         dimension.skip();
       }
     }
     info.axes.push_back(axis);
+    info.lengths.push_back(std::max<std::int64_t>(length, 0));  // some write -1 for a free one
   }
 }
 
-void read_tensor_type(pbf_reader type, ValueInfo& info, const std::string& name) {
+void read_tensor_type(pbf_reader type, ValueInfo& info) {
   std::optional<std::int64_t> dtype;
-  bool has_shape = false;
   while (type.next()) {
     switch (type.tag_and_type()) {
       case number(1):
         set_once(dtype, static_cast<std::int64_t>(type.get_int64()), "an element type");
         break;
       case message(2):
-        if (has_shape) refuse("a shape once", "it twice");
-        has_shape = true;
+        if (info.has_shape) refuse("a shape once", "it twice");
+        info.has_shape = true;
         read_shape(type.get_message(), info);
         break;
       default:
         type.skip();
     }
   }
-  if (!dtype || !has_shape) refuse("an element type and a shape for " + name, "none");
-  info.dtype = *dtype;
+  info.dtype = dtype.value_or(0);
 }
 
-ValueInfo read_value_info(pbf_reader value) {
+}  // namespace
+
+ValueInfo read_value_info(std::string_view bytes) {
+  pbf_reader value = reader_of(bytes);
   std::optional<std::string_view> name, type, tensor;
   while (value.next()) {
     switch (value.tag_and_type()) {
@@ -433,18 +461,26 @@ ValueInfo read_value_info(pbf_reader value) {
   }
   ValueInfo info;
   info.name = name.value_or("");
-  pbf_reader type_reader(protozero::data_view(type.value_or("").data(), type.value_or("").size()));
+  info.is_tensor = true;
+  pbf_reader type_reader = reader_of(type.value_or(""));
   while (type_reader.next()) {
     if (type_reader.tag_and_type() == message(1)) {
       set_once(tensor, view_of(type_reader), "a tensor type");
-    } else if (type_reader.tag_and_type() == message(6)) {
-      type_reader.skip();  // denotation: a remark
     } else {
-      refuse("tensors as inputs and outputs", in_quotes(info.name) + " of another kind");
+      info.is_tensor &= type_reader.tag_and_type() == message(6);  // denotation: a remark
+      type_reader.skip();
     }
   }
-  const std::string_view bytes = tensor.value_or("");
-  read_tensor_type(pbf_reader(protozero::data_view(bytes.data(), bytes.size())), info, in_quotes(info.name));
+  read_tensor_type(reader_of(tensor.value_or("")), info);
+  return info;
+}
+
+namespace {
+
+ValueInfo read_tensor_info(std::string_view bytes) {
+  ValueInfo info = read_value_info(bytes);
+  if (!info.is_tensor) refuse("tensors as inputs and outputs", in_quotes(info.name) + " of another kind");
+  if (info.dtype == 0 || !info.has_shape) refuse("an element type and a shape for " + in_quotes(info.name), "none");
   return info;
 }
 
@@ -456,7 +492,7 @@ void read_graph(pbf_reader graph, OnnxContents& contents) {
         break;
       case message(5): {
         bound(contents.initializers, kMaxNodes, "initializers");
-        const Constant constant = read_tensor(graph.get_message());
+        const Constant constant = read_tensor(view_of(graph));
         if (!contents.initializers.emplace(constant.name, constant).second) {
           refuse("every initializer once", in_quotes(constant.name) + " twice");
         }
@@ -464,11 +500,11 @@ void read_graph(pbf_reader graph, OnnxContents& contents) {
       }
       case message(11):
         bound(contents.inputs, kMaxArguments, "inputs");
-        contents.inputs.push_back(read_value_info(graph.get_message()));
+        contents.inputs.push_back(read_tensor_info(view_of(graph)));
         break;
       case message(12):
         bound(contents.outputs, kMaxArguments, "outputs");
-        contents.outputs.push_back(read_value_info(graph.get_message()));
+        contents.outputs.push_back(read_tensor_info(view_of(graph)));
         break;
       case message(15):
         refuse("no sparse tensors", "a sparse initializer");

@@ -65,6 +65,8 @@ struct ValueInfo {
   std::string_view name;
   std::int64_t dtype = 0;
   std::vector<std::string_view> axes;  // empty where one has no name
+  std::vector<std::int64_t> lengths;   // of each axis; 0 where it is free
+  bool is_tensor = false, has_shape = false;
 };
 
 struct OnnxContents {
@@ -76,6 +78,12 @@ struct OnnxContents {
   std::size_t num_nodes = 0;  // functions' included
   std::unordered_map<std::string_view, std::int64_t> opsets;
 };
+
+// An input or output of a graph, whatever it is; the views point into `bytes`. Bytes that are no protobuf throw
+// protozero::exception, here and below.
+ValueInfo read_value_info(std::string_view bytes);
+// A tensor whose elements lie in it, as few and as plain as those of a loss.
+Constant read_tensor(std::string_view bytes);
 
 // Reads an ONNX file: domains that are known, no external data, subgraphs, sparse tensors or training information,
 // bounded numbers of all things; a field that comes twice is refused. Bytes that are no protobuf throw

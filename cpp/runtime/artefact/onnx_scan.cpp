@@ -313,11 +313,9 @@ void check_counts(const OnnxContents& contents, const Signature& signature) {
 
 void check_graph(const OnnxContents& contents, const Signature& signature) {
   check_counts(contents, signature);
-  pykd_dtype parameter_dtype = PYKD_FLOAT32;
+  const pykd_dtype parameter_dtype = signature.parameter_dtype;
   for (const InputSpec& input : signature.inputs) {
-    const pykd_dtype dtype = single_dtype(input.dtypes);
-    if (dtype == PYKD_FLOAT64) parameter_dtype = PYKD_FLOAT64;
-    check_value(contents.inputs, input.name, "an input", dtype, input.axes);
+    check_value(contents.inputs, input.name, "an input", single_dtype(input.dtypes), input.axes);
     check_no_default(contents, input.name);
   }
   for (const ParameterSpec& parameter : signature.parameters) {

@@ -26,6 +26,10 @@ struct EngineOptions {
   void* cuda_stream = nullptr;
   std::string library;   // of the engine, where the user named one
   bool kernels = false;  // ONNX files: register the ops of pykd's kernels
+  // Merged scorers: the file to open in place of bytes, beside which weights may lie; and that they are models, which
+  // an engine may prepare as it likes.
+  std::string model_path;
+  bool whole_models = false;
 };
 
 // One call. Inputs and parameters follow the order of the signature; all have passed the checks.
@@ -62,7 +66,7 @@ class Engine {
   // none.
   virtual std::string metadata(const void* bytes, std::size_t size) = 0;
 
-  // `signature` is that metadata, parsed; it outlives the session.
+  // `signature` is that metadata, parsed; it outlives the session. Where the options have a path, there are no bytes.
   virtual std::unique_ptr<Session> open(const void* bytes, std::size_t size, const Signature& signature,
                                         const EngineOptions& options) = 0;
 };
@@ -71,7 +75,7 @@ class Engine {
 
 // The handshake with libpykd_torch. The number grows with every change of this file; libpykd opens
 // the library, compares, and only then asks for the engine, which lives until the process ends.
-#define PYKD_ENGINE_INTERFACE_VERSION 3u
+#define PYKD_ENGINE_INTERFACE_VERSION 4u
 extern "C" {
 PYKD_API std::uint32_t pykd_torch_interface_version(void);
 // Throws nothing; nullptr with a message in `error` (at most `size` characters) where torch cannot

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <filesystem>
 #include <memory>
 #include <new>
 #include <string>
@@ -52,6 +53,22 @@ ONNXTensorElementDataType element_type(pykd_dtype dtype) {
       return ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE;
     case PYKD_INT64:
       return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+    case PYKD_INT8:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+    case PYKD_UINT8:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+    case PYKD_INT16:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT16;
+    case PYKD_UINT16:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16;
+    case PYKD_INT32:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+    case PYKD_UINT32:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT32;
+    case PYKD_UINT64:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT64;
+    case PYKD_BOOL:
+      return ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL;
   }
   return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 }
@@ -63,8 +80,8 @@ class OnnxRuntimeSession : public Session {
       : api_(*runtime.api), options_(options) {
     for (const InputSpec& input : signature.inputs) {
       input_names_.push_back(input.name.c_str());
-      double_parameters_ |= input.dtypes == dtype_bit(PYKD_FLOAT64);
     }
+    double_parameters_ = signature.parameter_dtype == PYKD_FLOAT64;
     for (const ParameterSpec& parameter : signature.parameters) {
       parameters_.push_back({parameter.name.c_str(), in_dtype_of_file(parameter.default_value)});
     }
@@ -201,7 +218,10 @@ class OnnxRuntimeSession : public Session {
     check(api_.AddSessionConfigEntry(settings, "session.intra_op.allow_spinning", "0"));
     check(api_.SetSessionGraphOptimizationLevel(settings, ORT_ENABLE_ALL));
     // Of what depends on constants alone; the scan has refused what it can see of it. Older releases do not look at it.
-    check(api_.AddSessionConfigEntry(settings, "optimization.constant_folding_max_output_size_in_bytes", "1048576"));
+    // Models have large weights to prepare.
+    if (!options_.whole_models) {
+      check(api_.AddSessionConfigEntry(settings, "optimization.constant_folding_max_output_size_in_bytes", "1048576"));
+    }
     // A plan is kept for every new shape, without end, where batches change their size; on graphs
     // of this kind it gains nothing.
     check(api_.DisableMemPattern(settings));
@@ -209,7 +229,12 @@ class OnnxRuntimeSession : public Session {
     if (options_.kernels) register_kernels(api_, settings, options_.device);
     session_ = make_owner<OrtSession>(
         api_.ReleaseSession,
-        [&](OrtSession** session) { return api_.CreateSessionFromArray(runtime.env, bytes, size, settings, session); },
+        [&](OrtSession** session) {
+          if (options_.model_path.empty()) {
+            return api_.CreateSessionFromArray(runtime.env, bytes, size, settings, session);
+          }
+          return api_.CreateSession(runtime.env, std::filesystem::path(options_.model_path).c_str(), settings, session);
+        },
         [&](OrtStatus* status) { check_open(runtime, status); });
   }
 

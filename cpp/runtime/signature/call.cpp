@@ -91,7 +91,13 @@ void bind_axes(const Signature& signature, const InputSpec& input, const pykd_te
                std::vector<std::int64_t>& lengths) {
   for (std::size_t axis = 0; axis < input.axis_ids.size(); ++axis) {
     const std::int64_t length = tensor.shape[axis];
-    const std::int64_t least = input.least_lengths[axis];
+    const std::int64_t least = input.least_lengths[axis], fixed = input.lengths[axis];
+    if (fixed != 0 && length != fixed) {
+      fail(PYKD_INVALID_VALUE,
+           input.name + " of length " + std::to_string(fixed) + " along its axis " + std::to_string(axis) +
+               ", as the models have it",
+           "shape " + shape_text(tensor.shape, tensor.rank), "give that length, or merge models that leave it free");
+    }
     if (length < least) {
       fail(PYKD_INVALID_VALUE,
            input.name + " of length at least " + std::to_string(least) + " along " + in_quotes(input.axes[axis]),
@@ -208,7 +214,7 @@ void check_no_overlap(const Signature& signature, const std::vector<pykd_tensor>
 
 pykd_dtype output_dtype(const OutputSpec& output, pykd_dtype float_dtype) {
   if (!output.is_any_float()) {
-    for (pykd_dtype dtype : kDtypes) {
+    for (pykd_dtype dtype : kAllDtypes) {
       if (output.dtypes == dtype_bit(dtype)) return dtype;
     }
   }
@@ -220,7 +226,8 @@ Binding check_inputs(const Signature& signature, Device device, const pykd_tenso
                      std::vector<pykd_tensor>& ordered, LabelCheck labels) {
   order_inputs(signature, inputs, num_inputs, ordered);
   Binding binding;
-  binding.lengths.assign(signature.axes.size(), 0);
+  binding.lengths = signature.fixed_lengths;
+  binding.lengths.resize(signature.axes.size(), 0);
   bool float_seen = false;
   for (std::size_t id = 0; id < ordered.size(); ++id) {
     const InputSpec& input = signature.inputs[id];
@@ -239,9 +246,11 @@ Binding check_inputs(const Signature& signature, Device device, const pykd_tenso
       check_same_float(signature, input, tensor, ordered, binding.float_dtype);
     }
   }
+  if (signature.merged) binding.float_dtype = signature.parameter_dtype;  // the models' inputs say nothing of the loss
   for (std::size_t id = 0; id < ordered.size() && labels == LabelCheck::kRange; ++id) {
     const InputSpec& input = signature.inputs[id];
     if (input.index_axis == kNone || ordered[id].device != PYKD_CPU) continue;
+    if (binding.lengths[input.index_axis] == 0) continue;  // the models alone know how many classes there are
     check_labels(signature, input, ordered[id], binding.lengths[input.index_axis]);
   }
   return binding;
@@ -286,6 +295,12 @@ std::size_t find_output(const Signature& signature, const char* name) {
     fail(PYKD_INVALID_VALUE, "an artefact with " + in_quotes(name),
          "scores of samples (kind \"score\"), which have none",
          "ask for \"loss_per_sample\", or export the loss with kind \"loss\"");
+  }
+  const auto& shapeless = signature.shapeless;
+  if (std::find(shapeless.begin(), shapeless.end(), name) != shapeless.end()) {
+    fail(PYKD_INVALID_VALUE, "an output whose lengths follow from those of the inputs",
+         in_quotes(name) + ", of which the run alone tells them",
+         "run the file in a session of ONNX Runtime's for it, or merge models that fix them");
   }
   if (is_gradient && signature.kind == ArtefactKind::kValue) {
     fail(PYKD_INVALID_VALUE, "an artefact with gradients for " + in_quotes(name), "one that holds the value alone",

@@ -357,16 +357,32 @@ std::vector<std::int64_t> parse_least_lengths(const Object& root, const json& do
   return least;
 }
 
-// What the C interface shows of the axes. Its pointers point into heap buffers that a move of the signature keeps.
-template <class Specs>
-void fill_axes(Specs& specs, const std::vector<std::int64_t>& least) {
-  for (auto& spec : specs) {
-    for (const std::string& axis : spec.axes) spec.axis_names.push_back(axis.c_str());
-    for (const std::size_t id : spec.axis_ids) spec.least_lengths.push_back(least[id]);
-  }
+void point_at_axes(TensorSpec& spec) {
+  spec.axis_names.clear();
+  for (const std::string& axis : spec.axes) spec.axis_names.push_back(axis.c_str());
 }
 
 }  // namespace
+
+Signature Signature::copy() const {
+  Signature made(*this);
+  for (InputSpec& input : made.inputs) point_at_axes(input);
+  for (OutputSpec& output : made.outputs) point_at_axes(output);
+  return made;
+}
+
+void show_axes(Signature& signature, const std::vector<std::int64_t>& least) {
+  auto show = [&](TensorSpec& spec) {
+    point_at_axes(spec);
+    for (const std::size_t id : spec.axis_ids) {
+      const std::int64_t fixed = signature.fixed_lengths.empty() ? 0 : signature.fixed_lengths[id];
+      spec.least_lengths.push_back(fixed != 0 ? fixed : least.empty() ? 1 : least[id]);
+      spec.lengths.push_back(fixed);
+    }
+  };
+  for (InputSpec& input : signature.inputs) show(input);
+  for (OutputSpec& output : signature.outputs) show(output);
+}
 
 Signature parse_signature(std::string text) {
   const json document = parse_document(text);
@@ -380,14 +396,43 @@ Signature parse_signature(std::string text) {
   if (root.has("export_id")) signature.export_id = root.name("export_id");
   signature.parameter_form = parse_parameter_form(root);
   parse_inputs(root, signature);
+  for (const InputSpec& input : signature.inputs) {
+    if (input.dtypes == dtype_bit(PYKD_FLOAT64)) signature.parameter_dtype = PYKD_FLOAT64;
+  }
   parse_parameters(root, signature);
   parse_outputs(root, signature);
   check_unique_names(signature);
-  const std::vector<std::int64_t> least = parse_least_lengths(root, document, signature);
-  fill_axes(signature.inputs, least);
-  fill_axes(signature.outputs, least);
+  show_axes(signature, parse_least_lengths(root, document, signature));
   signature.metadata = std::move(text);
   return signature;
+}
+
+ScorerMetadata parse_scorer(const std::string& text) {
+  constexpr std::int64_t kScorerVersion = 1;
+  const json document = parse_document(text);
+  const Object root(document, "");
+  const std::int64_t version = root.integer("format_version");
+  if (version != kScorerVersion) {
+    fail(PYKD_BAD_ARTEFACT, "a merged scorer of format version " + std::to_string(kScorerVersion),
+         "format version " + std::to_string(version), "upgrade pykd, or merge the models again");
+  }
+  root.object("loss");
+  ScorerMetadata scorer;
+  scorer.loss = parse_signature(document["loss"].dump());
+  if (root.has("lengths")) {
+    const Object lengths = root.object("lengths");
+    for (const auto& [axis, length] : document["lengths"].items()) {
+      scorer.lengths[axis] = lengths.integer(axis.c_str());
+      if (scorer.lengths[axis] < 1) {
+        bad_metadata("at least 1 as \"" + lengths.field(axis.c_str()) + "\"", std::to_string(scorer.lengths[axis]));
+      }
+    }
+  }
+  for (const json& name : root.list("outputs")) {
+    if (!name.is_string()) bad_metadata("a list of strings as \"outputs\"", std::string("type ") + name.type_name());
+    scorer.outputs.push_back(name.get<std::string>());
+  }
+  return scorer;
 }
 
 void check_one_export(const Signature& value, const Signature& gradient) {

@@ -6,6 +6,7 @@
 #define PYKD_RUNTIME_SIGNATURE_METADATA_H_
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,16 @@ Signature parse_signature(std::string json);
 // Throws Failure(PYKD_BAD_ARTEFACT) where loss.onnx and loss.grad.onnx are not of one export: all that
 // both say is the same, so that the gradient's file has every input, parameter and output of the other.
 void check_one_export(const Signature& value, const Signature& gradient);
+
+// What a merged scorer says of itself.
+struct ScorerMetadata {
+  Signature loss;                               // of which the file has the scores
+  std::map<std::string, std::int64_t> lengths;  // of those axes of the loss that the models fix
+  std::vector<std::string> outputs;             // of the file
+};
+
+// Reads it. Throws Failure(PYKD_BAD_ARTEFACT).
+ScorerMetadata parse_scorer(const std::string& text);
 
 // What manifest.json says of one file.
 struct ManifestEntry {

@@ -32,6 +32,7 @@ struct TensorSpec {
 
   std::vector<const char*> axis_names;      // `axes` as the C interface shows them
   std::vector<std::int64_t> least_lengths;  // along each of them, at least 1
+  std::vector<std::int64_t> lengths;        // the one that the axis may have; 0: any
 };
 
 struct InputSpec : TensorSpec {
@@ -70,6 +71,7 @@ struct Signature {
   Signature() = default;
   Signature(Signature&&) = default;
   Signature& operator=(Signature&&) = default;
+  Signature copy() const;
 
   std::string metadata;  // the JSON it was read from
   ArtefactKind kind = ArtefactKind::kValue;
@@ -81,9 +83,22 @@ struct Signature {
   std::vector<ParameterSpec> parameters;  // those that a call may set
   std::vector<ParameterSpec> fixed;       // those that it may not
   ParameterForm parameter_form = ParameterForm::kOverridable;
+  pykd_dtype parameter_dtype = PYKD_FLOAT32;  // as an ONNX file has them
   std::vector<OutputSpec> outputs;
   std::size_t grad_scale = kNone;  // index of the parameter of that name
+
+  // Of merged scorers alone.
+  bool merged = false;
+  std::vector<std::int64_t> fixed_lengths;  // by axis; 0 where it is free
+  std::vector<std::string> shapeless;       // outputs that are left out, since a run alone tells their lengths
+
+ private:
+  Signature(const Signature&) = default;  // whose axis_names would point into the other
 };
+
+// Fills in what the C interface shows of the axes. Its pointers point into heap buffers that a move of the signature
+// keeps. `least` has the least length of each axis; empty: 1.
+void show_axes(Signature& signature, const std::vector<std::int64_t>& least);
 
 // The index of the one of that name; kNone where there is none.
 template <class Specs>
