@@ -53,12 +53,13 @@ Result expected(const Case& c) {
       const auto direction = [](double entry, double norm) {
         return norm < 0x1p-126 ? 0.0 : std::isinf(norm) ? kNan : entry / norm;
       };
+      if (c.power == kCosine) sum += 0.5 * ((x_norm < 0x1p-126 ? 1 : 0) + (y_norm < 0x1p-126 ? 1 : 0));
       Values slope;
       for (std::int64_t i = 0; i < c.channels; ++i) {
         const double u = direction(x[i], x_norm), difference = u - direction(y[i], y_norm);
-        sum += c.power == kL1 ? std::fabs(difference) : difference * difference;
+        sum += c.power == kL1 ? std::fabs(difference) : difference * difference * (c.power == kL2 ? 1.0 : 0.5);
         const double sign = difference > 0 ? 1.0 : difference < 0 ? -1.0 : difference;
-        slope.push_back(c.power == kL1 ? sign : 2 * difference);
+        slope.push_back(c.power == kL1 ? sign : (c.power == kL2 ? 2 : 1) * difference);
         along += slope.back() * u;
       }
       for (std::int64_t i = 0; i < c.channels; ++i) {
@@ -122,7 +123,9 @@ Result run(const Case& c, const Layout& layout, Leads leads = {}, Wanted wanted 
   plan.shared_bytes = kExchangeBytes + plan.staged * plan.threads * 32;
   const gpu::Launch launch{static_cast<unsigned>(blocks_of(plan, c.batch)), static_cast<unsigned>(plan.parts),
                            static_cast<unsigned>(plan.threads), static_cast<std::size_t>(plan.shared_bytes)};
-  const auto kernel = c.power == kL1 ? tokens_kernel<T, kL1> : tokens_kernel<T, kL2>;
+  const auto kernel = c.power == kL1   ? tokens_kernel<T, kL1>
+                      : c.power == kL2 ? tokens_kernel<T, kL2>
+                                       : tokens_kernel<T, kCosine>;
   launch.run([&] { kernel(problem, plan); }, wanted.backwards);
 
   EXPECT_TRUE(gradient.intact()) << "written beside the gradient";
@@ -158,7 +161,7 @@ class FeatureDistanceCuda : public testing::Test {};
 using Dtypes = testing::Types<gpu::Float32, gpu::Float16, gpu::Bfloat16>;
 TYPED_TEST_SUITE(FeatureDistanceCuda, Dtypes);
 
-constexpr Power kPowers[] = {kL1, kL2};
+constexpr Power kPowers[] = {kL1, kL2, kCosine};
 
 TYPED_TEST(FeatureDistanceCuda, AgreesInEveryLayout) {
   unsigned seed = 1;

@@ -23,7 +23,7 @@ using tests::decode;
 using tests::encode;
 using tests::on_every_target;
 
-enum Power { kL1, kL2 };
+enum Power { kL1, kL2, kCosine };
 constexpr float kGuard = -12352.0f;  // every dtype has it
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -62,12 +62,15 @@ Answer reference(const Features& f, Power power) {
       const std::vector<double> x = direction(&f.x[start], f.channels, &x_norm);
       const std::vector<double> y = direction(&f.y[start], f.channels, &y_norm);
       std::vector<double> slope(f.channels);
+      if (power == kCosine) sum += 0.5 * ((x_norm < 0x1p-126 ? 1 : 0) + (y_norm < 0x1p-126 ? 1 : 0));
       bool unsure = false;
       for (std::int64_t c = 0; c < f.channels; ++c) {
         const double difference = x[c] - y[c];
-        sum += power == kL1 ? std::abs(difference) : difference * difference;
+        sum += power == kL1   ? std::abs(difference)
+               : power == kL2 ? difference * difference
+                              : difference * difference / 2;
         const double sign = difference > 0 ? 1.0 : difference < 0 ? -1.0 : difference;
-        slope[c] = power == kL1 ? sign : 2 * difference;
+        slope[c] = power == kL1 ? sign : power == kL2 ? 2 * difference : difference;
         unsure = unsure || (power == kL1 && difference != 0 && std::abs(difference) < 1e-6 * std::abs(x[c]));
         along += x[c] * slope[c];
       }
@@ -155,8 +158,8 @@ void expect_close(const Features& f, const Result& result, const Answer& answer)
 template <class Statement>
 void for_every_kind(const Statement& statement) {
   for (const pykd_dtype dtype : {PYKD_FLOAT32, PYKD_FLOAT16, PYKD_BFLOAT16}) {
-    for (const Power power : {kL1, kL2}) {
-      SCOPED_TRACE("dtype " + std::to_string(dtype) + (power == kL1 ? ", l1" : ", l2"));
+    for (const Power power : {kL1, kL2, kCosine}) {
+      SCOPED_TRACE("dtype " + std::to_string(dtype) + (power == kL1 ? ", l1" : power == kL2 ? ", l2" : ", cosine"));
       statement(dtype, power);
     }
   }
@@ -164,7 +167,7 @@ void for_every_kind(const Statement& statement) {
 
 TEST(FeatureDistance, TheReferenceHasTheGradientOfItsValue) {
   Features f = draw(2, 3, 5, PYKD_FLOAT32);
-  for (const Power power : {kL1, kL2}) {
+  for (const Power power : {kL1, kL2, kCosine}) {
     const Answer answer = reference(f, power);
     for (std::size_t i = 0; i < f.x.size(); ++i) {
       Features more = f, less = f;
@@ -246,7 +249,7 @@ TEST(FeatureDistance, ATokenOfZerosHasNoDirectionAndNoGradient) {
 
 // On both sides of the norm that counts as 0.
 TEST(FeatureDistance, KnowsAShortTokenFromAZeroOne) {
-  for (const Power power : {kL1, kL2}) {
+  for (const Power power : {kL1, kL2, kCosine}) {
     Features f = draw(1, 2, 4, PYKD_FLOAT32);
     for (std::int64_t c = 0; c < 4; ++c) {
       f.x[c] *= 1e-42f;
@@ -321,7 +324,7 @@ TEST(FeatureDistance, AWeightOfZeroGivesNoGradient) {
 // Squares that float32 does not hold.
 TEST(FeatureDistance, TakesVeryLargeAndVerySmallFeatures) {
   for (const pykd_dtype dtype : {PYKD_FLOAT32, PYKD_BFLOAT16}) {
-    for (const Power power : {kL1, kL2}) {
+    for (const Power power : {kL1, kL2, kCosine}) {
       Features f = draw(2, 3, 29, dtype);
       for (std::int64_t c = 0; c < f.channels; ++c) f.x[c] *= 0x1p70f;
       for (std::int64_t c = 0; c < f.channels; ++c) f.y[4 * f.channels + c] *= 0x1p70f;
@@ -337,7 +340,7 @@ TEST(FeatureDistance, TakesVeryLargeAndVerySmallFeatures) {
 // may be none.
 TEST(FeatureDistance, TakesFeaturesAtTheEndOfTheRange) {
   const float largest = std::numeric_limits<float>::max();
-  for (const Power power : {kL1, kL2}) {
+  for (const Power power : {kL1, kL2, kCosine}) {
     Features f = draw(8, 1, 20000, PYKD_FLOAT32);
     const auto fit = [&](std::vector<float>& entries, std::int64_t row, float scale) {
       const auto begin = entries.begin() + row * f.channels, end = begin + f.channels;

@@ -111,9 +111,9 @@ struct Token {
     return result * back * back;
   }
 
-  // d |difference|^power / d difference, up to the factor of l2.
+  // d |difference|^power / d difference, up to the factor 2 of l2.
   static HWY_INLINE V32 slope(V32 difference) {
-    if (power == kL2) return difference;
+    if (power != kL1) return difference;
     const D32 d;
     const V32 sign = hn::CopySign(hn::Set(d, 1.0f), difference);
     return hn::IfThenElse(hn::Gt(hn::Abs(difference), hn::Zero(d)), sign, difference);  // 0 and NaN stay
@@ -133,13 +133,13 @@ struct Token {
       for_each(c, std::min(c + run, channels), [&](V32 vx, V32 vy) HWY_ATTR {
         const V32 kept = hn::Mul(vx, keep);
         const V32 difference = hn::Mul(hn::NegMulAdd(vy, ratio, kept), scale);
-        sum = power == kL2 ? hn::MulAdd(difference, difference, sum) : hn::Add(sum, hn::Abs(difference));
+        sum = power != kL1 ? hn::MulAdd(difference, difference, sum) : hn::Add(sum, hn::Abs(difference));
         if (gradient) product = hn::MulAdd(hn::Mul(kept, scale), slope(difference), product);
       });
       value += sum_of(sum);
       if (gradient) *along += sum_of(product);
     }
-    return value;
+    return distance_of<power>(value, directions);
   }
 
   // The gradient of a token that has a direction.
@@ -203,7 +203,7 @@ double part(const Job& job, std::size_t row, std::size_t first, std::size_t last
 
 template <class T>
 Part choose(int power) {
-  return power == kL1 ? part<T, kL1> : part<T, kL2>;
+  return power == kL1 ? part<T, kL1> : power == kL2 ? part<T, kL2> : part<T, kCosine>;
 }
 
 }  // namespace feature_detail
@@ -284,7 +284,7 @@ const bool registered =
           {"teacher", "batch tokens channels", Role::kTensor},
           {"weight", "batch", Role::kFloat32, kOptional}},
          {{"value", "batch", Role::kFloat32}, {"grad_student", "batch tokens channels", Role::kTensor}},
-         {{"power", feature::kL1, {"l1", "l2"}}},
+         {{"power", feature::kL1, {"l1", "l2", "cosine"}}},
          kFloatAndHalves,
          refuse,
          feature_distance});

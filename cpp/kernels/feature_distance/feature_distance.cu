@@ -14,7 +14,10 @@ namespace {
 template <class T>
 const char* launch_on(const Problem& problem, int power, int index, cudaStream_t stream) {
   return gpu::launch(
-      power == kL1 ? tokens_kernel<T, kL1> : tokens_kernel<T, kL2>, problem, kMostThreads, index, stream,
+      power == kL1   ? tokens_kernel<T, kL1>
+      : power == kL2 ? tokens_kernel<T, kL2>
+                     : tokens_kernel<T, kCosine>,
+      problem, kMostThreads, index, stream,
       [&](const gpu::Device& device) {
         return make_plan(device, problem.batch, problem.tokens, problem.channels, T::kLanes);
       },

@@ -1,10 +1,13 @@
 // File: kernels/feature_distance/feature_distance.h
 //
 // Distance between the student's and the teacher's features, each token normalised along its channels, and the
-// gradient through the normalisation. The definitions are pykd/losses/features/feature_l1.py and feature_l2.py:
+// gradient through the normalisation. The definitions are pykd/losses/features/feature_l1.py, feature_l2.py and
+// cosine_features.py:
 //
-//     value_b = mean over tokens of sum over channels of |x^ - y^| (l1) or (x^ - y^)^2 (l2),   x^ = x / |x|
-//     grad    = weight_b / (tokens |x|) (u - x^ (x^ . u)),   u = sign(x^ - y^), sign(0) = 0, or 2 (x^ - y^)
+//     value_b = mean over tokens of sum over channels of |x^ - y^| (l1) or (x^ - y^)^2 (l2),   x^ = x / |x|;
+//               cosine: 1 - x^ . y^, as half of l2, and 1/2 more for each of the two that has no direction
+//     grad    = weight_b / (tokens |x|) (u - x^ (x^ . u)),   u = sign(x^ - y^), sign(0) = 0, or 2 (x^ - y^); half of it
+//     for cosine
 //
 // A token whose norm is below any normal number of float32 (1.2e-38) keeps the direction 0, and its gradient is 0. A
 // token with NaN or an infinity makes its value and its gradient NaN.
@@ -26,7 +29,8 @@
 namespace pykd::kernels {
 
 // "feature_distance": student, teacher "batch tokens channels" (float32, float16, bfloat16), weight "batch" float32
-// optional -> value "batch" float32, grad_student "batch tokens channels" (needs weight). Attribute power: l1 or l2.
+// optional -> value "batch" float32, grad_student "batch tokens channels" (needs weight). Attribute power: l1, l2 or
+// cosine.
 void feature_distance(const Call& call);
 
 }  // namespace pykd::kernels

@@ -13,7 +13,7 @@ namespace pykd::kernels::feature {
 // The places of a Call's arguments, in the order of the description.
 enum Input { kStudent, kTeacher, kWeight };
 enum Output { kValue, kGradStudent };
-enum Power { kL1, kL2 };
+enum Power { kL1, kL2, kCosine };  // kCosine: half of kL2, where both have directions
 
 constexpr double kTiny = 0x1p-252;           // a token of a smaller squared norm has no direction: no normal number
 constexpr double kSmall = 1e-24;             // a sum of squares below it may have lost some to float32's range
@@ -46,6 +46,7 @@ class Directions {
   }
 
   PYKD_GPU_AND_HOST bool has_x() const { return x_ != 0; }
+  PYKD_GPU_AND_HOST bool has_y() const { return y_ != 0; }
   PYKD_GPU_AND_HOST double x_reciprocal() const { return x_; }  // 1 / norm
   PYKD_GPU_AND_HOST float keep() const { return keep_; }
   PYKD_GPU_AND_HOST float ratio() const { return ratio_; }
@@ -61,6 +62,13 @@ class Directions {
   double x_, y_;
   float keep_, ratio_, scale_;
 };
+
+// The distance of a token, from the sum over its channels. What has no direction has the cosine 0 with everything.
+template <Power power>
+PYKD_GPU_AND_HOST double distance_of(double sum, const Directions& directions) {
+  if (power != kCosine) return sum;
+  return 0.5 * (sum + (directions.has_x() ? 0 : 1) + (directions.has_y() ? 0 : 1));
+}
 
 }  // namespace pykd::kernels::feature
 

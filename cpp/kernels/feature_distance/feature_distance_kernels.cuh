@@ -112,14 +112,14 @@ class Token {
                                    const float kept = gpu::product(x, keep);
                                    const float difference = gpu::product(gpu::fma(-y, ratio, kept), scale);
                                    const float size = difference < 0.0f ? -difference : difference;
-                                   value = power == kL2 ? gpu::fma(difference, difference, value) : value + size;
+                                   value = power != kL1 ? gpu::fma(difference, difference, value) : value + size;
                                    along = gpu::fma(gpu::product(kept, scale), slope(difference), along);
                                  }),
                                  team_, exchange);
-    if (!gradient) return sums.first;
+    if (!gradient) return distance_of<power>(sums.first, directions);
     if (!directions.has_x()) {
       write_zeros();
-      return sums.first;
+      return distance_of<power>(sums.first, directions);
     }
     const auto along = static_cast<float>(sums.second);
     const auto result_scale = static_cast<float>(static_cast<double>(factor) * directions.x_reciprocal());
@@ -133,13 +133,13 @@ class Token {
       }
       write(k, g);
     });
-    return sums.first;
+    return distance_of<power>(sums.first, directions);
   }
 
  private:
-  // d |difference|^power / d difference, up to the factor of l2.
+  // d |difference|^power / d difference, up to the factor 2 of l2.
   static PYKD_GPU float slope(float difference) {
-    if (power == kL2) return difference;
+    if (power != kL1) return difference;
     return difference > 0.0f ? 1.0f : difference < 0.0f ? -1.0f : difference;  // 0 and NaN stay
   }
 

@@ -82,6 +82,17 @@ def reduce_one_by_one(values: Any, sample_weight: Any, reduction: str) -> Any:
     return reduce_samples(values, sample_weight, reduction, None if sample_weight is None else np.shape(sample_weight))
 
 
+ENTRY_DISTANCE = Kernel(
+    "entry_distance",
+    inputs={
+        "student": Argument("batch entries"),
+        "teacher": Argument("batch entries"),
+        "weight": Argument("batch", "float32"),
+    },
+    outputs={"value": Argument("batch", "float32"), "grad_student": Argument("batch entries")},
+    attributes={"form": "mse", "average": "mean", "beta": 1.0},
+    cuda=False,
+)
 KERNEL = Kernel(
     "feature_distance",
     inputs={
@@ -94,10 +105,20 @@ KERNEL = Kernel(
 )
 
 
+def cosine_distances(x: Tensor, y: Tensor, dim: int) -> Tensor:
+    """1 − x̂·ŷ of normalised features along an axis. What has no direction has the cosine 0 with everything."""
+    # ½ |x̂ − ŷ|² keeps the digits that 1 − x̂·ŷ loses where they almost agree.
+    difference = x - y
+    without = (x.detach().abs().amax(dim=dim) == 0).to(x.dtype) + (y.abs().amax(dim=dim) == 0).to(x.dtype)
+    return ((difference * difference).sum(dim=dim) + without) / 2
+
+
 def feature_distance_rows(student: Tensor, teacher: Tensor, power: str) -> Tensor:
-    """One value per sample: the sum over channels of |x̂ − ŷ| or (x̂ − ŷ)², averaged over tokens."""
+    """One value per sample: the sum over channels of |x̂ − ŷ| or (x̂ − ŷ)², or 1 − x̂·ŷ, averaged over tokens."""
     x = ops.normalize(ops.upcast(student), dim=[-1])
     y = ops.normalize(ops.upcast(teacher.detach()), dim=[-1])
+    if power == "cosine":
+        return cosine_distances(x, y, -1).mean(dim=-1)
     difference = x - y
     distances = difference.abs() if power == "l1" else difference * difference
     return distances.sum(dim=-1).mean(dim=-1)

@@ -1,16 +1,22 @@
 """Cosine distance of features: match their directions."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from torch import Tensor
 
-from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, ops, register
 from pykd.definition.reference import rows, unit
+from pykd.fused.description import KernelPoint
 from pykd.losses.features._shared import (
+    KERNEL,
     MAPS,
     TOKENS,
     VECTORS,
     axis_of_channels,
     compared,
+    cosine_distances,
+    feature_distance_rows,
     kept_features,
     one_by_one,
     reduce_one_by_one,
@@ -28,10 +34,7 @@ def cosine_features(
     channels = axis_of_channels(student_features)
     x = ops.normalize(kept_features(student_features, weight), dim=[channels])
     y = ops.normalize(kept_features(teacher_features.detach(), weight), dim=[channels])
-    # ½ |x − y|² keeps the digits that 1 − x·y loses where they almost agree; a vector without a direction has the cosine 0.
-    difference = x - y
-    without = (x.detach().abs().amax(dim=channels) == 0).to(x.dtype) + (y.abs().amax(dim=channels) == 0).to(x.dtype)
-    values = ((difference * difference).sum(dim=channels) + without) / 2
+    values = cosine_distances(x, y, channels)
     if values.dim() > (1 if weight is None else weight.dim()):
         values = values.flatten(1).mean(dim=-1)
     return ops.reduce(values, weight, reduction)
@@ -87,6 +90,17 @@ class CosineFeatures(Loss):
         Case(layouts={"student_features": MAPS, "sample_weight": "batch"}, optional=("sample_weight",)),
     )
     aliases = ("cosine_distance", "cos_loss", "hs_cosine", "HiddenStateCosineLoss")
+
+    def covered_by_kernel(self, given: Mapping[str, Spec]) -> bool:
+        return given["student_features"].names[-1] == "channels"  # whose channels lie side by side
+
+    def fused(self, kernel: KernelPoint, student_features, teacher_features, sample_weight):
+        weight = ops.optional_weight(sample_weight)
+        tensors = {"student": student_features, "teacher": teacher_features}
+        if student_features.dim() == 2 or (weight is not None and weight.dim() > 1):
+            tensors = {name: tensor.unsqueeze(-2) for name, tensor in tensors.items()}  # one token in a sample
+        values = kernel(KERNEL, "value", feature_distance_rows, tensors, {"power": "cosine"}, weight="weight")
+        return ops.reduce(values, weight, self.reduction)
 
     def properties(self) -> Properties:
         return Properties(feature_scale=True, zero_when_equal=True, symmetric=True)

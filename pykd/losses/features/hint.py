@@ -1,10 +1,14 @@
 """Hints: the student's features match the teacher's as they are."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from torch import Tensor
 
-from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, choice, number, ops, register
+from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, choice, number, ops, register
+from pykd.fused.description import KernelPoint
 from pykd.losses.features._shared import (
+    ENTRY_DISTANCE,
     MAPS,
     TOKENS,
     VECTORS,
@@ -16,6 +20,22 @@ from pykd.losses.features._shared import (
 )
 
 DISTANCES = ("mse", "l1", "smooth_l1")
+
+
+def _costs(difference: Tensor, distance: str, beta: float) -> Tensor:
+    if distance == "mse":
+        return difference * difference
+    costs = difference.abs()
+    if distance == "smooth_l1":
+        near = costs.clamp(max=beta)  # d² / 2β up to β, then d − β / 2, without a square of the long ones
+        costs = near * (costs - 0.5 * near) / beta
+    return costs
+
+
+def _rows(student: Tensor, teacher: Tensor, form: str, average: str, beta: float) -> Tensor:
+    """One value per row; see :class:`Hint`."""
+    costs = _costs(ops.upcast(student) - ops.upcast(teacher.detach()), form, beta)
+    return costs.mean(dim=-1) if average == "mean" else costs.sum(dim=-1)
 
 
 def hint(
@@ -30,13 +50,7 @@ def hint(
     """Squared, absolute or smooth absolute difference of features; see :class:`Hint`."""
     weight = ops.optional_weight(sample_weight)
     difference = kept_features(student_features, weight) - kept_features(teacher_features.detach(), weight)
-    if distance == "mse":
-        costs = difference * difference
-    else:
-        costs = difference.abs()
-        if distance == "smooth_l1":
-            near = costs.clamp(max=beta)  # d² / 2β up to β, then d − β / 2, without a square of the long ones
-            costs = near * (costs - 0.5 * near) / beta
+    costs = _costs(difference, distance, beta)
     return ops.reduce(per_sample(costs, weight, entry_reduction), weight, reduction)
 
 
@@ -110,6 +124,19 @@ class Hint(Loss):
     distance: str = choice(DISTANCES, default="mse")
     beta: float = number(default=1.0, above=0.0)
     entry_reduction: str = choice(("mean", "sum"), default="mean")
+
+    def covered_by_kernel(self, given: Mapping[str, Spec]) -> bool:
+        # What a sample has lies side by side, but for places of maps.
+        return "sample_weight" not in given or "height" not in given["sample_weight"].names
+
+    def fused(self, kernel: KernelPoint, student_features, teacher_features, sample_weight):
+        weight = ops.optional_weight(sample_weight)
+        tensors = {"student": student_features, "teacher": teacher_features}
+        if weight is None or weight.dim() == 1:
+            tensors = {name: tensor.flatten(1) for name, tensor in tensors.items()}
+        settings = {"form": self.distance, "average": self.entry_reduction, "beta": self.beta}
+        values = kernel(ENTRY_DISTANCE, "value", _rows, tensors, settings, weight="weight")
+        return ops.reduce(values, weight, self.reduction)
 
     def properties(self) -> Properties:
         return Properties(feature_scale="a difference grows with its terms", zero_when_equal=True, symmetric=True)
