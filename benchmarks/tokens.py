@@ -22,8 +22,9 @@ CLASSES = 32000
 ROWS = int(os.environ.get("PYKD_TOKENS_ROWS", "4096"))
 CHECKED = 16  # rows that are compared with float64
 ROUNDS = 3
+TOP_K = 64  # entries of the teacher
 
-Formula = Callable[[Tensor, Tensor], Tensor]
+Formula = Callable[..., Tensor]  # of the student's logits and what the teacher gives
 
 
 def _logs(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +73,40 @@ def _balanced(student: Tensor, teacher: Tensor) -> Tensor:
     return (torch.where(apart < 0, 3.0, 1.0) * forward + torch.where(apart > 0, 3.0, 1.0) * reverse).mean()
 
 
-CASES: Mapping[str, tuple[pykd.Loss, Formula]] = {
+def _adaptive(student: Tensor, teacher: Tensor) -> Tensor:
+    log_p, log_q = _logs(student, teacher)
+    p, q = log_p.exp(), log_q.exp()
+    with torch.no_grad():
+        ordered, order = p.sort(-1, descending=True)
+        apart = (ordered - q.gather(-1, order)).abs()
+        in_head = ordered.cumsum(-1) - ordered < 0.5
+        head, tail = (apart * in_head).sum(-1), (apart * ~in_head).sum(-1)
+    forward, reverse = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
+    return ((head * forward + tail * reverse) / (head + tail)).mean()
+
+
+def _top_k(student: Tensor, log_p: Tensor, ids: Tensor) -> Tensor:
+    log_q = F.log_softmax(student, -1).gather(-1, ids)
+    p = log_p.exp()
+    rest_p, rest_q = 1 - p.sum(-1), 1 - log_q.exp().sum(-1)
+    return ((p * (log_p - log_q)).sum(-1) + rest_p * (rest_p / rest_q).log()).mean()
+
+
+def _top_k_zero(student: Tensor, log_p: Tensor, ids: Tensor) -> Tensor:
+    log_p = F.log_softmax(log_p, -1)
+    return (log_p.exp() * (log_p - F.log_softmax(student, -1).gather(-1, ids))).sum(-1).mean()
+
+
+def _top_k_renormalized(student: Tensor, log_p: Tensor, ids: Tensor) -> Tensor:
+    return F.kl_div(F.log_softmax(student.gather(-1, ids), -1), F.softmax(log_p, -1), reduction="batchmean")
+
+
+def _sampled(student: Tensor, log_p: Tensor, ids: Tensor) -> Tensor:
+    log_q = F.log_softmax(student, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return ((log_q.detach() - log_p) * log_q).mean()
+
+
+OF_LOGITS: Mapping[str, tuple[pykd.Loss, Formula]] = {
     "`SoftTarget`, KL": (pykd.SoftTarget(1.0, form="kl"), _kl),
     "`SoftTarget`, reverse KL": (pykd.SoftTarget(1.0, form="reverse_kl"), _reverse),
     "`SoftTarget`, JSD": (pykd.SoftTarget(1.0, form="jsd"), _jsd),
@@ -81,41 +115,78 @@ CASES: Mapping[str, tuple[pykd.Loss, Formula]] = {
     "`TotalVariation`": (pykd.TotalVariation(), _total_variation),
     "`AlphaBetaDivergence`": (pykd.AlphaBetaDivergence(), _alpha_beta),
     "`BalancedKL`": (pykd.BalancedKL(), _balanced),
+    "`AdaptiveKL`": (pykd.AdaptiveKL(), _adaptive),
 }
+OF_TOP_K: Mapping[str, tuple[pykd.Loss, Formula]] = {
+    "`TopKKL`": (pykd.TopKKL(), _top_k),
+    "`TopKKL`, zero": (pykd.TopKKL(convention="zero"), _top_k_zero),
+    "`TopKKL`, renormalized": (pykd.TopKKL(convention="renormalized"), _top_k_renormalized),
+}
+OF_SAMPLES: Mapping[str, tuple[pykd.Loss, Formula]] = {"`SampledReverseKL`": (pykd.SampledReverseKL(), _sampled)}
+
+Inputs = tuple[Tensor, ...]
 
 
-def _logits(rows: int) -> tuple[Tensor, Tensor]:
+def _logits(rows: int) -> Inputs:
     generator = torch.Generator().manual_seed(rows)
     student, teacher = (torch.randn(rows, CLASSES, generator=generator).mul_(2) for _ in range(2))
     return student.requires_grad_(), teacher
 
 
-def _answer(formula: Formula, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+def _top_k_of(inputs: Inputs) -> Inputs:
+    """What a teacher that keeps its likeliest entries gives of its logits."""
+    log_p, ids = F.log_softmax(inputs[1], -1).topk(TOP_K)
+    return inputs[0], log_p, ids
+
+
+def _sample_of(inputs: Inputs) -> Inputs:
+    """A class for each row, drawn from the student, and the teacher's log-probability of it."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.multinomial(F.softmax(inputs[0].detach(), -1), 1, generator=generator)
+    return inputs[0], F.log_softmax(inputs[1], -1).gather(-1, ids).squeeze(-1), ids.squeeze(-1)
+
+
+def _answer(formula: Formula, student: Tensor, *teacher: Tensor) -> dict[str, Tensor]:
     leaf = student.detach().clone().requires_grad_()
-    value = formula(leaf, teacher)
+    value = formula(leaf, *teacher)
     value.backward()  # type: ignore[no-untyped-call]
     assert leaf.grad is not None
     return {"loss": value.detach(), "grad_student_logits": leaf.grad}
 
 
-def _seconds(formula: Formula, student: Tensor, teacher: Tensor) -> float:
+def _seconds(formula: Formula, student: Tensor, *teacher: Tensor) -> float:
     student.grad = None
     start = time.perf_counter()
-    formula(student, teacher).backward()  # type: ignore[no-untyped-call]
+    formula(student, *teacher).backward()  # type: ignore[no-untyped-call]
     return time.perf_counter() - start
 
 
 def run(bandwidth: float) -> list[dict[str, Any]]:
-    """Measures; one row per loss and route."""
+    """Measures; one row per loss and route. ``PYKD_TOKENS_ONLY`` names the losses by a part of their titles."""
     rows = []
+    only = os.environ.get("PYKD_TOKENS_ONLY", "")
     few, large = _logits(CHECKED), _logits(ROWS)
-    for title, (loss, hand) in CASES.items():
+    drawn: tuple[tuple[Mapping[str, tuple[pykd.Loss, Formula]], Callable[[Inputs], Inputs]], ...] = (
+        (OF_LOGITS, tuple),
+        (OF_TOP_K, _top_k_of),
+        (OF_SAMPLES, _sample_of),
+    )
+    for cases, given in drawn:
+        chosen = {title: case for title, case in cases.items() if only in title}
+        if chosen:
+            rows += _measured(chosen, given(few), given(large))
+    return rows
+
+
+def _measured(cases: Mapping[str, tuple[pykd.Loss, Formula]], few: Inputs, large: Inputs) -> list[dict[str, Any]]:
+    rows = []
+    for title, (loss, hand) in cases.items():
         routes: dict[str, Formula] = {
-            "pykd": lambda s, t, loss=loss: loss(s, t, kernels="on"),  # type: ignore[misc]
-            "formula": lambda s, t, loss=loss: loss(s, t, kernels="off"),  # type: ignore[misc]
+            "pykd": lambda *given, loss=loss: loss(*given, kernels="on"),
+            "formula": lambda *given, loss=loss: loss(*given, kernels="off"),
             "by hand": hand,
         }
-        exact = _answer(routes["formula"], *(t.double() for t in few))
+        exact = _answer(routes["formula"], *(t.double() if t.is_floating_point() else t for t in few))
         want = {name: t.numpy() for name, t in exact.items()}
         found = {name: errors(_answer(formula, *few), want) for name, formula in routes.items()}
         wrong = {name: e for name, e in found.items() if any(x > y for x, y in zip(e, LIMITS["float32"], strict=True))}

@@ -44,7 +44,7 @@ def _routed(name: str) -> Callable[..., Any]:
 
         @functools.wraps(formula)
         def by_formula(*args: Any, kernels: str | None = None, **kwargs: Any) -> Any:
-            routing.note_formula(name, routing.obstacle() or "it has no kernel", routing.wanted(kernels))
+            routing.note_formula(name, routing.obstacle() or cls.without_kernel(), routing.wanted(kernels))
             return formula(*args, **kwargs)
 
         return _named(by_formula, name, formula)

@@ -290,10 +290,12 @@ inline std::vector<DescribedCall> described_calls(const kernels::Kernel& kernel,
   DescribedCall call;
   call.kernel = &kernel;
   call.dtype = dtype;
+  const std::int64_t few = std::min<std::int64_t>(lengths.last, 40);  // of what is chosen along the last axis
   for (const kernels::Argument& input : kernel.inputs) {
     const std::vector<std::string> axes = words(input.axes);
     for (std::size_t i = 0; i < axes.size(); ++i) {
-      call.lengths.emplace(axes[i], i == 0 ? lengths.first : i + 1 == axes.size() ? lengths.last : lengths.between);
+      const std::int64_t last = &input == &kernel.inputs[0] ? lengths.last : few;
+      call.lengths.emplace(axes[i], i == 0 ? lengths.first : i + 1 == axes.size() ? last : lengths.between);
     }
   }
   std::vector<std::vector<float>> all_inputs;

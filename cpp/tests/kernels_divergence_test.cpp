@@ -12,6 +12,8 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels/kernel.h"
@@ -27,15 +29,16 @@ using tests::on_every_target;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr Form kForms[] = {Form::kSkewedKl, Form::kSkewedReverseKl, Form::kTotalVariation, Form::kAlphaBeta,
-                           Form::kBalancedKl};
+constexpr Form kForms[] = {Form::kSkewedKl,  Form::kSkewedReverseKl, Form::kTotalVariation,
+                           Form::kAlphaBeta, Form::kBalancedKl,      Form::kAdaptiveKl};
 
 struct Data {
   std::int64_t rows, classes;
   std::vector<float> student, teacher, weight;
   pykd_dtype dtype = PYKD_FLOAT32;
   float temperature = 2.0f, emphasis = 3.0f;
-  double alpha = 0.3, beta = 0.6;
+  double alpha = 0.3, beta = 0.6, head_mass = 0.6;
+  divergence::Boundary boundary = divergence::Boundary::kHead;
 };
 
 struct Result {
@@ -61,6 +64,23 @@ double entropy(const std::vector<double>& logs) {
   return sum;
 }
 
+// What the forward and the reverse divergence of adaptive_kl count for, class by class from the likeliest on.
+std::pair<double, double> shares(const Data& data, const std::vector<double>& log_p, const std::vector<double>& log_q) {
+  std::vector<std::size_t> order;
+  for (std::size_t c = 0; c < log_p.size(); ++c) order.push_back(c);
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return log_p[a] > log_p[b]; });
+  double head = 0, tail = 0, mass = 0;
+  for (const std::size_t c : order) {
+    const double p = std::exp(log_p[c]), apart = std::abs(p - std::exp(log_q[c]));
+    const bool of_head =
+        data.boundary == divergence::Boundary::kHead ? mass < data.head_mass : mass + p <= data.head_mass;
+    (of_head || c == order[0] ? head : tail) += apart;
+    mass += p;
+  }
+  const double all = head + tail;
+  return all == 0 ? std::pair(0.0, 0.0) : std::pair(head / all, tail / all);
+}
+
 // What a class adds to the value, and d(that)/d(log q).
 struct Class {
   double value, slope;
@@ -84,6 +104,7 @@ Class one_class(const Data& data, Form form, double log_p, double log_q, double 
                   std::pow(p, a) * std::pow(q, b) / (a * b),
               (std::pow(q, a + b) - std::pow(p, a) * std::pow(q, b)) / a};
     case Form::kBalancedKl:
+    case Form::kAdaptiveKl:
       break;
   }
   const double apart = times(q, log_q - log_p);
@@ -96,7 +117,8 @@ Result reference(const Data& data, Form form) {
     const std::vector<double> log_p = log_softmax(&data.teacher[row * data.classes], data.classes, data.temperature);
     const std::vector<double> log_q = log_softmax(&data.student[row * data.classes], data.classes, data.temperature);
     const double of_p = entropy(log_p), of_q = entropy(log_q);
-    const double w = of_p > of_q ? data.emphasis : 1, v = of_q > of_p ? data.emphasis : 1;
+    double w = of_p > of_q ? data.emphasis : 1, v = of_q > of_p ? data.emphasis : 1;
+    if (form == Form::kAdaptiveKl) std::tie(w, v) = shares(data, log_p, log_q);
     double value = 0, mean = 0;
     std::vector<double> slopes;
     for (std::int64_t c = 0; c < data.classes; ++c) {
@@ -130,7 +152,8 @@ Result run(const Data& data, Form form, int thread_count = 1) {
                           {balanced ? &emphasis : nullptr, PYKD_FLOAT32, 0, nullptr},
                           {weight.data(), PYKD_FLOAT32, 1, shape}};
   const Array outputs[] = {{value.data(), PYKD_FLOAT32, 1, shape}, {gradient.data(), data.dtype, 2, shape}};
-  const double attributes[] = {static_cast<double>(form), data.alpha, data.beta};
+  const double attributes[] = {static_cast<double>(form), data.alpha, data.beta, data.head_mass,
+                               static_cast<double>(data.boundary)};
   const Parallel parallel = tests::threads(&thread_count);
   Call call;
   call.inputs = inputs;
@@ -205,6 +228,37 @@ TEST(Divergence, OfSureOnesIsItsFormula) {
   });
 }
 
+// Heads of one class, of nearly all, and cut among classes of one probability; `tail` leaves out the class that passes.
+TEST(Divergence, FindsTheHead) {
+  on_every_target([] {
+    for (const double mass : {0.01, 0.3, 0.5, 0.9, 0.999}) {
+      for (const divergence::Boundary boundary : {divergence::Boundary::kHead, divergence::Boundary::kTail}) {
+        for (const float spread : {0.001f, 2.0f, 30.0f}) {
+          Data data = draw(3, 777, spread);
+          data.head_mass = mass;
+          data.boundary = boundary;
+          for (int i = 0; i < 777; ++i) data.teacher[i] = spread * static_cast<float>(i * 7 % 4);  // four logits
+          data.teacher[777 + 5] = data.teacher[777 + 300] = -kInfinity;
+          data.student[777 + 5] = data.student[777 + 300] = -kInfinity;
+          expect_close(data, Form::kAdaptiveKl, "head of " + std::to_string(mass), spread > 9 ? 1e-5 : 3e-6);
+        }
+      }
+    }
+  });
+}
+
+// A divergence without a weight counts for nothing, even where it is infinite.
+TEST(Divergence, WithoutAShareCountsForNothing) {
+  on_every_target([] {
+    Data data = draw(1, 4, 1.0f);
+    data.temperature = 1.0f;
+    data.head_mass = 0.3;  // two classes, which the student takes for as likely
+    data.teacher = {0.0f, 0.0f, 0.0f, 0.0f};
+    data.student = {0.0f, 0.0f, std::log(2.0f), -kInfinity};
+    EXPECT_NEAR(run(data, Form::kAdaptiveKl).value[0], 0.5 * std::log(2.0), 1e-6);
+  });
+}
+
 TEST(Divergence, KnowsNoOffset) {
   for_every_form([](Form form) {
     Data data = draw(3, 21, 0.0f);
@@ -221,7 +275,7 @@ TEST(Divergence, LeavesMaskedClassesOut) {
     Data data = draw(4, 29, 2.0f);
     for (std::size_t i = 0; i < data.student.size(); i += 3) data.student[i] = data.teacher[i] = -kInfinity;
     expect_close(data, form, "masked in both");
-    if (form == Form::kBalancedKl) return;  // infinite where one of them masks a class
+    if (form == Form::kBalancedKl || form == Form::kAdaptiveKl) return;  // infinite where one of them masks a class
     for (std::size_t i = 1; i < data.student.size(); i += 6) data.student[i] = -kInfinity;
     for (std::size_t i = 4; i < data.student.size(); i += 6) data.teacher[i] = -kInfinity;
     expect_close(data, form, "masked in one");
@@ -298,6 +352,8 @@ TEST(Divergence, RefusesWhatMakesNoSense) {
   refused(Form::kAlphaBeta, [](Data& other) { other.alpha = 0.0; });
   refused(Form::kAlphaBeta, [](Data& other) { other.beta = -0.1; });
   refused(Form::kBalancedKl, [](Data& other) { other.emphasis = -1.0f; });
+  for (const double mass : {0.0, 1.0, -0.5}) refused(Form::kAdaptiveKl, [=](Data& other) { other.head_mass = mass; });
+  refused(Form::kSkewedKl, [](Data& other) { other.boundary = divergence::Boundary::kTail; });
   EXPECT_NO_THROW(run(data, Form::kAlphaBeta));
 }
 

@@ -41,6 +41,7 @@ class Loss(_WithFields):
             token of a sequence; all inputs of a call agree on them, and values per sample have these axes. An input that is
             declared with these axes is taken as it is declared; any other has them in the place of ``"batch"``.
         couples_batch: why there is no value per sample; empty where the loss splits over samples.
+        no_kernel: why there is no fused kernel for it, as far as that has been measured: ``pykd list --support`` says it.
         least_lengths: of axes that need more than one entry: ``{"classes": 2}``. A shorter call is an error.
         scalars: the settings that can change in every call. A call takes them after the tensors. Follows from the fields.
     """
@@ -53,6 +54,7 @@ class Loss(_WithFields):
     cases: ClassVar[Sequence[Case]] = (Case(),)
     sample_axes: ClassVar[Sequence[str]] = ("batch",)
     couples_batch: ClassVar[str] = ""
+    no_kernel: ClassVar[str] = ""
     least_lengths: ClassVar[Mapping[str, int]] = {}
 
     reduction: str = choice(REDUCTIONS, default="mean", kw_only=True)
@@ -344,7 +346,7 @@ class Loss(_WithFields):
 
     def _refusal(self, tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> str:
         if not self.is_accelerated() or routing.evaluator is None:
-            return "it has no kernel"
+            return self.without_kernel()
         if self.has_kernel() and not self.covered_by_kernel(specs):
             return "no kernel computes these settings and inputs"
         return routing.evaluator.refusal(self, tensors)
@@ -495,6 +497,11 @@ class Loss(_WithFields):
     def covered_by_kernel(self, given: Mapping[str, Spec]) -> bool:
         """Whether ``fused`` computes it with these settings and inputs; where not, the formula does."""
         return self.has_kernel()
+
+    @classmethod
+    def without_kernel(cls) -> str:
+        """That no kernel computes it, and why there is none."""
+        return f"it has no kernel: {cls.no_kernel}" if cls.no_kernel else "it has no kernel"
 
     @classmethod
     def weight_input(cls) -> str | None:

@@ -123,7 +123,22 @@ DIVERGENCE = Kernel(
         "weight": Argument("batch", "float32"),
     },
     outputs={"value": Argument("batch", "float32"), "grad_student": Argument("batch classes")},
-    attributes={"form": "skewed_kl", "alpha": 0.2, "beta": 0.7},
+    attributes={"form": "skewed_kl", "alpha": 0.2, "beta": 0.7, "head_mass": 0.5, "boundary": "head"},
+    cuda=False,
+)
+
+# Sums over the k classes that a teacher knows, or over pairs of them.
+TOP_K = Kernel(
+    "top_k",
+    inputs={
+        "student": Argument("batch classes"),
+        "teacher": Argument("batch top_k"),
+        "ids": Argument("batch top_k", "index"),
+        "temperature": Argument("", "number"),
+        "weight": Argument("batch", "float32"),
+    },
+    outputs={"value": Argument("batch", "float32"), "grad_student": Argument("batch classes")},
+    attributes={"form": "tail", "average": "pairs", "margin": 0.1},
     cuda=False,
 )
 

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
+#include <vector>
 
 #include "kernels/host/memory.h"
 #include "kernels/host/rows.h"
@@ -40,6 +42,8 @@ struct Problem {
   float scale;  // of the logits: 1 / T
   double alpha, beta;
   float emphasis;
+  double head_mass;
+  bool cut_in_head;      // the class with which the head's mass is passed is of the head
   bool almost_equal;     // a temperature at which p and q may be, and their divergence small beside their rounding
   bool stream_gradient;  // write it past the caches
 };
@@ -59,8 +63,19 @@ struct Facts {
   float student_factor, teacher_factor;  // q = student_factor e_student
   float log_student, log_teacher;        // log2 q = y_student - log_student
   float log_ratio;                       // log2 (q / p) = y_student - y_teacher - log_ratio
-  float teacher_weight, student_weight;  // of balanced_kl
+  float teacher_weight, student_weight;  // of balanced_kl and adaptive_kl
 };
+
+// A class that may be the last one of a head: teacher's y, and its number.
+struct Candidate {
+  float y;
+  std::uint32_t number;
+
+  bool operator<(const Candidate& other) const { return y > other.y || (y == other.y && number < other.number); }
+};
+
+constexpr size_t kBins = 1024;  // of classes by their y, when a head is looked for
+constexpr float kDeepest = 32;  // binary orders of magnitude that bins tell apart
 
 }  // namespace pykd::kernels::divergence
 
@@ -216,9 +231,17 @@ struct BalancedKl {
     const V forward = hn::Sub(difference, unless_zero(at.p, hn::Mul(at.p, log_ratio)));
     const V reverse = hn::Sub(unless_zero(at.q, hn::Mul(at.q, log_ratio)), difference);
     const V of_teacher = hn::Set(d, teacher_weight), of_student = hn::Set(d, student_weight);
-    return {hn::MulAdd(of_teacher, forward, hn::Mul(of_student, reverse)),
-            hn::Mul(of_student, unless_zero(at.q, log_ratio)), hn::Mul(of_teacher, difference)};
+    // A divergence that has no weight counts for nothing, even where it is infinite.
+    return {hn::Add(unless_zero(of_teacher, hn::Mul(of_teacher, forward)),
+                    unless_zero(of_student, hn::Mul(of_student, reverse))),
+            unless_zero(of_student, hn::Mul(of_student, unless_zero(at.q, log_ratio))),
+            hn::Mul(of_teacher, difference)};
   }
+};
+
+struct AdaptiveKl : BalancedKl {  // with other weights
+  static constexpr bool kEntropies = false;
+  using BalancedKl::BalancedKl;
 };
 
 // ---- The passes over a row -----------------------------------------------------------------------
@@ -314,6 +337,109 @@ HWY_NOINLINE Sums exponentials(const T* HWY_RESTRICT student, const T* HWY_RESTR
   }
   return sums;
 }
+
+// ---- The head of adaptive_kl ---------------------------------------------------------------------
+
+// The classes with a y above `y`, and of those that have it the ones with a number below `number`.
+struct Cut {
+  float y;
+  std::uint32_t number;
+};
+
+// Leaves the teacher's y in `out`, and returns the lowest that is finite; 0 where there is none.
+template <class T>
+HWY_NOINLINE float scores(const T* HWY_RESTRICT teacher, size_t classes, float top, float scale2,
+                          float* HWY_RESTRICT out) {
+  const D d;
+  const size_t lanes = hn::Lanes(d);
+  V lowest = hn::Zero(d);
+  for (size_t i = 0; i < classes; i += lanes) {  // a last vector is filled up with y = 0
+    const V logits = i + lanes <= classes ? load(d, teacher + i) : load(d, teacher + i, classes - i, top);
+    const V y = hn::Mul(hn::Sub(logits, hn::Set(d, top)), hn::Set(d, scale2));
+    lowest = hn::Min(lowest, hn::IfThenZeroElse(hn::Eq(y, hn::Set(d, -kInfinity)), y));
+    hn::Store(y, d, out + i);
+  }
+  return hn::GetLane(hn::MinOfLanes(d, lowest));
+}
+
+// The likeliest classes that together reach the mass, relative to the exponentials, which are no NaN. `candidates`
+// holds those of one y among others in the end.
+Cut find_cut(const float* y, const float* e, size_t classes, float lowest, double mass, bool cut_in_head,
+             std::vector<Candidate>& candidates) {
+  // By bins first: what is above the one in which the mass is reached need not be sorted.
+  const float per_bin = static_cast<float>(kBins - 1) / std::min(std::max(-lowest, 1e-30f), kDeepest);
+  const auto bin_of = [per_bin](float score) {
+    return static_cast<size_t>(std::min(-score * per_bin, static_cast<float>(kBins - 1)));
+  };
+  double masses[kBins] = {};
+  for (size_t i = 0; i < classes; ++i) masses[bin_of(y[i])] += e[i];
+  size_t bin = 0;
+  double reached = 0;
+  while (bin + 1 < kBins && reached + masses[bin] < mass) reached += masses[bin++];
+  candidates.clear();
+  for (size_t i = 0; i < classes; ++i) {
+    if (bin_of(y[i]) == bin) candidates.push_back({y[i], static_cast<std::uint32_t>(i)});
+  }
+  if (!std::is_sorted(candidates.begin(), candidates.end())) std::sort(candidates.begin(), candidates.end());
+  Cut cut{-kInfinity, static_cast<std::uint32_t>(classes)};
+  for (const Candidate& one : candidates) {
+    const double before = reached;
+    reached += e[one.number];
+    const bool in_head = (cut_in_head ? before < mass : reached <= mass) || before == 0;
+    if (!in_head) return {one.y, one.number};
+    cut = {one.y, one.number + 1};
+  }
+  return cut;
+}
+
+// |q - p| summed up over the head and over the other classes.
+struct Apart {
+  double head = 0, tail = 0;
+};
+
+// `y` holds the teacher's; what is there in the end is |q - p|.
+template <class T>
+HWY_NOINLINE Apart apart(const T* HWY_RESTRICT student, size_t classes, const Facts& row_facts, Cut cut,
+                         const std::vector<Candidate>& candidates, const float* HWY_RESTRICT student_e,
+                         const float* HWY_RESTRICT teacher_e, float* HWY_RESTRICT y) {
+  const D d;
+  const size_t lanes = hn::Lanes(d);
+  const Facts facts = row_facts;
+  const V none = hn::Set(d, -kInfinity);
+  Apart sums;
+  for (size_t part = 0; part < classes; part += part_entries()) {
+    const size_t end = std::min(classes, part + part_entries());
+    V head = hn::Zero(d), tail = head;
+    for (size_t i = part; i < end; i += lanes) {  // a last vector is filled up with exponentials of 0
+      const V logits =
+          i + lanes <= classes ? load(d, student + i) : load(d, student + i, classes - i, facts.student_top);
+      const V student_y = hn::Mul(hn::Sub(logits, hn::Set(d, facts.student_top)), hn::Set(d, facts.scale2));
+      const V teacher_y = hn::Load(d, y + i);
+      Class at;
+      at.q = hn::Mul(hn::Load(d, student_e + i), hn::Set(d, facts.student_factor));
+      at.p = hn::Mul(hn::Load(d, teacher_e + i), hn::Set(d, facts.teacher_factor));
+      const auto absent = hn::And(hn::Eq(student_y, none), hn::Eq(teacher_y, none));
+      at.log_ratio = hn::IfThenZeroElse(absent, hn::Sub(hn::Sub(student_y, teacher_y), hn::Set(d, facts.log_ratio)));
+      at.student_leads = hn::Gt(at.log_ratio, hn::Zero(d));
+      const V difference = hn::Abs(Ratio(at).difference(at));
+      const auto above = hn::Gt(teacher_y, hn::Set(d, cut.y));
+      head = hn::Add(head, hn::IfThenElseZero(above, difference));
+      tail = hn::Add(tail, hn::IfThenZeroElse(above, difference));
+      hn::Store(difference, d, y + i);
+    }
+    sums.head += sum_of_lanes(head);
+    sums.tail += sum_of_lanes(tail);
+  }
+  for (const Candidate& one : candidates) {
+    if (one.y != cut.y || one.number >= cut.number) continue;
+    sums.head += y[one.number];
+    sums.tail -= y[one.number];
+  }
+  sums.tail = sums.tail < 0 ? 0 : sums.tail;
+  return sums;
+}
+
+// ---- The terms and the gradient ------------------------------------------------------------------
 
 struct Totals {
   double value = 0;
@@ -432,6 +558,7 @@ void run_rows(const Problem& problem, size_t first, size_t last, float* memory) 
   float* const student_e = memory;
   float* const teacher_e = memory + each;
   float* const own = Terms::kSlope && Terms::kOwn ? memory + 2 * each : teacher_e;
+  std::vector<Candidate> candidates;
   const auto sums_of =
       problem.almost_equal ? exponentials<Terms::kEntropies, true, T> : exponentials<Terms::kEntropies, false, T>;
   for (size_t row = first; row < last; ++row) {
@@ -473,6 +600,18 @@ void run_rows(const Problem& problem, size_t first, size_t last, float* memory) 
       if (of_teacher > of_student) facts.teacher_weight = problem.emphasis;
       if (of_student > of_teacher) facts.student_weight = problem.emphasis;
     }
+    if constexpr (std::is_same_v<Terms, AdaptiveKl>) {
+      facts.teacher_weight = facts.student_weight = static_cast<float>(sums.teacher - sums.teacher);  // NaN stays
+      if (sums.teacher > 0) {
+        const float lowest = scores(teacher, classes, facts.teacher_top, facts.scale2, own);
+        const Cut cut = find_cut(own, teacher_e, classes, lowest, problem.head_mass * sums.teacher, problem.cut_in_head,
+                                 candidates);
+        const Apart differences = apart(student, classes, facts, cut, candidates, student_e, teacher_e, own);
+        const double all = differences.head + differences.tail;
+        facts.teacher_weight = static_cast<float>(all == 0 ? 0 : differences.head / all);
+        facts.student_weight = static_cast<float>(all == 0 ? 0 : differences.tail / all);
+      }
+    }
     const Terms form(problem, facts);
     const Totals totals = terms<T, Terms>(student, teacher, classes, facts, form, student_e, teacher_e, own);
     if (problem.value != nullptr) problem.value[row] = static_cast<float>(totals.value);
@@ -504,6 +643,8 @@ void with_form(const Problem& problem, size_t first, size_t last, float* memory)
       return run_rows<T, AlphaBeta>(problem, first, last, memory);
     case Form::kBalancedKl:
       return run_rows<T, BalancedKl>(problem, first, last, memory);
+    case Form::kAdaptiveKl:
+      return run_rows<T, AdaptiveKl>(problem, first, last, memory);
   }
 }
 
@@ -546,6 +687,11 @@ const char* refuse(const Call& call) {
   if ((form == Form::kSkewedKl || form == Form::kSkewedReverseKl) && !(alpha > 0 && alpha < 1)) {
     return "alpha of skewed_kl must lie between 0 and 1";
   }
+  const double head_mass = call.attributes[kHeadMass];
+  if (form == Form::kAdaptiveKl && !(head_mass > 0 && head_mass < 1)) return "head_mass must lie between 0 and 1";
+  if (form != Form::kAdaptiveKl && static_cast<Boundary>(call.choice(kBoundary)) != Boundary::kHead) {
+    return "boundary belongs to adaptive_kl";
+  }
   if (form == Form::kAlphaBeta && !(alpha > 0 && beta > 0 && std::isfinite(alpha) && std::isfinite(beta))) {
     return "alpha and beta of alpha_beta must be above 0";
   }
@@ -567,12 +713,15 @@ void run(const Call& call) {
   problem.scale = 1.0f / call.number(kTemperature);
   problem.alpha = call.attributes[kAlpha];
   problem.beta = call.attributes[kBeta];
+  problem.head_mass = call.attributes[kHeadMass];
+  problem.cut_in_head = static_cast<Boundary>(call.choice(kBoundary)) == Boundary::kHead;
   if (in(kEmphasis).given()) problem.emphasis = call.number(kEmphasis);
   problem.almost_equal = call.number(kTemperature) > 8.0f;
   const size_t entries = problem.rows * problem.classes;
   problem.stream_gradient = problem.gradient != nullptr && is_streamed(entries, call.dtype);
 
-  const size_t scratch = (problem.form == Form::kBalancedKl ? 3 : 2) * padded(problem.classes);
+  const bool with_both = problem.form == Form::kBalancedKl || problem.form == Form::kAdaptiveKl;
+  const size_t scratch = (with_both ? 3 : 2) * padded(problem.classes);
   for_rows(call, problem.rows, entries, [&](size_t first, size_t last) {
     const Floats memory(scratch);
     HWY_DYNAMIC_DISPATCH(DivergenceRows)(problem, first, last, memory.get());
@@ -587,9 +736,11 @@ const bool registered = add({
      {"emphasis", "", Role::kNumber, kOptional},
      {"weight", "batch", Role::kFloat32, kOptional}},
     {{"value", "batch", Role::kFloat32}, {"grad_student", "batch classes", Role::kTensor}},
-    {{"form", 0, {"skewed_kl", "skewed_reverse_kl", "total_variation", "alpha_beta", "balanced_kl"}},
+    {{"form", 0, {"skewed_kl", "skewed_reverse_kl", "total_variation", "alpha_beta", "balanced_kl", "adaptive_kl"}},
      {"alpha", 0.2},
-     {"beta", 0.7}},
+     {"beta", 0.7},
+     {"head_mass", 0.5},
+     {"boundary", 0, {"head", "tail"}}},
     kFloatAndHalves,
     refuse,
     run,

@@ -12,7 +12,11 @@
 //                                  - p^alpha q^beta / (alpha beta), alpha and beta above 0
 //               balanced_kl        w KL(p || q) + v KL(q || p): w is emphasis where H(p) > H(q), v where H(q) > H(p);
 //               else 1
-//     grad_student[b, j]   weight[b] d value[b] / d s_j, rounded once; w and v are constants
+//               adaptive_kl        h KL(p || q) + t KL(q || p): h is the share of sum |p - q| that the head has, t that
+//               of the other classes, both 0 where p = q. The head is the likeliest classes of p that together reach
+//               `head_mass`; the one with which they pass it is of the head (`boundary` head), or not, but for the
+//               first
+//     grad_student[b, j]   weight[b] d value[b] / d s_j, rounded once; w, v, h and t are constants
 //
 // There is no factor T^2, and no mean: both are part of the weights.
 //
@@ -32,10 +36,12 @@
 // Determinism: a row is computed by one thread in one way; the same bits for every number of threads. Different SIMD
 // targets differ in rounding.
 //
-// Memory: two float32 per class and task, three for balanced_kl; kept for the next call (kernels/host/memory.h).
+// Memory: two float32 per class and task, three for balanced_kl and adaptive_kl (and 8 bytes for every class that may
+// be the last of the head); kept for the next call (kernels/host/memory.h).
 //
 // How: a row is read from memory once, for its largest logits, and again from the cache: for the exponentials and their
-// sums, for the terms and their slopes, and the gradient is a few multiplications per entry of what these left.
+// sums, for the terms and their slopes, and the gradient is a few multiplications per entry of what these left. The
+// head is found by the masses of classes in bins, and sorting those of one bin.
 #ifndef PYKD_KERNELS_DIVERGENCE_DIVERGENCE_H_
 #define PYKD_KERNELS_DIVERGENCE_DIVERGENCE_H_
 
@@ -44,8 +50,9 @@ namespace pykd::kernels::divergence {
 // The places of a Call's arguments, in the order of the description.
 enum Input { kStudent, kTeacher, kTemperature, kEmphasis, kWeight };
 enum Output { kValue, kGradStudent };
-enum AttributeIndex { kForm, kAlpha, kBeta };
-enum class Form { kSkewedKl, kSkewedReverseKl, kTotalVariation, kAlphaBeta, kBalancedKl };
+enum AttributeIndex { kForm, kAlpha, kBeta, kHeadMass, kBoundary };
+enum class Form { kSkewedKl, kSkewedReverseKl, kTotalVariation, kAlphaBeta, kBalancedKl, kAdaptiveKl };
+enum class Boundary { kHead, kTail };
 
 }  // namespace pykd::kernels::divergence
 

@@ -87,6 +87,9 @@ class AugMixJSD(Loss):
         Case({"reduction": "sum"}, layouts={"student_logits": "batch tokens classes"}),
     )
     aliases = ("AugMix", "JsdCrossEntropy")
+    no_kernel = (
+        "its three views all receive a gradient, and jsd of the kernel soft_target compares two, one of them constant"
+    )
 
     def properties(self) -> Properties:
         return Properties(

@@ -23,25 +23,30 @@ def preferred_pairs(log_p: Tensor) -> Tensor:
     return (log_p.unsqueeze(-1) > log_p.unsqueeze(-2)) & (log_p.unsqueeze(-2) != float("-inf"))
 
 
-def reduce_pairs(
-    terms: Tensor, pairs: Tensor, log_p: Tensor, weight: Tensor | None, average: str, reduction: str
-) -> Tensor:
-    """The terms of these pairs, averaged in each sample, or over all pairs of all samples; NaN where the teacher is.
+def sums_over_pairs(terms: Tensor, log_p: Tensor, average: str) -> Tensor:
+    """The terms of the pairs of each row, ``[…, i, j]``, summed up, or their mean where ``average`` is ``"samples"``; NaN where
+    the teacher is."""
+    pairs = preferred_pairs(log_p)
+    values = torch.where(pairs, terms, 0.0).sum(dim=(-2, -1))
+    if average == "samples":
+        values = values / pairs.to(terms.dtype).sum(dim=(-2, -1)).clamp(min=1.0)
+    return torch.where(torch.isnan(log_p).any(dim=-1), float("nan"), values)
+
+
+def reduce_pairs(values: Tensor, log_p: Tensor, weight: Tensor | None, average: str, reduction: str) -> Tensor:
+    """Reduces what :func:`sums_over_pairs` gives, averaged over samples, or over all pairs of all samples.
 
     Args:
-        terms: of every pair, ``[…, i, j]``.
-        pairs: which of them count.
+        values: of the rows.
         log_p: of the teacher's entries.
         weight: of the samples.
         average: ``"pairs"`` or ``"samples"``.
         reduction: that of the loss.
     """
-    count = pairs.to(terms.dtype).sum(dim=(-2, -1))
-    values = torch.where(pairs, terms, 0.0).sum(dim=(-2, -1))
-    unknown = torch.isnan(log_p).any(dim=-1)
-    values = torch.where(unknown, float("nan"), values)
     if average == "samples":
-        return ops.reduce(values / count.clamp(min=1.0), weight, reduction)
-    count = torch.where(unknown, 1.0, count)
+        return ops.reduce(values, weight, reduction)
+    log_p = ops.upcast(log_p)
+    count = preferred_pairs(log_p).to(log_p.dtype).sum(dim=(-2, -1))
+    count = torch.where(torch.isnan(log_p).any(dim=-1), 1.0, count)
     weight = torch.ones_like(count) if weight is None else weight.to(count.dtype)
     return ops.reduce(values, weight, reduction, weight * count)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, choice, flag, number, ops, register, scalar
 from pykd.definition.reference import divergence, log_softmax, reduce_samples, rows
+from pykd.fused.description import DIVERGENCE, KernelPoint
 
 
 def _shares(log_p: Tensor, log_q: Tensor, head_mass: float, boundary: str) -> tuple[Tensor, Tensor]:
@@ -23,6 +24,15 @@ def _shares(log_p: Tensor, log_q: Tensor, head_mass: float, boundary: str) -> tu
     return head / total, tail / total
 
 
+def _rows(student: Tensor, teacher: Tensor, temperature: float, form: str, head_mass: float, boundary: str) -> Tensor:
+    """One value per row; see :class:`AdaptiveKL`."""
+    log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
+    log_p = torch.log_softmax(ops.soften(teacher.detach(), temperature), dim=-1)
+    forward, reverse = _shares(log_p, log_q.detach(), head_mass, boundary)
+    values = ops.product_or_zero(forward, ops.forward_kl(log_p, log_q, temperature))
+    return values + ops.product_or_zero(reverse, ops.reverse_kl(log_p, log_q, temperature))
+
+
 def adaptive_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -36,12 +46,8 @@ def adaptive_kl(
     """Forward and reverse KL divergence, each with a weight of its own per sample; see :class:`AdaptiveKL`."""
     weight = ops.optional_weight(sample_weight)
     student = ops.without_left_out(student_logits, weight)
-    teacher = ops.without_left_out(teacher_logits.detach(), weight)
-    log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
-    log_p = torch.log_softmax(ops.soften(teacher, temperature), dim=-1)
-    forward, reverse = _shares(log_p, log_q.detach(), head_mass, boundary)
-    values = ops.product_or_zero(forward, ops.forward_kl(log_p, log_q, temperature))
-    values = values + ops.product_or_zero(reverse, ops.reverse_kl(log_p, log_q, temperature))
+    teacher = ops.without_left_out(teacher_logits, weight)
+    values = _rows(student, teacher, temperature, "adaptive_kl", head_mass, boundary)
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
@@ -115,6 +121,14 @@ class AdaptiveKL(Loss):
     head_mass: float = number(default=0.5, above=0.0, below=1.0)
     boundary: str = choice(("head", "tail"), default="head")
     tau_squared: bool = flag(default=False)
+
+    def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight, temperature):
+        tensors = {"student": student_logits, "teacher": teacher_logits, "temperature": temperature}
+        settings = {"form": "adaptive_kl", "head_mass": self.head_mass, "boundary": self.boundary}
+        values = kernel(DIVERGENCE, "value", _rows, tensors, settings, weight="weight")
+        return ops.reduce_softened(
+            values, ops.optional_weight(sample_weight), temperature, self.tau_squared, self.reduction
+        )
 
     def properties(self) -> Properties:
         return Properties(

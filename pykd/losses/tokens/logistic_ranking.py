@@ -6,7 +6,16 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, choice, ops, register
 from pykd.definition.reference import reduce_samples, rows
-from pykd.losses.tokens._shared import preferred_pairs, reduce_pairs, take
+from pykd.losses.tokens._shared import reduce_pairs, sums_over_pairs, take
+
+
+def _rows(student: Tensor, teacher: Tensor, ids: Tensor, average: str) -> Tensor:
+    """One value per row; see :class:`LogisticRanking`."""
+    logits = take(ops.upcast(student), ids)
+    worse, better = logits.unsqueeze(-2), logits.unsqueeze(-1)
+    ruled_out = (worse == float("-inf")) & (better == float("-inf"))  # both: no difference, instead of −inf + inf
+    difference = worse.masked_fill(ruled_out, 0.0) - better.masked_fill(ruled_out, 0.0)
+    return sums_over_pairs(torch.nn.functional.softplus(difference), ops.upcast(teacher), average)
 
 
 def logistic_ranking(
@@ -20,13 +29,9 @@ def logistic_ranking(
     """log(1 + exp of the difference of logits) of pairs of classes; see :class:`LogisticRanking`."""
     weight = ops.optional_weight(sample_weight)
     student = ops.without_left_out(student_logits, weight)
-    log_p = ops.upcast(ops.without_left_out(teacher_log_probs.detach(), weight))
-    logits = take(ops.upcast(student), teacher_ids)
-    worse, better = logits.unsqueeze(-2), logits.unsqueeze(-1)
-    ruled_out = (worse == float("-inf")) & (better == float("-inf"))  # both: no difference, instead of −inf + inf
-    difference = worse.masked_fill(ruled_out, 0.0) - better.masked_fill(ruled_out, 0.0)
-    terms = torch.nn.functional.softplus(difference)
-    return reduce_pairs(terms, preferred_pairs(log_p), log_p, weight, average, reduction)
+    log_p = ops.without_left_out(teacher_log_probs.detach(), weight)
+    values = _rows(student, log_p, teacher_ids, average)
+    return reduce_pairs(values, log_p, weight, average, reduction)
 
 
 @register(logistic_ranking)
@@ -93,6 +98,7 @@ class LogisticRanking(Loss):
         ),
     )
     aliases = ("LogisticRankingLoss", "sparse_logistic_ranking_loss", "RankNet")
+    no_kernel = "the kernel top_k has a form for it, which is not used from Python yet"
 
     average: str = choice(("pairs", "samples"), default="pairs")
 

@@ -6,7 +6,19 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, choice, number, ops, register
 from pykd.definition.reference import log_softmax, reduce_samples, rows
-from pykd.losses.tokens._shared import preferred_pairs, reduce_pairs, take
+from pykd.losses.tokens._shared import reduce_pairs, sums_over_pairs, take
+
+
+def _rows(student: Tensor, teacher: Tensor, ids: Tensor, margins: str, average: str, margin: float) -> Tensor:
+    """One value per row; see :class:`PairwiseHinge`."""
+    log_p = ops.upcast(teacher)
+    q = take(torch.softmax(ops.upcast(student), dim=-1), ids)
+    ahead = q.unsqueeze(-1) - q.unsqueeze(-2)
+    p = torch.exp(log_p)
+    least = p.unsqueeze(-1) - p.unsqueeze(-2)
+    if margins == "constant":
+        least = torch.zeros_like(least) + margin
+    return sums_over_pairs(torch.relu(least - ahead), log_p, average)
 
 
 def pairwise_hinge(
@@ -22,14 +34,9 @@ def pairwise_hinge(
     """Hinge of differences of probabilities of pairs of classes; see :class:`PairwiseHinge`."""
     weight = ops.optional_weight(sample_weight)
     student = ops.without_left_out(student_logits, weight)
-    log_p = ops.upcast(ops.without_left_out(teacher_log_probs.detach(), weight))
-    q = take(torch.softmax(ops.upcast(student), dim=-1), teacher_ids)
-    ahead = q.unsqueeze(-1) - q.unsqueeze(-2)
-    p = torch.exp(log_p)
-    least = p.unsqueeze(-1) - p.unsqueeze(-2)
-    if margins == "constant":
-        least = torch.zeros_like(least) + margin
-    return reduce_pairs(torch.relu(least - ahead), preferred_pairs(log_p), log_p, weight, average, reduction)
+    log_p = ops.without_left_out(teacher_log_probs.detach(), weight)
+    values = _rows(student, log_p, teacher_ids, margins, average, margin)
+    return reduce_pairs(values, log_p, weight, average, reduction)
 
 
 @register(pairwise_hinge)
@@ -100,6 +107,7 @@ class PairwiseHinge(Loss):
         ),
     )
     aliases = (Alias("HingeLoss", margins="constant"), "sparse_hinge_loss")
+    no_kernel = "the kernel top_k has a form for it, which is not used from Python yet"
 
     margins: str = choice(("teacher", "constant"), default="teacher")
     margin: float = number(default=0.1, minimum=0.0)

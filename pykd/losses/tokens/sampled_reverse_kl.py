@@ -6,7 +6,14 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples, rows
+from pykd.fused.description import TOP_K, KernelPoint
 from pykd.losses.tokens._shared import take
+
+
+def _rows(student: Tensor, teacher: Tensor, ids: Tensor, temperature: float, form: str) -> Tensor:
+    """One value per row, of each of whose classes drawn the ids are; see :class:`SampledReverseKL`."""
+    log_q = take(torch.log_softmax(ops.soften(student, temperature), dim=-1), ids)
+    return ((log_q.detach() - ops.upcast(teacher)) * log_q).sum(dim=-1)
 
 
 def sampled_reverse_kl(
@@ -20,9 +27,9 @@ def sampled_reverse_kl(
     """Log-probability of the drawn class times its log-ratio to the teacher's, a constant; see :class:`SampledReverseKL`."""
     weight = ops.optional_weight(sample_weight)
     student = ops.without_left_out(student_logits, weight)
-    log_p = ops.upcast(ops.without_left_out(teacher_log_probs.detach(), weight))
-    log_q = take(torch.log_softmax(ops.soften(student, temperature), dim=-1), sampled_ids.unsqueeze(-1)).squeeze(-1)
-    return ops.reduce((log_q.detach() - log_p) * log_q, weight, reduction)
+    log_p = ops.without_left_out(teacher_log_probs.detach(), weight)
+    values = _rows(student, log_p.unsqueeze(-1), sampled_ids.unsqueeze(-1), temperature, "sampled")
+    return ops.reduce(values, weight, reduction)
 
 
 @register(sampled_reverse_kl)
@@ -91,6 +98,16 @@ class SampledReverseKL(Loss):
     aliases = ("SampledTokenRKL", "OnPolicyReverseKL")
 
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
+
+    def fused(self, kernel: KernelPoint, student_logits, teacher_log_probs, sampled_ids, sample_weight, temperature):
+        tensors = {
+            "student": student_logits,
+            "teacher": teacher_log_probs.detach().unsqueeze(-1),
+            "ids": sampled_ids.unsqueeze(-1),
+            "temperature": temperature,
+        }
+        values = kernel(TOP_K, "value", _rows, tensors, {"form": "sampled"}, weight="weight")
+        return ops.reduce(values, ops.optional_weight(sample_weight), self.reduction)
 
     def properties(self) -> Properties:
         return Properties(

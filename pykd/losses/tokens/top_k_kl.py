@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Alias, Case, Loss, Properties, Spec, choice, flag, ops, register, scalar
 from pykd.definition.reference import log_softmax, reduce_samples, rows
+from pykd.fused.description import TOP_K, KernelPoint
 from pykd.losses.tokens._shared import take, within
 
 CONVENTIONS = ("tail", "ghost", "renormalized", "zero", "unnormalized")
@@ -23,32 +24,38 @@ def _log_mass_outside(log_q: Tensor, ids: Tensor, present: Tensor) -> Tensor:
     return torch.where(nothing, float("-inf"), shift + torch.log(torch.where(nothing, 1.0, total)))
 
 
-def _values(student: Tensor, given: Tensor, ids: Tensor, temperature: float, convention: str) -> Tensor:
-    """One value per sample; see :class:`TopKKL`."""
+def _believable(given: Tensor, convention: str) -> Tensor:
+    """The teacher's values, and NaN for a sample whose probabilities sum to more than 1.05: logits must not pass for logarithms."""
+    given = given.detach()
+    if convention == "renormalized" or convention == "zero":
+        return given
+    mass = torch.exp(ops.upcast(given)).sum(dim=-1, keepdim=True)
+    return torch.where(mass > 1.05, float("nan"), given)
+
+
+def _rows(student: Tensor, teacher: Tensor, ids: Tensor, temperature: float, form: str) -> Tensor:
+    """One value per row; see :class:`TopKKL`."""
+    given = ops.upcast(teacher)
     present = given != float("-inf")
-    if convention == "renormalized":
+    if form == "renormalized":
         chosen = torch.where(present, take(ops.upcast(student), ids), float("-inf"))
         log_q = torch.log_softmax(ops.soften(chosen, temperature), dim=-1)
         return ops.forward_kl(torch.log_softmax(ops.soften(given, temperature), dim=-1), log_q, temperature)
     log_q_of_all = torch.log_softmax(ops.soften(student, temperature), dim=-1)
     log_q = torch.where(present, take(log_q_of_all, ids), float("-inf"))
-    if convention == "zero":
+    if form == "zero":
         log_p = torch.log_softmax(ops.soften(given, temperature), dim=-1)
         return ops.negative_of(ops.expectation(torch.exp(log_p), log_q - log_p))
-    mass = torch.exp(given).sum(dim=-1, keepdim=True)
-    if convention == "unnormalized":
-        values = -ops.expectation(torch.exp(given), log_q - given)
-    else:
-        log_q_outside = _log_mass_outside(log_q_of_all, ids, present)
-        outside = (1.0 - mass).clamp(min=0.0)
-        if convention == "ghost":
-            outside, log_q_outside = outside.clamp(min=1e-8), torch.log(torch.exp(log_q_outside).clamp(min=1e-8))
-        else:  # what is left of 1 by rounding is no tail where there is no class that it could be of
-            outside = torch.where((log_q_outside == float("-inf")) & (outside < 1e-5), 0.0, outside)
-        log_p = torch.cat([given, torch.log(outside)], dim=-1)
-        values = ops.forward_kl(log_p, torch.cat([log_q, log_q_outside], dim=-1), temperature)
-    # Logits must not pass for log-probabilities.
-    return torch.where(mass.squeeze(-1) > 1.05, float("nan"), values)
+    if form == "unnormalized":
+        return -ops.expectation(torch.exp(given), log_q - given)
+    log_q_outside = _log_mass_outside(log_q_of_all, ids, present)
+    outside = (1.0 - torch.exp(given).sum(dim=-1, keepdim=True)).clamp(min=0.0)
+    if form == "ghost":
+        outside, log_q_outside = outside.clamp(min=1e-8), torch.log(torch.exp(log_q_outside).clamp(min=1e-8))
+    else:  # what is left of 1 by rounding is no tail where there is no class that it could be of
+        outside = torch.where((log_q_outside == float("-inf")) & (outside < 1e-5), 0.0, outside)
+    log_p = torch.cat([given, torch.log(outside)], dim=-1)
+    return ops.forward_kl(log_p, torch.cat([log_q, log_q_outside], dim=-1), temperature)
 
 
 def top_k_kl(
@@ -64,8 +71,8 @@ def top_k_kl(
     """KL divergence over the teacher's k likeliest classes, and what it takes the others for; see :class:`TopKKL`."""
     weight = ops.optional_weight(sample_weight)
     student = ops.without_left_out(student_logits, weight)
-    given = ops.upcast(ops.without_left_out(teacher_log_probs.detach(), weight))
-    values = _values(student, given, teacher_ids, temperature, convention)
+    given = _believable(ops.without_left_out(teacher_log_probs, weight), convention)
+    values = _rows(student, given, teacher_ids, temperature, convention)
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
@@ -169,6 +176,18 @@ class TopKKL(Loss):
     temperature: float = scalar(default=1.0, minimum=0.0, exclusive=True)
     convention: str = choice(CONVENTIONS, default="tail")
     tau_squared: bool = flag(default=False)
+
+    def fused(self, kernel: KernelPoint, student_logits, teacher_log_probs, teacher_ids, sample_weight, temperature):
+        tensors = {
+            "student": student_logits,
+            "teacher": _believable(teacher_log_probs, self.convention),
+            "ids": teacher_ids,
+            "temperature": temperature,
+        }
+        values = kernel(TOP_K, "value", _rows, tensors, {"form": self.convention}, weight="weight")
+        return ops.reduce_softened(
+            values, ops.optional_weight(sample_weight), temperature, self.tau_squared, self.reduction
+        )
 
     def properties(self) -> Properties:
         return Properties(logit_shift=True, masked_classes=True)
