@@ -53,7 +53,7 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
         with open(path, "wb") as file:
             yield file
             file.flush()
-            _sync(file.fileno())
+            sync(file.fileno())
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -74,11 +74,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except OSError:
         beside.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        _sync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -87,7 +83,17 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _sync(descriptor: int) -> None:
+def sync_folder(path: Path) -> None:
+    """Has the names in a folder on the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        sync(folder)
+    finally:
+        os.close(folder)
+
+
+def sync(descriptor: int) -> None:
+    """Has what was written on the disk, where the file system can."""
     try:
         os.fsync(descriptor)
     except OSError as error:

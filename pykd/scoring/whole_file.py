@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pykd import files
+
 
 class WholeFile:
     """Takes its name when all of it is on the disk; where something fails before, nothing is left and a file of that name stays as it was.
@@ -47,14 +49,10 @@ class WholeFile:
             self._remove()
             return
         try:
-            os.fsync(self._file)
+            files.sync(self._file)
             os.replace(self._beside, self._target)
             os.close(self._file)  # after it has its name: nobody else may take it before
-            folder = os.open(self._target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            files.sync_folder(self._target.parent)
         except OSError as failure:
             self._remove()
             raise self._failed(failure) from failure
