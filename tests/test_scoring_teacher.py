@@ -370,7 +370,7 @@ def test_a_flipped_byte_is_seen_and_its_block_named():
     whole = path.read_bytes()
     reader = Reader(str(path), "it")
     assert reader.block_rows < 70_000
-    for name in ("ids", "logprobs", "log_tail", "lse", "kind"):
+    for name in ("ids", "logprobs", "log_tail", "kind"):
         dtype, shape = reader.tensor(name)
         row = reader.block_rows + 5
         place = reader._place[name] + row * dtype.itemsize * int(np.prod(shape[1:]))

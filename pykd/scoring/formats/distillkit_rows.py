@@ -278,7 +278,7 @@ def _block(log_probs: Array, ids: Array, classes: int, label: str, first: int) -
         )
     with np.errstate(divide="ignore", invalid="ignore"):
         log_tail = np.where(mass < 1, np.log1p(-mass), -np.inf)[:, None]
-    top_k = TopK(np.where(there, ids, 0), log_tail, np.full_like(log_tail, np.nan), kind)
+    top_k = TopK(np.where(there, ids, 0), log_tail, kind)
     return Block(log_probs.astype(np.float32), top_k=top_k)
 
 

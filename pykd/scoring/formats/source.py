@@ -50,7 +50,6 @@ class TopK(NamedTuple):
 
     ids: np.ndarray[Any, Any]  # (rows, K): the classes of the values, which are log-probabilities at temperature 1
     log_tail: np.ndarray[Any, Any]  # (rows, temperatures): log of the mass of all other classes
-    lse: np.ndarray[Any, Any]  # (rows, temperatures): log Σ exp(logits / T); NaN where nobody knows
     kind: np.ndarray[Any, Any]  # (rows,): place in ROW_KINDS
 
 

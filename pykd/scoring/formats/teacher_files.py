@@ -42,9 +42,9 @@ def _loads(rows: int, read: Callable[[int, int], Block]) -> Callable[[int, int],
 
 def _top_k(reader: Reader, label: str) -> Source:
     def read(first: int, last: int) -> Block:
-        ids, log_tail, lse, kind = (reader.read(name, first, last) for name in ("ids", "log_tail", "lse", "kind"))
+        ids, log_tail, kind = (reader.read(name, first, last) for name in ("ids", "log_tail", "kind"))
         log_probs = reader.read("logprobs", first, last).astype(np.float32)
-        return Block(log_probs, *_flags(kind), TopK(ids, log_tail, lse, kind))
+        return Block(log_probs, *_flags(kind), TopK(ids, log_tail, kind))
 
     facts = reader.facts
     stored, (rows, kept) = reader.tensor("logprobs")
