@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,12 +212,14 @@ def test_models_score_as_one_file_and_as_three(loss):
 def test_rows_that_cannot_be_scored_say_why(loss):
     merge(model("teacher.onnx", 0), model("student.onnx", 1), loss, "scorer.onnx")
     table, _, shift = inputs()
-    shift = [*shift.tolist()[:-3], None, float("nan"), float("inf")]
+    shift = [*shift.tolist()[:-4], 1e300, None, float("nan"), float("inf")]  # of which float32 does not hold the first
     scorer = ModelScorer("scorer.onnx", columns={"pixels": "image"}, keep=["shift"])
     table = table.set_column(2, "shift", pa.array(shift, pa.float64())).rename_columns(["row", "image", "shift"])
-    got = scorer(table)
-    assert got["status"].to_pylist() == ["ok"] * (ROWS - 3) + ["missing", "nan", "nan"]
-    assert got["loss_per_sample"].null_count == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = scorer(table)
+    assert got["status"].to_pylist() == ["ok"] * (ROWS - 4) + ["infinite", "missing", "nan", "nan"]
+    assert got["loss_per_sample"].null_count == 4
     lists = table["image"].combine_chunks().storage.cast(pa.list_(pa.float32())).to_pylist()
     lists[0], lists[1], lists[2] = [1.0], None, [None] * WIDTH
     again = scorer(table.set_column(1, "image", pa.array(lists, pa.list_(pa.float32()))))

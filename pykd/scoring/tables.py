@@ -16,7 +16,7 @@ import numpy as np
 
 from pykd.scoring.formats.columns import block_of_column
 from pykd.scoring.results import columns_of
-from pykd.scoring.row_scores import INFINITE_SCORE, MISSING, NAN, RAGGED, RowScores
+from pykd.scoring.row_scores import INFINITE, INFINITE_SCORE, MISSING, NAN, OK, RAGGED, RowScores
 from pykd.scoring.sources import Block, require
 from pykd.scoring.stream import compared
 
@@ -152,7 +152,8 @@ class ModelScorer(_Scorer):
     """Runs teacher and student on the inputs in a table, and returns what ``pykd merge``'s file does: one column per score.
 
     A row that has no score is null, and its ``status`` says why: ``missing`` (an input is null), ``ragged`` (an input has another
-    length than the models take), ``nan`` or ``infinite_score``. Lists of several lengths run in one batch per length, without padding.
+    length than the models take), ``infinite`` (an input has a finite number that the models' type does not hold), ``nan`` or
+    ``infinite_score``. Lists of several lengths run in one batch per length, without padding.
 
     Args:
         scorer: a file of ``pykd merge``; or, in its place, the next three.
@@ -248,10 +249,11 @@ class ModelScorer(_Scorer):
         records = np.zeros(table.num_rows, self._dtype)
         status = records["status"]
         for rows in read.values():
+            status[rows.too_large & (status == OK)] = INFINITE
             status[rows.ragged & (status != MISSING)] = RAGGED
             status[rows.missing] = MISSING
         lengths = np.stack([rows.lengths for rows in read.values()], axis=1)
-        whole = np.flatnonzero(status == 0)
+        whole = np.flatnonzero(status == OK)
         kinds, kind = np.unique(lengths[whole], axis=0, return_inverse=True)
         for number in range(len(kinds)):
             chosen = whole[kind.reshape(-1) == number]
@@ -284,15 +286,24 @@ class _Rows:
         self.values = block.values
         self.missing = np.asarray(storage.is_null().to_numpy(zero_copy_only=False))
         if block.missing is not None:
-            before = np.concatenate([np.zeros(1, np.int64), np.cumsum(block.missing)])
-            self.missing = self.missing | (before[self.offsets[1:]] > before[self.offsets[:-1]])
+            self.missing = self.missing | self._any(block.missing)
         self._check(column.type, value, label)
+        self.too_large = np.zeros(len(column), bool)
+        if self.values.dtype.kind == self.dtype.kind == "f" and self.values.dtype.itemsize > self.dtype.itemsize:
+            with np.errstate(over="ignore"):
+                beyond = np.isinf(self.values.astype(self.dtype)) & np.isfinite(self.values)
+            self.too_large = self._any(beyond)
         wanted, shape = value.shape[1:], self.shape
         if shape is None:
             self.ragged = self.lengths != wanted[0] if isinstance(wanted[0], int) else np.zeros(len(column), bool)
         else:
             fits = all(not isinstance(w, int) or w == length for w, length in zip(wanted, shape, strict=True))
             self.ragged = np.full(len(column), not fits)
+
+    def _any(self, entries: Array) -> Array:
+        """The rows that have one of these entries."""
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(entries)])
+        return np.asarray(before[self.offsets[1:]] > before[self.offsets[:-1]])
 
     def _check(self, kind: Any, value: Any, label: str) -> None:
         axes = 1 if self.shape is None else len(self.shape)

@@ -74,7 +74,9 @@ def narrow(logits: Array) -> tuple[Array, Array]:
     if logits.dtype == np.float64:
         offset = logits.max(axis=1)
         offset[~np.isfinite(offset)] = 0
-        logits = logits - offset[:, None]
+        with np.errstate(over="ignore"):  # so far below the largest, a class has no probability
+            logits = logits - offset[:, None]
+            return np.ascontiguousarray(logits, np.float32), offset
     return np.ascontiguousarray(logits, np.float32), offset
 
 
