@@ -1,6 +1,7 @@
 """One file that scores: it returns, bit for bit, what three sessions do, and says what does not fit."""
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -591,3 +592,51 @@ def test_what_two_nodes_leave_out_is_no_link_between_them():
     dead = helper.make_node("Dropout", ["x"], ["", "mask"])
     alive = helper.make_node("Clip", ["x", "", "highest"], ["y"])
     assert merging._needed([dead, alive], ["y"]) == [alive]
+
+
+# ---- Rows that are infinite ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("opset", "dtype"), [(13, TensorProto.FLOAT), (18, TensorProto.FLOAT), (18, TensorProto.FLOAT16)]
+)
+def test_infinite_rows_have_no_score_though_the_loss_gives_one(tmp_path, opset, dtype):
+    """A hinge gives 0 where the student is +∞; `pykd score` calls such a row infinite."""
+
+    def saved(name, nodes, inputs, outputs, initializers=(), metadata=None):
+        graph = helper.make_graph(nodes, name, inputs, outputs, initializers)
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+        if metadata is not None:
+            made.metadata_props.add(key="pykd", value=json.dumps(metadata))
+        onnx.save(made, tmp_path / name)
+        return tmp_path / name
+
+    def rows(name):
+        return helper.make_tensor_value_info(name, dtype, ["batch", CLASSES])
+
+    as_it_is = [helper.make_node("Identity", ["rows"], ["logits"])]
+    role = saved("model.onnx", as_it_is, [rows("rows")], [rows("logits")])
+    hinge = [
+        helper.make_node("Cast", ["teacher_logits"], ["t"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["student_logits"], ["s"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["t", "s"], ["ahead"]),
+        helper.make_node("Relu", ["ahead"], ["short"]),
+        helper.make_node("ReduceSum", ["short", "last"], ["loss_per_sample"], keepdims=0),
+    ]
+    described = {"inputs": [
+        {"name": f"{side}_logits", "axes": ["batch", "classes"], "dtype": "float16" if dtype == TensorProto.FLOAT16 else "float32"}
+        for side in merging.ROLES
+    ]}  # fmt: skip
+    score = helper.make_tensor_value_info("loss_per_sample", TensorProto.FLOAT, ["batch"])
+    sides = [rows("student_logits"), rows("teacher_logits")]
+    loss = saved("loss.onnx", hinge, sides, [score], [numpy_helper.from_array(np.array([1]), "last")], described)
+    teacher, student = np.zeros((2, 6, CLASSES), helper.tensor_dtype_to_np_dtype(dtype))
+    student[0, 0] = student[1, 2] = student[4, 1] = -np.inf
+    student[1, 3] = teacher[2, 0] = np.inf
+    student[3], teacher[4] = np.nan, -np.inf
+    student[5] = -1
+    want = [np.inf, np.nan, np.nan, np.nan, np.nan, CLASSES]  # an infinite score is told as one; one −∞ masks a class
+    feeds = {"teacher/rows": teacher, "student/rows": student}
+    out = merge(role, role, loss, tmp_path / "scorer.onnx", separate=["rows"])
+    np.testing.assert_array_equal(scored(out, feeds)["loss_per_sample"], want)
+    np.testing.assert_array_equal(Sessions(role, role, loss, separate=["rows"])(feeds)["loss_per_sample"], want)

@@ -309,6 +309,24 @@ TEST_F(Scores, KeepBadRowsOutAndCountThem) {
   }
 }
 
+TEST(ScoresOfAHinge, AreNotThoseOfInfiniteRows) {
+  TinyModel model = tiny_score();
+  model.nodes[0] = node("Sub", {"lowered", "teacher_logits"}, "d");
+  model.nodes.insert(model.nodes.begin(), node("Min", {"student_logits", "weight"}, "lowered"));  // finite of +infinity
+  TemporaryFolder folder;
+  folder.write("score.onnx", sealed(model.bytes()));
+  folder.write_manifest();
+  const float infinity = std::numeric_limits<float>::infinity();
+  const std::vector<float> student = {0, 2, infinity, 0, 1, 1}, teacher = {0, 0, 0, 0, 0, 0};
+  const Loss loss = Loss::load(folder.path());
+  Scorer scorer(loss);
+  const Result result =
+      scorer.score({{"student_logits", view(student, {3, 2})}, {"teacher_logits", view(teacher, {3, 2})}});
+  const float* scores = result.data<float>("loss_per_sample");
+  EXPECT_EQ(scorer.status(), (std::vector<std::uint8_t>{PYKD_ROW_OK, PYKD_ROW_INFINITE, PYKD_ROW_OK}));
+  EXPECT_TRUE(std::isfinite(scores[0]) && std::isnan(scores[1]) && std::isfinite(scores[2]));
+}
+
 TEST_F(Scores, LeaveTheLabelsOfTheCallerAlone) {
   const std::vector<std::int64_t> before = labels;
   Scorer(*loss).score(rows(0, 9));

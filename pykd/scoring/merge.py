@@ -16,7 +16,16 @@ from typing import IO, Any
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    external_data_helper,
+    numpy_helper,
+)
 
 from pykd import files, integrity
 from pykd._version import __version__
@@ -442,7 +451,7 @@ def _add_loss(
     def name_of(name: str) -> str:
         return source.get(name) or (name if name in own else f"loss/{name}")
 
-    part = scores_alone(loss, [value.name for value in parts.scores])
+    part = judging(scores_alone(loss, [value.name for value in parts.scores]), parts)
     _rename(part.graph, name_of)
     merged.graph.node.extend(part.graph.node)
     merged.graph.initializer.extend(part.graph.initializer)
@@ -470,6 +479,57 @@ def scores_alone(loss: ModelProto, scores: Sequence[str]) -> ModelProto:
         del field[:]
         field.extend(kept)
     return part
+
+
+def judging(part: ModelProto, parts: Parts) -> ModelProto:
+    """A loss whose scores are NaN for the rows that `pykd score` calls infinite: +∞ in a tensor, or nothing but −∞.
+
+    A loss may have a finite score of such a row, as a hinge has, and whoever gets the score alone could not tell.
+    """
+    judged = ModelProto()
+    judged.CopyFrom(part)
+    graph, opset = judged.graph, _versions(part)[""]
+    taken = {value.name for value in graph.input}
+    of_rows = [
+        value["name"]
+        for value in parts.described["inputs"]
+        if value["name"] in taken and "float" in value["dtype"] and value["axes"][:1] == ["batch"]
+    ]
+    if not of_rows:
+        return judged
+
+    def add(op: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        graph.node.append(onnx.helper.make_node(op, inputs, [output], name=output, **attributes))
+        return output
+
+    if opset >= 18:
+        graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "judged/axis"))
+    infinite = []
+    for name in of_rows:
+        # As float32, where an operator has no half: whatever is infinite stays so.
+        rows = add("Cast", [name], f"judged/{name}/wide", to=TensorProto.FLOAT) if _is_half(parts, name) else name
+        if len(_shape(parts.loss_inputs[name]) or ()) > 1:
+            flat = add("Flatten", [rows], f"judged/{name}/flat", axis=1)
+            axes: dict[str, Any] = {"keepdims": 0} | ({} if opset >= 18 else {"axes": [1]})
+            places = [flat, "judged/axis"] if opset >= 18 else [flat]
+            rows = add("ReduceMax", places, f"judged/{name}/largest", **axes)
+        infinite.append(add("IsInf", [rows], f"judged/{name}/infinite"))
+    bad = infinite[0]
+    for place, other in enumerate(infinite[1:]):
+        bad = add("Or", [bad, other], f"judged/bad/{place}")
+    finite = {value.name: f"judged/{value.name}" for value in graph.output}
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [finite.get(name, name) for name in names]
+    for value in graph.output:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        graph.initializer.append(numpy_helper.from_array(np.array(np.nan, dtype), f"{finite[value.name]}/nan"))
+        add("Where", [bad, f"{finite[value.name]}/nan", finite[value.name]], value.name)
+    return judged
+
+
+def _is_half(parts: Parts, name: str) -> bool:
+    return parts.loss_inputs[name].type.tensor_type.elem_type in _WIDENED
 
 
 def _rename(graph: GraphProto, name_of: Callable[[str], str]) -> None:
@@ -640,7 +700,7 @@ def _axes_as(nodes: Sequence[NodeProto], wanted: int, constants: Mapping[str, Te
                 raise ValueError(
                     f"expected reductions over fixed axes in a loss that is written at opset {wanted}, got others; export the models at opset 18"
                 )
-            axes = onnx.numpy_helper.to_array(known[node.input[1]]).tolist()
+            axes = numpy_helper.to_array(known[node.input[1]]).tolist()
             kept.append(onnx.helper.make_attribute("axes", axes))
         del node.attribute[:]
         node.attribute.extend(kept)

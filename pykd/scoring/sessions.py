@@ -61,14 +61,15 @@ class Sessions:
         self._fed = merging.inputs_of_models(self._parts, dict(share or {}), set(separate))
         made = options or onnxruntime.SessionOptions
 
-        def session(path: Path, ours: bool = False) -> Any:
+        def session(model: str | bytes, ours: bool = False) -> Any:
             chosen = made()
             if ours and kernels:
                 chosen.register_custom_ops_library(onnxruntime_ops_path())
-            return onnxruntime.InferenceSession(str(path), chosen, providers=list(providers))
+            return onnxruntime.InferenceSession(model, chosen, providers=list(providers))
 
-        self._models = {role: session(self._parts.models[role].path) for role in ROLES}
-        self._loss = session(merging.loss_path(Path(loss)), ours=True)
+        self._models = {role: session(str(self._parts.models[role].path)) for role in ROLES}
+        judging = merging.judging(self._parts.loss, self._parts)
+        self._loss = session(judging.SerializeToString(), ours=True)
         # By a session as well: NumPy has no bfloat16.
         self._widened = {
             name: onnxruntime.InferenceSession(

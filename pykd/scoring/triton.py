@@ -354,7 +354,7 @@ def _write_ensemble(
         for key, tensor in taken.items():
             inputs[mapped[key]] = _both(inputs.get(mapped[key]), tensor, mapped[key])
         steps.append(_step(f"{name}_{role}", mapped, {output: f"{role}/{output}" for output in outputs}))
-    loss = merging.scores_alone(parts.loss, [value.name for value in parts.scores])
+    loss = merging.judging(merging.scores_alone(parts.loss, [value.name for value in parts.scores]), parts)
     _fix(loss, fixed)
     taken, scores = writer.model(f"{name}_loss", loss, parts.loss_file.parent, "the loss")
     mapped = {key: "/".join(connected[key]) if key in connected else key for key in taken}

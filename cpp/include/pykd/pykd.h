@@ -282,10 +282,10 @@ PYKD_API pykd_status pykd_run(const pykd_loss* loss, const pykd_tensor* inputs, 
 /* What a row can be. All but the first are kept out of the summary, and counted. */
 typedef enum pykd_row_status {
   PYKD_ROW_OK = 0,
-  PYKD_ROW_NAN = 1,      /* a score is not finite, and there is NaN in the row's tensors */
-  PYKD_ROW_INFINITE = 2, /* the same with +infinity, or a tensor with nothing but -infinity */
+  PYKD_ROW_NAN = 1,      /* there is NaN in the row's tensors */
+  PYKD_ROW_INFINITE = 2, /* there is +infinity, or a tensor with nothing but -infinity, whatever the loss makes of it */
   PYKD_ROW_INFINITE_SCORE =
-      3, /* the same with neither: the student, say, rules out a class that the teacher does not */
+      3, /* a score is not finite without these: the student, say, rules out a class that the teacher does not */
   PYKD_ROW_LABEL_OUT_OF_RANGE = 4, /* a label outside of the classes */
   PYKD_ROW_IGNORED = 5             /* every label of the row is the one that says so, -100 */
 } pykd_row_status;
