@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as parquet
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -268,7 +269,8 @@ def test_padding_of_the_vocabulary_is_left_out():
     assert (facts["vocabulary"], facts["classes"]) == (CLASSES, 35)
 
 
-def test_all_classes_are_written_as_log_probabilities():
+def test_all_classes_are_written_as_log_probabilities(monkeypatch):
+    monkeypatch.setattr("pykd.scoring.plain_files._BATCH_BYTES", 16 << 10)  # several record batches
     teacher, _ = draw()
     teacher += 3000  # where float16 has steps of 2
     np.save("teacher.npy", teacher)
@@ -281,6 +283,16 @@ def test_all_classes_are_written_as_log_probabilities():
     np.testing.assert_allclose(tensors["lse"][:, 0], lse, rtol=1e-6)
     expected = teacher.astype(np.float64) - lse[:, None]
     np.testing.assert_allclose(tensors["logprobs"], expected, rtol=2**-11 + 1e-6, atol=1e-6)
+    for out in ("t.npy", "t.arrow"):
+        write_full(open_matrix("teacher.npy", "teacher"), out, threads=2)
+    np.testing.assert_array_equal(np.load("t.npy"), tensors["logprobs"])
+    with pa.OSFile("t.arrow") as file:
+        table = pa.ipc.open_file(file).read_all()
+    assert table["logprobs"].num_chunks > 1
+    np.testing.assert_array_equal(np.stack(table["logprobs"].to_numpy(zero_copy_only=False)), tensors["logprobs"])
+    np.testing.assert_array_equal(table["lse"], tensors["lse"][:, 0])
+    facts = json.loads(table.schema.metadata[b"pykd.teacher"])
+    assert (facts["form"], facts["rows"], facts["classes"]) == ("full", ROWS, CLASSES)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -296,6 +308,11 @@ def test_scores_against_all_classes_are_those_of_the_logits(temperature):
         got = score_files(
             "t.safetensors", "student.npy", f"{dtype}.parquet", LOSSES, "labels.npy", temperature=temperature
         )
+        for out in ("t.npy", "t.arrow"):
+            assert main(["teacher", "--form", "full", "--teacher", "teacher.npy", "--out", out, "--dtype", dtype]) == 0
+            again = score_files(out, "student.npy", f"{out}.parquet", LOSSES, "labels.npy", temperature=temperature)
+            for name in ("status", *LOSSES):
+                np.testing.assert_array_equal(column(again, name), column(got, name))
         assert summary(got)["bad_rows"] == summary(expected)["bad_rows"]
         for name in (*LOSSES, "teacher_nll", "teacher_confidence"):
             np.testing.assert_allclose(column(got, name), column(expected, name), rtol=far, atol=far)
@@ -504,7 +521,9 @@ def test_a_link_leads_to_the_new_file_and_a_folder_is_refused_before_the_work():
         (["score", "--classes", "20"], "write it again with `pykd teacher --classes 20`"),
         (["score", "--student", "t.safetensors"], "expected logits of all classes of the student, got top 6 of 40"),
         (["teacher", "--teacher", "t.safetensors", "--out", "u.safetensors"], "expected logits of all classes in .*, got top 6 of 40"),
-        (["teacher", "--out", "u.npz"], r"expected --out FILE.safetensors, got u.npz"),
+        (["teacher", "--out", "u.npy"], r"expected --out to end in .safetensors with --form top-k, got u.npy; name it so"),
+        (["teacher", "--form", "full", "--out", "u.npz"], r"expected --out to end in .safetensors or .npy or .arrow with"),
+        (["teacher", "--form", "full", "--out", "u.npy", "--tokenizer", "teacher.npy"], r"expected no tokenizer for u.npy, which"),
         (["teacher", "--out", "no/u.safetensors"], "expected a folder for --out, got none at no"),
         (["teacher", "--out", "u.safetensors", "--keep", "0"], "expected from 1 to 40 classes to keep, got 0"),
         (["teacher", "--out", "u.safetensors", "--classes", "41"], "expected from 1 to 40 classes, got 41"),

@@ -32,7 +32,13 @@ def add(commands: Any) -> None:
     )
     teacher.add_argument("--output", metavar="NAME", help="of --model: its output, where there are several")
     teacher.add_argument("--batch", type=int, metavar="N", help="of --model: samples of a run (default 32)")
-    teacher.add_argument("--out", type=Path, metavar="FILE.safetensors", required=True, help="the file to write")
+    teacher.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help="the file to write: FILE.safetensors; of --form full FILE.npy or FILE.arrow as well",
+    )
     teacher.add_argument(
         "--form",
         choices=("top-k", "full", "hidden", "llama"),
@@ -138,6 +144,7 @@ def _say(out: Path, rows: int) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     from pykd.scoring.sources import path_of
+    from pykd.scoring.teacher import writer_of
 
     if (options.teacher is None) == (options.model is None):
         raise ValueError("expected either --teacher FILE or --model FILE.onnx, got both or none; pass one")
@@ -159,8 +166,8 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.threads < 0:
         raise ValueError(f"expected --threads from 0, got {options.threads}")
-    if options.form != "llama" and options.out.suffix != ".safetensors":
-        raise ValueError(f"expected --out FILE.safetensors, got {options.out}; name it so")
+    if options.form != "llama":
+        writer_of(options.form, options.out)
     if not options.out.parent.is_dir():
         raise FileNotFoundError(f"expected a folder for --out, got none at {options.out.parent}; make it")
     read = {name: getattr(options, name) for name in ("teacher", "model", "head", "bias", "tokenizer", "tokens")}

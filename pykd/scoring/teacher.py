@@ -12,6 +12,7 @@ import numpy as np
 
 from pykd.scoring.container import Shapes, Writer
 from pykd.scoring.formats.source import ROW_KINDS, Block, Load, Source, block_rows, worked
+from pykd.scoring.plain_files import WRITERS
 from pykd.scoring.top_k import keep, log_parts, narrow
 
 _OK, _NAN, _INFINITE, _RAGGED, _MISSING = range(len(ROW_KINDS))
@@ -93,8 +94,13 @@ def write_full(
     """Writes the log-probabilities of all classes: ``logprobs`` (rows, classes), ``lse`` float32 (rows, 1), ``kind``.
 
     Args:
-        source: as for :func:`write_top_k`, as are ``out``, ``classes``, ``dtype``, ``tokenizer``, ``threads`` and ``progress``.
+        source: as for :func:`write_top_k`, as are ``classes``, ``dtype``, ``tokenizer``, ``threads`` and ``progress``.
+        out: the file, by its ending: ``.safetensors``, as there; ``.arrow``, columns of these names; ``.npy``, ``logprobs`` alone.
     """
+    if Path(out).suffix == ".npy" and tokenizer is not None:
+        raise ValueError(
+            f"expected no tokenizer for {out}, which has no place to note it, got {tokenizer}; leave it out"
+        )
     width = _classes(source, classes)
     shapes = {"lse": (np.dtype("<f4"), (1,)), "logprobs": (np.dtype(dtype), (width,))}
 
@@ -108,10 +114,10 @@ def write_full(
             log_probs = values - largest  # first: large logits keep their differences
             log_probs -= rest
             log_probs = _stored(log_probs, dtype)
+            lse = (largest.astype(np.float64) + rest + offset[:, None]).astype("<f4")
         log_probs[kind != _OK] = np.nan
         log_probs[kind == _INFINITE] = np.inf
-        lse = largest.astype(np.float64) + rest + offset[:, None]
-        return {"lse": lse.astype("<f4"), "logprobs": log_probs, "kind": kind}
+        return {"lse": lse, "logprobs": log_probs, "kind": kind}
 
     _write(source, out, {"form": "full", **_facts(source, width, tokenizer)}, shapes, reduced, threads, progress)
 
@@ -179,6 +185,14 @@ def write_hidden(
     _write(source, out, facts, {"hidden": (stored, (source.width,))}, reduced, threads, progress, whole, parts())
 
 
+def writer_of(form: str, out: Where) -> Any:
+    """The class that writes a file of that ending."""
+    writers = {ending: made for ending, made in WRITERS.items() if made is Writer or form == "full"}
+    if (ending := Path(out).suffix) not in writers:
+        raise ValueError(f"expected --out to end in {' or '.join(writers)} with --form {form}, got {out}; name it so")
+    return writers[ending]
+
+
 def _write(
     source: Source,
     out: Where,
@@ -195,7 +209,7 @@ def _write(
     rows = source.rows
     tensors = {name: (dtype, (rows, *shape)) for name, (dtype, shape) in shapes.items()}
     facts = {**facts, "row_kinds": ROW_KINDS}
-    with Writer(Path(out), facts, {**tensors, **(whole or {})}) as writer:
+    with writer_of(facts["form"], out)(Path(out), facts, {**tensors, **(whole or {})}) as writer:
         for part in parts:
             writer.append(**part)
         done = 0
