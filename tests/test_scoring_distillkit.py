@@ -164,14 +164,13 @@ def read(start=0, rows=37):
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_compressed_rows_are_what_went_in(kind):
     ids, meant = write_compressed(SETTINGS[kind])
-    values, (got, log_tail, lse, _) = read()
+    values, (got, log_tail, _) = read()
     np.testing.assert_array_equal(got, ids)
     rounding = {"bins": 2**-8}.get(kind, 2e-6)  # the sum of both is rounded once more, to bfloat16
     np.testing.assert_allclose(values, meant, rtol=rounding, atol=2e-6)
     mass = np.exp(values.astype(np.float64)).sum(axis=1)
     expected = np.log(1 - mass)
     np.testing.assert_allclose(np.exp(log_tail[:, 0]), np.exp(expected), atol=1e-6)
-    assert np.isnan(lse).all()
     for start, rows in ((0, TOKENS), (20, 100), (TOKENS - 1, 5)):
         np.testing.assert_array_equal(read(start, rows)[0], values[start:])
 
@@ -207,7 +206,7 @@ def test_rows_without_compression_are_read():
     columns = {"token_ids": sequences(ids.tolist(), pa.int64()), "top_values": sequences(values.tolist(), pa.float32())}
     parquet.write_table(pa.table(columns), "rows.parquet")
     Path("codec.json").write_text(json.dumps({"d": CLASSES}))
-    got, (classes, log_tail, _, _) = read()
+    got, (classes, log_tail, _) = read()
     np.testing.assert_array_equal(got, values)
     np.testing.assert_array_equal(classes[values > -np.inf], ids[values > -np.inf])
     np.testing.assert_allclose(np.exp(log_tail[:, 0]), 1 - np.exp(values.astype(np.float64)).sum(axis=1), atol=1e-12)
@@ -218,6 +217,70 @@ def test_rows_without_compression_are_read():
     kept = ids[3, :20]
     p, q = (np.append(side[kept], 1 - side[kept].sum()) for side in (p, q))
     np.testing.assert_allclose(bound[3], (p * np.log(p / q)).sum(), rtol=1e-5)
+
+
+def write_legacy(settings, values=None):
+    """A file of the legacy form; gives the classes and the values that are in it, a value at a time."""
+    ids, log_probs = draw()
+    values = log_probs if values is None else values
+    exact, bits = settings["exact_k"], 9
+    rest = range(1, KEPT - exact + 1)
+    sign = -1 if settings.get("invert_polynomial", True) else 1
+    rows = [[float(x) ** (sign * i) for i in range(settings["polynomial_degree"] + 1)] for x in rest]
+    if settings.get("with_sqrt_term"):
+        rows = [[*row, math.sqrt(x)] for row, x in zip(rows, rest, strict=True)]
+    words, firsts, coefficients, meant = [], [], [], []
+    for classes, row in zip(ids, values, strict=True):
+        words.append(
+            [sum(int(c) << (bits * i) for i, c in enumerate(classes[at : at + 7])) for at in range(0, KEPT, 7)]
+        )
+        firsts.append([number(value, "float16")[1] for value in row[:exact]])
+        fit = np.linalg.lstsq(np.array(rows), row[exact:], rcond=None)[0] if rest else []
+        coefficients.append([number(value, settings.get("term_dtype", "float32"))[1] for value in fit])
+        meant.append(firsts[-1] + [sum(a * b for a, b in zip(term, coefficients[-1], strict=True)) for term in rows])
+    columns = {
+        "packed_indices": sequences(words, pa.uint64()),
+        "exact_values": sequences(firsts, pa.float32()),
+        "coeffs": sequences(coefficients, pa.float32()),
+    }
+    parquet.write_table(pa.table(columns), "rows.parquet", row_group_size=2)
+    table = {"vocab_size": CLASSES, "k": KEPT, **settings}
+    Path("codec.json").write_text(json.dumps({"teacher": {"kind": "dataset", "legacy_logit_compression": table}}))
+    return ids, np.array(meant)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"exact_k": 8, "polynomial_degree": 4},
+        {"exact_k": 20, "polynomial_degree": 1, "invert_polynomial": False, "with_sqrt_term": True, "term_dtype": "float16"},
+        {"exact_k": KEPT, "polynomial_degree": 3},
+    ],
+)  # fmt: skip
+def test_rows_of_the_legacy_form_are_what_went_in(settings):
+    ids, meant = write_legacy(settings)
+    values, (got, log_tail, _) = read()
+    np.testing.assert_array_equal(got, ids)
+    # Of float16 the terms are rounded, too.
+    np.testing.assert_allclose(values, meant, rtol=2e-3 if "term_dtype" in settings else 1e-5, atol=1e-5)
+    mass = np.exp(values.astype(np.float64)).sum(axis=1)
+    np.testing.assert_allclose(np.exp(log_tail[:, 0]), np.maximum(1 - mass, 0), atol=1e-6)
+    np.testing.assert_array_equal(read(20, 100)[0], values[20:])
+
+
+def test_legacy_rows_of_logits_and_settings_of_another_form_are_told():
+    _, log_probs = draw()
+    write_legacy({"exact_k": KEPT, "polynomial_degree": 0}, log_probs + 5)
+    with pytest.raises(ValueError, match="the settings do not fit these rows, or they hold logits instead"):
+        read()
+    Path("codec.json").write_text(json.dumps({"d": CLASSES, "k": KEPT}))
+    with pytest.raises(
+        ValueError, match=r"settings of the legacy compression \(vocab_size, .*which has exact_values, got"
+    ):
+        read()
+    Path("codec.json").write_text(json.dumps({"vocab_size": CLASSES, "k": KEPT, "exact_k": 30, "polynomial_degree": 0}))
+    with pytest.raises(ValueError, match="expected exact_k up to k, and k up to vocab_size, got 30, 24 and 300"):
+        read()
 
 
 def test_settings_are_found_inside_a_configuration():
@@ -280,12 +343,9 @@ def test_rows_of_another_kind_are_told(capsys):
     call = ["score", "--student", "student.npy", "--out", "s.parquet"]
     assert main([*call, "--teacher", "rows.parquet"]) == 2
     assert "which has rows of DistillKit, got none; pass --distillkit with them" in capsys.readouterr().err
-    parquet.write_table(pa.table({"packed_indices": [1]}), "legacy.parquet")
-    assert main([*call, "--teacher", "legacy.parquet", "--distillkit", "codec.json"]) == 2
-    assert (
-        "got packed_indices; these are no rows of DistillKit that are read here (its legacy form is not)"
-        in capsys.readouterr().err
-    )
+    parquet.write_table(pa.table({"packed_indices": [1]}), "part.parquet")
+    assert main([*call, "--teacher", "part.parquet", "--distillkit", "codec.json"]) == 2
+    assert "got packed_indices; these are no rows of DistillKit" in capsys.readouterr().err
     Path("codec.json").write_text(json.dumps({"legacy_logit_compression": {}}))
     assert main([*call, "--teacher", "rows.parquet", "--distillkit", "codec.json"]) == 2
     assert "expected the settings of DistillKit's compression in codec.json" in capsys.readouterr().err

@@ -5,6 +5,10 @@ A token's log-probabilities begin with the ``exact_k`` largest as they are; the 
 follow, and of residuals in bins: a scale, then a whole number of ``element_bits`` per value, most significant bit first, each bin filled up to
 whole bytes. With ``delta_encoding`` all of these are differences from the value before. Indices are packed in the same way, ⌈log2 d⌉ bits each.
 Columns ``top_values`` and ``token_ids`` hold the same without compression.
+
+Rows of the legacy form have ``exact_values``, the largest in float16, ``coeffs`` of a polynomial for the others, and ``packed_indices``, as many
+classes in a word of 64 bits as fit whole, the first in its lowest bits. It was written of log-probabilities, and, earlier, of logits less their mean, of which nobody can tell
+how much probability they have: their exponentials sum to more than 1, and that is an error.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from pykd.scoring.formats.source import ROW_KINDS, Block, Source, TopK, exact, f
 
 COMPRESSED = ("compressed_logprobs", "bytepacked_indices")
 RAW = ("top_values", "token_ids")
+LEGACY = ("exact_values", "packed_indices", "coeffs")
 _WIDTHS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes
 _SPECIAL = {"sqrt": np.sqrt, "exp": np.exp}
 _SEQUENCES = 4  # that are read at once
@@ -91,7 +96,7 @@ class Codec:
     @property
     def index_bits(self) -> int:
         """Of a class."""
-        return math.ceil(float(np.log2(np.float32(self.d))))
+        return _bits(self.d)
 
     @property
     def bytes(self) -> tuple[int, int]:
@@ -144,7 +149,64 @@ class Codec:
         return np.stack(columns, axis=1)
 
 
-def read_codec(path: str | os.PathLike[str]) -> Codec:
+@dataclass(frozen=True)
+class LegacyCodec:
+    """Settings of DistillKit's legacy compression, by its names."""
+
+    vocab_size: int
+    k: int
+    exact_k: int
+    polynomial_degree: int
+    invert_polynomial: bool = True
+    with_sqrt_term: bool = False
+    term_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _whole(self.vocab_size, 2, "vocab_size")
+        _whole(self.k, 1, "k")
+        _whole(self.exact_k, 0, "exact_k")
+        _whole(self.polynomial_degree, 0, "polynomial_degree")
+        _dtype(self.term_dtype, "term_dtype")
+        if self.exact_k > self.k or self.k > self.vocab_size:
+            raise ValueError(
+                f"expected exact_k up to k, and k up to vocab_size, got {self.exact_k}, {self.k} and {self.vocab_size}; correct the settings"
+            )
+
+    @property
+    def d(self) -> int:
+        return self.vocab_size
+
+    @property
+    def index_bits(self) -> int:
+        """Of a class."""
+        return _bits(self.vocab_size)
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """Of a token: exact values, words of classes, coefficients."""
+        terms = self.polynomial_degree + 1 + self.with_sqrt_term
+        return self.exact_k, -(-self.k // (64 // self.index_bits)), terms if self.exact_k < self.k else 0
+
+    def indices(self, words: Array) -> Array:
+        """(tokens, words) → (tokens, k)."""
+        bits = self.index_bits
+        shifts = np.arange(64 // bits, dtype=np.uint64) * np.uint64(bits)
+        parts = (words.astype(np.int64).view(np.uint64)[:, :, None] >> shifts) & np.uint64((1 << bits) - 1)
+        return np.asarray(parts.reshape(len(words), -1)[:, : self.k], np.int64)
+
+    def log_probs(self, exact: Array, coefficients: Array) -> Array:
+        """(tokens, exact_k) and (tokens, terms) → (tokens, k), rounded where DistillKit rounds."""
+        wide = "float64" if self.term_dtype == "float64" else "float32"
+        places = np.arange(1, self.k - self.exact_k + 1, dtype=np.float32)
+        sign = -1 if self.invert_polynomial else 1
+        columns = [places ** np.float32(sign * i) for i in range(self.polynomial_degree + 1)]
+        columns += [np.sqrt(places)] * self.with_sqrt_term
+        terms = _rounded(np.stack(columns, axis=1), self.term_dtype)[:, : coefficients.shape[1]]
+        products = _rounded(terms[None] * _rounded(coefficients, "float32")[:, None, :], wide)
+        return np.concatenate([exact.astype(np.float64), _rounded(products.sum(axis=2), wide)], axis=1)
+
+
+def read_codec(path: str | os.PathLike[str]) -> Codec | LegacyCodec:
     """Settings out of JSON or YAML: those of the compression alone, or a configuration of DistillKit that holds them."""
     data = files.read(os.fspath(path), _LARGEST)
     if Path(path).suffix.lower() in (".yaml", ".yml"):
@@ -160,20 +222,24 @@ def read_codec(path: str | os.PathLike[str]) -> Codec:
             raise ValueError(f"expected {path} to be YAML, got {first_line(error)}; correct it") from error
     else:
         table = files.parse_json(data, path)
-    for name in ("teacher", "logprob_compressor"):
+    for name in ("teacher", "logprob_compressor", "legacy_logit_compression"):
         if isinstance(table, dict) and isinstance(table.get(name), dict):
             table = table[name]
-    if not isinstance(table, dict) or "d" not in table:
+    if not isinstance(table, dict) or not {"d", "vocab_size"} & table.keys():
         raise ValueError(
-            f"expected the settings of DistillKit's compression in {path} (d, k, exact_k, residual_bins, …; for rows without compression d alone), got "
+            f"expected the settings of DistillKit's compression in {path} (d, k, exact_k, residual_bins, …; for rows without compression d alone; for those of the legacy form "
+            f"vocab_size, k, exact_k, polynomial_degree, …), got "
             f"{json.dumps(table, default=str)[:100]}; write them as they were when the rows were made"
         )
-    known = {field.name for field in fields(Codec)}
+    kind: type[Codec | LegacyCodec] = LegacyCodec if "vocab_size" in table else Codec
+    known = {field.name for field in fields(kind)}
     if unknown := table.keys() - known:
         raise ValueError(
             f"expected {', '.join(sorted(known))} in {path}, got {', '.join(sorted(map(str, unknown)))}; correct it"
         )
     try:
+        if kind is LegacyCodec:
+            return LegacyCodec(**table)
         bins = tuple(Bin(**part) for part in table.get("residual_bins") or ())
         return Codec(**{**table, "residual_bins": bins, "polynomial_terms": tuple(table.get("polynomial_terms") or ())})
     except TypeError as error:
@@ -182,7 +248,7 @@ def read_codec(path: str | os.PathLike[str]) -> Codec:
         ) from error
 
 
-def distillkit_rows(path: str, label: str, codec: Codec) -> Source:
+def distillkit_rows(path: str, label: str, codec: Codec | LegacyCodec) -> Source:
     """A top K per token, of all sequences in turn; the mass of the other classes is what is left to 1."""
     require("pyarrow")
     pa, parquet = arrow_modules()
@@ -195,14 +261,19 @@ def distillkit_rows(path: str, label: str, codec: Codec) -> Source:
         raise ValueError(
             f"expected {label} to be a whole Parquet file, got {first_line(error)}; write it again"
         ) from error
-    columns = next((pair for pair in (COMPRESSED, RAW) if names.issuperset(pair)), None)
+    columns: tuple[str, ...] | None = next((some for some in (COMPRESSED, RAW, LEGACY) if names.issuperset(some)), None)
     if columns is None:
         raise ValueError(
-            f"expected the columns {' and '.join(COMPRESSED)}, or {' and '.join(RAW)}, in {label}, got {', '.join(sorted(names)[:20])}; these are no rows of "
-            "DistillKit that are read here (its legacy form is not)"
+            f"expected the columns {', or '.join(' and '.join(some) for some in (COMPRESSED, RAW, LEGACY))}, in {label}, got "
+            f"{', '.join(sorted(names)[:20])}; these are no rows of DistillKit"
         )
-    compressed = columns == COMPRESSED
-    if compressed and codec.k < 1:
+    if (columns == LEGACY) != isinstance(codec, LegacyCodec):
+        wanted = "vocab_size, k, exact_k, polynomial_degree, …" if columns == LEGACY else "d, k, exact_k, …"
+        raise ValueError(
+            f"expected the settings of {'the legacy' if columns == LEGACY else 'no legacy'} compression ({wanted}) for {label}, which has {columns[0]}, got "
+            "others; pass those that the rows were written with"
+        )
+    if columns == COMPRESSED and codec.k < 1:
         raise ValueError(f"expected k in the settings for the compressed rows of {label}, got none; add it")
 
     def sequences(*wanted: str) -> Iterator[Any]:
@@ -217,31 +288,39 @@ def distillkit_rows(path: str, label: str, codec: Codec) -> Source:
     for (column,) in sequences(columns[1]):
         tokens = column.flatten()
         rows += len(tokens)
-        if not compressed and len(tokens):
+        if columns == RAW and len(tokens):
             kept = max(kept, int(compute.max(compute.list_value_length(tokens)).as_py() or 0))
     if not rows:
         raise ValueError(f"expected at least one token in {label}, got none; pass another file")
-    widths = codec.bytes if compressed else (kept, kept)
+    widths: tuple[int, ...] = (kept, kept)
+    if isinstance(codec, LegacyCodec):
+        widths = codec.lengths
+    elif columns == COMPRESSED:
+        widths = codec.bytes
+
+    def decoded(values: Array, ids: Array, *coefficients: Array) -> tuple[Array, Array]:
+        if isinstance(codec, LegacyCodec):
+            return codec.log_probs(values, *coefficients), codec.indices(ids)
+        if columns == COMPRESSED:
+            return codec.log_probs(values), codec.indices(ids)
+        return values.astype(np.float64), ids.astype(np.int64)
 
     def chunks(start: int) -> Iterator[Block]:
         first = 0
-        for pair in sequences(*columns):
-            values, ids = (
-                _matrix(compute, column, width, label, first) for column, width in zip(pair, widths, strict=True)
-            )
-            if len(values) != len(ids):
+        for found in sequences(*columns):
+            arrays = [
+                _matrix(compute, column, width, label, first) for column, width in zip(found, widths, strict=True)
+            ]
+            counts = {len(array) for array in arrays}
+            if len(counts) > 1:
                 raise ValueError(
-                    f"expected as many tokens in {columns[0]} as in {columns[1]} of {label}, got {len(values)} and {len(ids)}; write it again"
+                    f"expected as many tokens in {' as in '.join(columns)} of {label}, got {' and '.join(str(len(a)) for a in arrays)}; write it again"
                 )
-            for begin in range(max(0, start - first), len(values), _TOKENS):
-                part = slice(begin, begin + _TOKENS)
-                if compressed:
-                    yield _block(codec.log_probs(values[part]), codec.indices(ids[part]), codec.d, label, first + begin)
-                else:
-                    yield _block(
-                        values[part].astype(np.float64), ids[part].astype(np.int64), codec.d, label, first + begin
-                    )
-            first += len(values)
+            (count,) = counts
+            for begin in range(max(0, start - first), count, _TOKENS):
+                values, ids = decoded(*(array[begin : begin + _TOKENS] for array in arrays))
+                yield _block(values, ids, codec.d, label, first + begin)
+            first += count
 
     stored = f"top {kept:,} of {codec.d:,}, DistillKit's rows"
     facts = {"form": "DistillKit", "classes": codec.d, "kept": kept}
@@ -274,12 +353,17 @@ def _block(log_probs: Array, ids: Array, classes: int, label: str, first: int) -
     if len(wrong):
         raise ValueError(
             f"expected classes from 0 to {classes - 1}, each once, with probabilities up to 1 together in {label}, got others for token {first + int(wrong[0])}: "
-            "the settings do not fit these rows; correct them"
+            "the settings do not fit these rows, or they hold logits instead; correct them"
         )
     with np.errstate(divide="ignore", invalid="ignore"):
         log_tail = np.where(mass < 1, np.log1p(-mass), -np.inf)[:, None]
     top_k = TopK(np.where(there, ids, 0), log_tail, kind)
     return Block(log_probs.astype(np.float32), top_k=top_k)
+
+
+def _bits(classes: int) -> int:
+    """Of a class, as DistillKit counts them."""
+    return math.ceil(float(np.log2(np.float32(classes))))
 
 
 def _unpacked(data: Array, bits: int, count: int) -> Array:
