@@ -211,7 +211,17 @@ def broken(tmp_path, case):
         return path, "got a file that begins with b'1 2 3 4 '"
     if case == "no_rows.npy":
         np.save(path, array[:0])
-        return path, "expected at least one row and one class .*, got 0 rows of 7"
+        return path, "expected at least one row and one class .*, got 0 rows of 7; pass another file"
+    if case == "longdouble.npy":
+        np.save(path, array.astype(np.longdouble))
+        return path, "expected numbers in .*, got float(96|128); convert them to float16, float32, float64"
+    if case == "one_name.parquet":
+        parquet.write_table(pa.table([lists(array, "list")] * 2, names=["a", "a"]), path)
+        return f"{path}#a", "expected one column 'a' in .*, got several of this name; rename them"
+    if case == "places.safetensors":
+        header = b'{"x": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0.0, 8.0]}}'
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+        return path, "expected a tensor of F16, F32"
     if case == "header.safetensors":
         path.write_bytes((2**60).to_bytes(8, "little") + b"{}")
         return path, "whose header does not fit"
@@ -224,7 +234,7 @@ def broken(tmp_path, case):
     "case",
     ["cut.npy", "cut.npz", "cut.safetensors", "cut.parquet", "cut.arrow", "mixed.parquet", "no_such_column.parquet",
      "two_arrays.npz", "column_major.npy", "whole_numbers.npy", "negative.npy", "one_axis.npy", "objects.npy", "text.npy", "no_rows.npy",
-     "header.safetensors", "folder"],
+     "longdouble.npy", "one_name.parquet", "places.safetensors", "header.safetensors", "folder"],
 )  # fmt: skip
 def test_what_is_wrong_is_seen_when_the_file_is_opened(case, tmp_path):
     where, message = broken(tmp_path, case)
@@ -262,6 +272,24 @@ def test_damage_inside_a_row_group_names_it(tmp_path):
     source = open_matrix(path, "teacher")
     with pytest.raises(ValueError, match="in row group 1; write it again"):
         list(source.blocks(0, 100))
+
+
+def test_lists_of_a_damaged_arrow_file_are_not_followed(tmp_path):
+    """Their offsets may lead out of the file, and out of memory."""
+    path = tmp_path / "rows.arrow"
+    array = logits("float32")
+    table = pa.table({"logits": lists(array, "list")})
+    with ipc.new_file(path, table.schema) as file:
+        file.write_table(table)
+    offsets = np.arange(0, array.size + 1, CLASSES, dtype=np.int32).tobytes()
+    data = path.read_bytes()
+    assert data.count(offsets) == 1
+    for wrong in (-(2**30), 2**30):
+        moved = np.frombuffer(offsets, np.int32).copy()
+        moved[50] = wrong
+        path.write_bytes(data.replace(offsets, moved.tobytes()))
+        with pytest.raises(ValueError, match="expected the teacher .* to be whole, got .* in record batch 0; write it"):
+            open_matrix(path, "teacher")
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):

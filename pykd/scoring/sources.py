@@ -67,7 +67,8 @@ def open_matrix(where: str | os.PathLike[str], role: str, distillkit: str | os.P
         )
     if source.rows == 0 or source.width == 0:
         raise ValueError(
-            f"expected at least one row and one class in {source.name}, got {source.rows} rows of {source.width}"
+            f"expected at least one row and one class in {source.name}, got {source.rows} rows of {source.width}; "
+            "pass another file"
         )
     return source
 

@@ -34,7 +34,13 @@ def arrow(path: str, label: str, name: str | None, matrix: bool) -> Source:
             before += count
             if before <= start:
                 continue
-            batch = reader.get_batch(number).select(columns)
+            try:
+                batch = reader.get_batch(number).select(columns)
+                batch.validate(full=True)  # offsets of a damaged file lead anywhere
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ValueError(
+                    f"expected {label} to be whole, got {first_line(error)} in record batch {number}; write it again"
+                ) from error
             for first in range(max(0, count - (before - start)), count, rows):
                 yield batch.slice(first, rows), f"record batch {number}"
                 mapped.madvise(mmap.MADV_DONTNEED)  # pages that were read would count to this process's memory

@@ -75,6 +75,9 @@ def column_source(
     import pyarrow.compute as compute
 
     columns = _columns(schema, name, label, matrix)
+    for column in columns:
+        if schema.names.count(column) > 1:
+            raise ValueError(f"expected one column {column!r} in {label}, got several of this name; rename them")
     first = schema.field(columns[0]).type
     in_lists = _list_kind(pa, first)
     if matrix and len(columns) == 1 and not in_lists and pa.types.is_floating(first) is False:

@@ -20,10 +20,10 @@ def _npy_header(file: IO[bytes], label: str) -> tuple[tuple[int, ...], np.dtype[
         shape, fortran, dtype = header(file)
     except ValueError as error:
         raise ValueError(f"expected {label} to be an array of NumPy, got {error}; write it again") from error
-    if dtype.hasobject or dtype.kind not in "fiuU":
+    if dtype.hasobject or dtype.kind not in "fiuU" or (dtype.kind == "f" and dtype.itemsize > 8):
         raise ValueError(
-            f"expected numbers in {label}, got {dtype}; convert them (bfloat16 has no type in NumPy's files: write "
-            "safetensors)"
+            f"expected numbers in {label}, got {dtype}; convert them to float16, float32, float64 or whole numbers (bfloat16 has no "
+            "type in NumPy's files: write safetensors)"
         )
     if fortran and len(shape) > 1:
         raise ValueError(

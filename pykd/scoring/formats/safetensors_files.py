@@ -39,6 +39,8 @@ def safetensors(path: str, label: str, name: str | None, matrix: bool) -> Source
         kind, shape, (first, last) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
         count = int(np.prod(shape, dtype=object))
         dtype = np.dtype(_SAFETENSORS[kind])
+        if not all(isinstance(number, int) for number in (first, last)):
+            raise TypeError("places that are no whole numbers")
         fits = 0 <= first <= last and last - first == count * dtype.itemsize and min(shape, default=0) >= 0
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
