@@ -160,8 +160,8 @@ class RowScores:
                 finite &= np.isfinite(result[name])
         for row in np.flatnonzero(~finite):
             sides = (side[row : row + 1] for side in whole.values())
-            both = (llama.decoded(side, self.classes) if coded else side[:, : self.classes] for side in sides)
-            status[row] = _why(*both)
+            both = (llama.decoded(side, self.classes) if coded else side for side in sides)
+            status[row] = why(self.classes, *both)
         if label is not None:
             status[~inside] = LABEL_OUT_OF_RANGE
             status[label.values == IGNORED_LABEL] = IGNORED
@@ -223,12 +223,12 @@ def _share_of(tail: Array, log_sum: Array) -> Array:
     return np.asarray(1 / (1 + np.exp(log_sum - log_tail)))
 
 
-def _why(teacher: Array, student: Array) -> int:
-    """What is wrong with a row that has a score which is not finite."""
-    for logits in (teacher, student):
+def why(classes: int, *sides: Array) -> int:
+    """What is wrong with a row that has a score which is not finite; classes that are cut off count where they are +∞ or NaN."""
+    for logits in sides:
         if np.isnan(logits).any():
             return NAN
-    for logits in (teacher, student):
-        if logits.max() in (np.inf, -np.inf):
+    for logits in sides:
+        if logits.max() == np.inf or logits[:, :classes].max() == -np.inf:
             return INFINITE
     return INFINITE_SCORE

@@ -15,15 +15,13 @@ from pykd.scoring.formats.source import ROW_KINDS, Block, Source
 from pykd.scoring.row_scores import (
     IGNORED,
     IGNORED_LABEL,
-    INFINITE,
-    INFINITE_SCORE,
     LABEL_OUT_OF_RANGE,
     LOSSES,
     MISSING,
-    NAN,
     OK,
     RAGGED,
     STATUSES,
+    why,
 )
 from pykd.scoring.top_k import log_masses, log_sum, narrow
 
@@ -130,7 +128,7 @@ class TopKScores:
             there = (label.values >= 0) & (label.values < self.classes)
             result["label"] = label.values
             result["student_nll"] = at_one - logits[rows, np.where(there, label.values, 0)]
-        self._judge(top_k.kind, logits, label, result)
+        self._judge(top_k.kind, every, label, result)
 
     def _teacher(self, teacher: Block, place: int) -> Array:
         """Log-probabilities of the top K and of all others together, in float64; rounded when they were stored, they are normalised again."""
@@ -150,8 +148,7 @@ class TopKScores:
             if self.dtype[name].kind == "f":
                 finite &= np.isfinite(result[name])
         for row in np.flatnonzero(~finite):
-            largest = logits[row].max()
-            status[row] = NAN if np.isnan(largest) else INFINITE if np.isinf(largest) else INFINITE_SCORE
+            status[row] = why(self.classes, logits[row : row + 1])
         for name in ("infinite", "nan"):
             status[kind == ROW_KINDS.index(name)] = STATUSES.index(name)
         if label is not None:
