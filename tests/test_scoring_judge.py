@@ -167,33 +167,58 @@ class Judge:
         ends = [self.places(values, share) for values in (first, second)]
         if any(end is None for pair in ends for end in pair):
             return None
-        ranks = np.unique(np.linspace(min(e[0] for e in ends), max(e[1] for e in ends), 25).round().astype(int))
+        ranks = np.unique(np.linspace(min(e[0] for e in ends), max(e[1] for e in ends), 33).round().astype(int))
         rows, ones = len(first), np.ones(len(first))
         quantile = [np.quantile(values, share) for values in (first, second)]
-        ordered = [np.sort(values) for values in (first, second)]
+        near = np.stack([np.sort(values)[ranks] for values in (first, second)])
+        reach = (ranks[-1] - ranks[0]) / 2  # in rows
+        x = (ranks - share * (rows - 1)) / reach
+        t = self.t(self.units)
 
-        def slope(side, low, high):  # of the quantile function
-            value = [ordered[side][end] if isinstance(end, np.integer) else quantile[side] for end in (low, high)]
-            at = [end if isinstance(end, np.integer) else share * (rows - 1) for end in (low, high)]
-            return (value[1] - value[0]) / max(at[1] - at[0], 1) * rows
+        def coefficient(values, degree, power):  # of the polynomial of least squares
+            return np.polyfit(x, values, degree)[degree - power]
 
-        whole = [slope(side, ranks[0], ranks[-1]) for side in (0, 1)]
-        moves = [whole[1] * (second <= ordered[1][rank]) - whole[0] * (first <= ordered[0][rank]) for rank in ranks]
-        together = np.mean([self.variance_of_mean(move, ones)[0] for move in moves])
-        gaps = ordered[1][ranks] - ordered[0][ranks]
-        line = np.polynomial.Polynomial.fit(ranks, gaps, 1)(ranks)
-        scatter = ((gaps - line) ** 2).sum() / (len(ranks) - 2) if len(ranks) > 3 else 0
-        half = self.t(self.units) * math.sqrt(max(together, scatter))
-        alone = [self.variance_of_mean(v <= q, ones)[0] for v, q in zip((first, second), quantile, strict=True)]
+        # What is below the second quantile and not the first, row by row, at each of the places.
+        apart = np.stack([(second <= near[1, i]) * 1.0 - (first <= near[0, i]) for i in range(len(ranks))])
+        swapped = coefficient([self.variance_of_mean(move, ones)[0] for move in apart], 1, 0)
+        step = t * math.sqrt(max(swapped, 0)) * rows / reach / 2
+        if any(len(set(side)) <= len(ranks) / 2 for side in near):
+            reached = [
+                near[1, j] - near[0, i]
+                for i in range(len(ranks))
+                for j in range(len(ranks))
+                if abs(x[i] - x[j]) <= 2 * step + x[1] - x[0]
+            ]
+            reached.append(quantile[1] - quantile[0])
+            return [min(reached), max(reached)]
+        slope = [
+            (1 - min(step, 1)) * coefficient(side, 1, 1) + min(step, 1) * (side[-1] - side[0]) / 2 for side in near
+        ]
+        bent = [coefficient(side, 2, 2) * max(min(step, 1), 0.3) for side in near]
+        falling, rising = ([max(s + sign * b, 0) for s, b in zip(slope, bent, strict=True)] for sign in (-1, 1))
+        swaps = {"down": step * (falling[1] + rising[0]), "up": step * (rising[1] + falling[0])}
 
-        def length(a, b):
-            if not whole[0] ** 2 * alone[0] + whole[1] ** 2 * alone[1]:
-                return half
-            steep = a**2 * alone[0] + b**2 * alone[1]
-            return half * math.sqrt(steep / (whole[0] ** 2 * alone[0] + whole[1] ** 2 * alone[1]))
+        below = [(values <= q) * 1.0 for values, q in zip((first, second), quantile, strict=True)]
+        alone = np.mean([self.variance_of_mean(each, ones)[0] for each in below])
+        joint = min(self.variance_of_mean((below[0] + below[1]) / 2, ones)[0] / alone, 1) if alone else 1
+        per_share = np.mean(slope) / reach * rows
 
-        down = length(slope(0, None, ranks[-1]), slope(1, ranks[0], None))
-        up = length(slope(0, ranks[0], None), slope(1, None, ranks[-1]))
+        def part(degree, factor, times):  # of the way of the difference, and its square without noise
+            value = factor * coefficient(near[1] - near[0], degree, degree)
+            noise = self.variance_of_mean(factor * coefficient(apart, degree, degree), ones)[0]
+            return value, value**2 - times * per_share**2 * noise
+
+        tilt, squared = part(1, math.sqrt(joint), 1)
+        along = math.copysign(math.sqrt(max(squared, 0)), tilt)
+        curve, bow = part(2, joint, 4)
+        turn = math.copysign(math.sqrt(max(bow, 0)), curve)
+        ways = [turn - along, turn + along]  # what the difference comes to at either end
+        course = {"down": -min(0, *ways), "up": max(0, *ways)}
+        rest = near[1] - near[0] - np.polyval(np.polyfit(x, near[1] - near[0], 2), x)
+        scatter = t**2 * (rest @ rest) / max(len(ranks) - 3, 1)
+        down, up = (
+            math.sqrt(max(course[side] ** 2 + swaps[side] ** 2 + min(squared, 0), scatter)) for side in ("down", "up")
+        )
         return [quantile[1] - quantile[0] - down, quantile[1] - quantile[0] + up]
 
     def draws(self, batches):

@@ -27,7 +27,7 @@ from pykd.scoring.statistics import SHARES, quantile_name, score_names
 Array = np.ndarray[Any, Any]
 _POWER = 0.8  # with which the smallest difference is seen
 _MOST_EXACT = 100_000  # rows of which McNemar's test is summed up
-_NEAR = 25  # places around a quantile that are looked at
+_NEAR = 33  # places around a quantile that are looked at
 _KEPT_ROWS = 1 << 21  # of files whose columns are kept between the passes
 _Pair = tuple[dict[str, Array], dict[str, Array], Array]
 

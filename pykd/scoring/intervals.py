@@ -6,8 +6,8 @@ what is held in memory does not grow with their number. Rows without a group are
 
 Means are ratios of two sums, whose variance is linearised, with Student's t on the batches; shares take Wilson's interval at
 the number of independent rows that would have the same variance, with Student's t on as many batches as tell that variance; a quantile takes the order statistics at the ends of the
-interval of its share (Woodruff 1952), with the skewness of the binomial distribution (Cornish and Fisher). The difference of two quantiles of the same rows is linearised like a mean, with the slopes
-of the quantile functions between those ends.
+interval of its share (Woodruff 1952), with the skewness of the binomial distribution (Cornish and Fisher). Of the difference of two quantiles of the same rows
+:func:`quantile_difference_interval` says how.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import numpy as np
 
 BATCHES = 1024
 LEVEL = 0.95
+_TIMES = 4  # the noise of a turn of the course: smaller ones are none
+_LEAST_BEND = 0.3  # of the reach: nearer, a slope to either side is noise
 _FEWEST = 3  # independent rows beyond a quantile, on average, of which fewer than one sample in forty has none
 Array = np.ndarray[Any, Any]
 Interval = list[float | None] | None  # None: cannot be told; an end that is None: no row lies beyond it
@@ -74,11 +76,16 @@ def quantile_difference_interval(
 ) -> Interval:
     """Of the quantile of a second score minus that of a first one, of the same rows.
 
-    A quantile moves by its slope times what the share of rows below it moves by, and what matters is how the two shares move
-    together. That is taken at all of the places near the quantile, not at it alone: scores that are nearly the same change
-    order too seldom to tell it at one. Where they do not even change order from one row to the next, what is left is how the
-    difference varies from place to place. The slopes to either side, which differ in the tails, share the length between the
-    ends.
+    A quantile moves by its slope times what the share of rows below it moves by. Two shares of the same rows move together,
+    and the difference goes along its own course from place to place; and they move apart, by the rows that are below
+    one quantile and not below the other, and the difference goes by the slopes of both. Moves of either kind hardly tell anything of
+    the other, so that their lengths add up by their squares.
+
+    How far the shares move apart is taken at all of the places, not at the quantile alone: scores that are nearly the
+    same change order too seldom to tell it at one. Where they do not even change order from one row to the next, what is
+    left is how the difference varies from place to place. Of its course, what moves apart make of it is taken off: it would count twice.
+
+    Scores of which many are equal have quantiles that stay or jump: of those, all differences are taken that both kinds of moves reach.
 
     Args:
         place: of the quantile among the sorted rows, from 0; not whole as a rule.
@@ -92,29 +99,55 @@ def quantile_difference_interval(
     batches, rows = int((counts > 0).sum()), float(counts.sum())
     if batches < 2:
         return None
-    slope = (values[:, -1] - values[:, 0]) / (places[-1] - places[0]) * rows
-    together = np.mean([variance(slope[1] * upto[1, i] - slope[0] * upto[0, i], counts) for i in range(len(places))])
-    apart = np.array([variance(each, counts) for each in upto_at])
-    half = student_t(batches - 1) * math.sqrt(max(float(together), _scatter(places, values[1] - values[0])))
-    before, after = max(place - places[0], 1), max(places[-1] - place, 1)
-    falling, rising = (at - values[:, 0]) / before * rows, (values[:, -1] - at) / after * rows
-    whole = float((slope**2 * apart).sum())
-    low, high = (
-        half * math.sqrt(float((steep**2 * apart).sum()) / whole) if whole > 0 else half
-        for steep in (np.array([rising[0], falling[1]]), np.array([falling[0], rising[1]]))
-    )
+    errors = student_t(batches - 1)
+    reach = (places[-1] - places[0]) / 2 / rows  # of the share, to either side
+    x = (places - place) / rows / reach
+    level, rise = _fit(x, 1)
+    parabola = _fit(x, 2)
+    bend = parabola[2]
+
+    apart = upto[1] - upto[0]
     difference = float(at[1] - at[0])
-    return [difference - low, difference + high]
+    step = errors * math.sqrt(max(float(level @ [variance(each, counts) for each in apart]), 0)) / reach / 2
+    if 2 * min(len(np.unique(side)) for side in values) <= len(places):  # steps: of these no slope tells the next
+        reached = np.abs(x - x[:, None]) <= 2 * step + x[1] - x[0]
+        pairs = (values[1] - values[0][:, None])[reached]
+        return [min(difference, float(pairs.min())), max(difference, float(pairs.max()))]
+    # Slopes at the quantile, per reach; of steps that go as far as the places do, from end to end.
+    far = min(step, 1)
+    slopes = (1 - far) * (values @ rise) + far * (values[:, -1] - values[:, 0]) / 2
+    bent = max(far, _LEAST_BEND) * (values @ bend)
+    falling, rising = np.maximum(slopes - bent, 0), np.maximum(slopes + bent, 0)
+    swaps = step * np.array([falling[1] + rising[0], rising[1] + falling[0]])  # down, up
+
+    whole = float(np.mean([variance(each, counts) for each in upto_at]))
+    joint = math.sqrt(min(variance(upto_at.mean(axis=0), counts) / whole, 1)) if whole > 0 else 1.0
+    gaps = values[1] - values[0]
+    noise = (slopes.mean() / reach) ** 2
+
+    def square(weights: Array, times: int = 1) -> float:  # of a part of the course, without noise; below 0 by chance
+        return float(weights @ gaps) ** 2 - times * noise * variance(weights @ apart, counts)
+
+    tilt, curve = joint * rise, joint**2 * bend
+    spare = square(tilt)
+    along = math.copysign(math.sqrt(max(spare, 0)), tilt @ gaps)
+    turn = math.copysign(math.sqrt(max(square(curve, _TIMES), 0)), curve @ gaps)
+    course = np.array([max(0.0, along - turn, -along - turn), max(0.0, along + turn, turn - along)])
+
+    scatter = errors**2 * _scatter(parabola, x, gaps)
+    down, up = np.sqrt(np.maximum(course**2 + swaps**2 + min(spare, 0), scatter))
+    return [difference - float(down), difference + float(up)]
 
 
-def _scatter(places: Array, values: Array) -> float:
-    """Variance of values about the line through them."""
-    if len(places) < 4:
-        return 0.0
-    x = places - places.mean()
-    y = values - values.mean()
-    rest = y - (x @ y) / (x @ x) * x
-    return float(rest @ rest) / (len(places) - 2)
+def _fit(x: Array, degree: int) -> Array:
+    """What the coefficients of the polynomial of least squares, from the lowest on, are of the values at x."""
+    return np.asarray(np.linalg.pinv(np.vander(x, degree + 1, increasing=True)))
+
+
+def _scatter(fit: Array, x: Array, values: Array) -> float:
+    """Variance of values about the polynomial through them."""
+    rest = values - np.vander(x, len(fit), increasing=True) @ (fit @ values)
+    return float(rest @ rest) / max(len(x) - len(fit), 1)
 
 
 def _worth(share: float, rows: float, hits: Array, counts: Array, grouped: bool) -> tuple[float, float]:
