@@ -46,6 +46,11 @@ def parse_json(data: bytes, name: object) -> Any:
         raise ValueError(f"expected {name} to be JSON, got {error}; correct the file") from error
 
 
+def beside(path: Path) -> Path:
+    """Where a file lies until all of it is written."""
+    return path.with_name(path.name + ".writing")
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, of which the disk holds everything when the block ends; an error removes it."""
@@ -66,21 +71,21 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Until then it lies beside it as ``<path>.writing``, which an error removes. A loss of power leaves the old file or the new one,
     whole.
     """
-    beside = path.with_name(path.name + ".writing")
-    with writing(beside) as file:
+    half = beside(path)
+    with writing(half) as file:
         yield file
     try:
-        os.replace(beside, path)
+        os.replace(half, path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        half.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """A whole file of UTF-8, or none."""
+    """A whole file of UTF-8, or none; bytes of names of files that are none are written as \\udc80 and so on."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def sync_folder(path: Path) -> None:

@@ -718,6 +718,16 @@ def test_torch_is_not_imported():
         (["--json", "o.parquet"], "expected another file for --json than for what is read or written besides"),
         (["--out", "other.npy"], "expected no file at other.npy, or scores to write over, got another file"),
         (["--out", "no/such/folder.parquet"], "expected a folder for --out, got none at no/such; make it"),
+        (["--out", "."], r"expected a file for --out, got the folder \.; name a file in it"),
+        (["--json", "."], r"expected a file for --json, got the folder \."),
+        (["--json", "o.parquet.partial"], "expected another file for --json than for what is read or written besides"),
+        (
+            ["--json", "o.json", "--report", "o.json.writing"],
+            "expected another file for --json than for what is read",
+        ),
+        (["--out", "labels"], "expected no file at labels.partial, or rows of an earlier run, got another file"),
+        (["--seed", "9" * 20], r"expected --seed from 0 to 2\^63 - 1, got 9{20}; correct it"),
+        (["--threads", "-1"], "expected --threads from 0, got -1; correct it"),
     ],
 )
 def test_wrong_arguments_are_said_in_three_parts(arguments, message, capsys):
@@ -725,10 +735,34 @@ def test_wrong_arguments_are_said_in_three_parts(arguments, message, capsys):
 
     draw()
     np.save("other.npy", np.arange(3))
+    Path("labels.partial").write_bytes(b"of somebody else")
     files = [] if "--teacher" in arguments else ["--teacher", "teacher.npy", "--student", "student.npy"]
     out = [] if "--out" in arguments else ["--out", "o.parquet"]
     assert main(["score", *files, *out, *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
+    assert Path("labels.partial").read_bytes() == b"of somebody else"
+
+
+def test_names_of_files_may_hold_any_bytes(capsys):
+    draw()
+    name = os.fsdecode(b"teacher-\xff<b>.npy")
+    os.rename("teacher.npy", name)
+    call = ["score", "--teacher", name, "--student", "student.npy", "--out", "o.parquet"]
+    assert main([*call, "--json", "o.json", "--report", "o.html"]) == 0
+    assert json.loads(Path("o.json").read_text())["inputs"]["teacher"]["path"] == name
+    page = Path("o.html").read_text(encoding="utf-8")
+    assert "teacher-\\udcff&lt;b&gt;.npy" in page and "<b>.npy" not in page
+
+
+def test_what_is_bad_beyond_the_classes_that_are_compared_has_its_kind():
+    """As in the padding of a vocabulary, of which the probability is a score."""
+    teacher, *_ = draw()
+    width = teacher.shape[1]
+    teacher[[0, 1, 2], -1] = np.nan, np.inf, -np.inf
+    np.save("teacher.npy", teacher)
+    scores = score_files("teacher.npy", "student.npy", "o.parquet", classes=width - 1)
+    status = np.concatenate([block["status"] for block in scores.blocks(bad=True)])
+    assert [STATUSES[code] for code in status[:4]] == ["nan", "infinite", "ok", "ok"]
 
 
 @pytest.mark.parametrize("package", ["pyarrow", "matplotlib", "jinja2"])

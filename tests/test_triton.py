@@ -352,6 +352,13 @@ def test_what_triton_would_not_load_or_batch_is_refused(losses):
 
     fails("a loss that compares the samples of a batch with each other has none", loss=losses / "mean.onnx")
     fails("got neither the one nor the three", loss=None)
+    Path("out.writing").mkdir()
+    Path("out.writing/notes.txt").write_text("of somebody")
+    with pytest.raises(ValueError, match="expected nothing at out.writing, got what another run writes, or one that"):
+        write_repository("out", teacher=teacher, student=student, loss=losses / "soft", connect=CONNECT)
+    assert Path("out.writing/notes.txt").read_text() == "of somebody"
+    Path("out.writing/notes.txt").unlink()
+    Path("out.writing").rmdir()
 
     def changed(path, change):
         """The loss with another description of itself."""

@@ -4,6 +4,7 @@ Each file holds one family of commands: ``add`` declares them to the parser, and
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for family in (losses, artefacts, scoring, teacher, merging, machine):
         family.add(commands)
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes, and terminals few signs
     try:
         code = int(options.run(options) or 0)
         sys.stdout.flush()

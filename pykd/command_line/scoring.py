@@ -70,14 +70,16 @@ def _score(options: argparse.Namespace) -> int:
     from pykd.scoring.conditions import Condition, numbers_of
 
     conditions = [Condition.of(text) for text in options.fail_if]
+    if not 0 <= options.seed < 1 << 63:
+        raise ValueError(f"expected --seed from 0 to 2^63 - 1, got {options.seed}; correct it")
     if options.compare is not None:
         return _compare(options, conditions)
     llama_alone = options.format == "llama" and options.out is None
     for name in ("teacher", "student") if llama_alone else ("teacher", "student", "out"):
         if getattr(options, name) is None:
             raise ValueError(f"expected --{name} FILE, got none; add it")
-    if options.threads < 0 or options.seed < 0:
-        raise ValueError(f"expected --threads and --seed from 0, got {options.threads} and {options.seed}")
+    if options.threads < 0:
+        raise ValueError(f"expected --threads from 0, got {options.threads}; correct it")
     if llama_alone:
         if conditions or options.report is not None or options.json is not None:
             raise ValueError("expected --out FILE with --report, --json and --fail-if, got none; add it")
@@ -116,7 +118,8 @@ def _score(options: argparse.Namespace) -> int:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    """Nothing that is read is written over."""
+    """Nothing that is read is written over, and what cannot be written is said before the work."""
+    from pykd.scoring.results import journal_of
     from pykd.scoring.sources import path_of
 
     inputs = [
@@ -128,11 +131,17 @@ def _check_outputs(options: argparse.Namespace) -> None:
         path = getattr(options, name)
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"expected a folder for --{name}, got none at {path.parent}; make it")
-        if path is not None and os.path.realpath(path) in taken:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise IsADirectoryError(f"expected a file for --{name}, got the folder {path}; name a file in it")
+        on_the_way = [files.beside(path)] + ([journal_of(path)] if name == "out" else [])
+        written = {os.path.realpath(place) for place in (path, *on_the_way)}
+        if written & taken:
             raise ValueError(
                 f"expected another file for --{name} than for what is read or written besides, got {path}; name another"
             )
-        taken.add(os.path.realpath(path or "."))
+        taken |= written
 
 
 def _judged(conditions: list[Any], numbers: dict[str, float | None]) -> int:

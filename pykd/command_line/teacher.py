@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pykd import files
+
 _KEPT = 128
 
 
@@ -165,13 +167,14 @@ def _check(options: argparse.Namespace) -> None:
             "expected no --classes, --dtype and --tokenizer with --form llama, whose format is fixed, got one; leave it out"
         )
     if options.threads < 0:
-        raise ValueError(f"expected --threads from 0, got {options.threads}")
+        raise ValueError(f"expected --threads from 0, got {options.threads}; correct it")
     if options.form != "llama":
         writer_of(options.form, options.out)
     if not options.out.parent.is_dir():
         raise FileNotFoundError(f"expected a folder for --out, got none at {options.out.parent}; make it")
+    written = {path.resolve() for path in (options.out, files.beside(options.out.resolve()))}
     read = {name: getattr(options, name) for name in ("teacher", "model", "head", "bias", "tokenizer", "tokens")}
     read |= {f"input {text.partition('=')[0]}": text.partition("=")[2] for text in options.input or ()}
     for name, where in read.items():
-        if where is not None and options.out.resolve() == Path(path_of(where)).resolve():
+        if where is not None and Path(path_of(where)).resolve() in written:
             raise ValueError(f"expected another file for --out than the {name}, got {options.out}; name another")

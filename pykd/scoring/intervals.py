@@ -123,7 +123,7 @@ def quantile_difference_interval(
     whole = float(np.mean([variance(each, counts) for each in upto_at]))
     joint = math.sqrt(min(variance(upto_at.mean(axis=0), counts) / whole, 1)) if whole > 0 else 1.0
     gaps = values[1] - values[0]
-    noise = (slopes.mean() / reach) ** 2
+    noise = float(slopes.mean() / reach) ** 2
 
     def square(weights: Array, times: int = 1) -> float:  # of a part of the course, without noise; below 0 by chance
         return float(weights @ gaps) ** 2 - times * noise * variance(weights @ apart, counts)

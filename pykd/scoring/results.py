@@ -36,6 +36,11 @@ _FACTS = {"settings", "losses", "classes", "temperature", "inputs"}
 Array = np.ndarray[Any, Any]
 
 
+def journal_of(path: Path) -> Path:
+    """Where rows lie until all of them are scored."""
+    return path.with_name(path.name + ".partial")
+
+
 class Journal:
     """Records of rows in order, of which a run that was ended at any byte loses none that had been written.
 
@@ -46,7 +51,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], dtype: np.dtype[Any]) -> None:
-        self.path = path.with_name(path.name + ".partial")
+        self.path = journal_of(path)
         self.dtype = dtype
         self.rows = 0
         self.forgot = False  # whether there was the journal of other work
@@ -74,7 +79,13 @@ class Journal:
                 end = after
             os.ftruncate(self._file, end)
         else:
-            self.forgot = os.fstat(self._file).st_size > 0 and _read(self._file, 0, len(_MAGIC)) == _MAGIC
+            start = _read(self._file, 0, len(_MAGIC))
+            if not _MAGIC.startswith(start):  # a run may have ended in the middle of it
+                os.close(self._file)
+                raise ValueError(
+                    f"expected no file at {self.path}, or rows of an earlier run, got another file; remove it, or take another --out"
+                )
+            self.forgot = start == _MAGIC
             os.ftruncate(self._file, 0)
             self._write(self._header)
         os.lseek(self._file, 0, os.SEEK_END)

@@ -86,8 +86,13 @@ def write_repository(
             "expected a scorer, or a teacher, a student and a loss, got neither the one nor the three; pass scorer=, or teacher=, "
             "student= and loss="
         )
-    beside = out.with_name(out.name + ".writing")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = files.beside(out)
+    try:
+        beside.mkdir()
+    except FileExistsError as error:
+        raise ValueError(
+            f"expected nothing at {beside}, got what another run writes, or one that was killed has left; wait for it, or remove it"
+        ) from error
     writer = _Writer(beside, max_batch, served_at, operators, kernels)
     try:
         if parts is None:

@@ -25,7 +25,7 @@ class WholeFile:
         self.path = path
         self._size = size
         self._target = Path(os.path.realpath(path))  # a link goes on leading where it leads
-        self._beside = self._target.with_name(self._target.name + ".writing")
+        self._beside = files.beside(self._target)
 
     def __enter__(self) -> WholeFile:
         try:
