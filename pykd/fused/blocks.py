@@ -18,6 +18,7 @@ the formula.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -622,16 +623,24 @@ class _Largest(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: _Job, *tensors: Tensor) -> Tensor:
         (kept,) = job.kept
-        best = job.tensors[0].new_full((job.samples,), -torch.inf)
+        largest = -math.inf
+        reached: list[Tensor] = []
         for number, block in enumerate(job.blocks):
             values = job.function(*job.arguments(number, block))
-            for part, dim in ((block.rows, 1), (block.columns, 0)):
-                best[part] = torch.maximum(best[part], values.amax(dim=dim))
+            top = values.amax().item()
+            if math.isnan(top):
+                largest = top
+                reached.clear()
+                break
+            if top > largest:
+                largest = top
+                reached.clear()
+            if top == largest:
+                reached += [place + block.rows.start for place in (values == top).nonzero(as_tuple=True)]
         kept.forget_samples()
-        largest = best.amax()
         # All pairs that have the largest value, and share its gradient, are among these samples. Of NaN there are none.
-        ctx.job, ctx.reached = job, (best == largest).nonzero().squeeze(1)
-        return largest
+        ctx.job, ctx.reached = job, torch.cat(reached).unique() if reached else []  # type: ignore[no-untyped-call]
+        return job.tensors[0].new_tensor(largest)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
