@@ -1,8 +1,9 @@
 // File: kernels/cuda/fibers.h
 //
 // The threads of an emulated GPU, without threads: each runs on a stack of its own until it has to wait for others,
-// and then another one does. Which one is drawn by lot, so that what a missing barrier leaves to chance is not always
-// the same; the lots are the same in every run, so that a failure comes again.
+// and then another one does. For some time the one that was woken last, so that a warp runs as far ahead of the others
+// as barriers let it, and then for some time any, by lot: what a missing barrier leaves to chance is not always the
+// same. The lots are the same in every run, so that a failure comes again.
 //
 // The sanitizers are told of every change of stacks. For ThreadSanitizer fibers are threads, ordered by nothing but
 // happens_before() and happens_after().
@@ -116,6 +117,7 @@ class Fibers {
 
  private:
   static constexpr std::size_t kStack = 64 << 10;
+  static constexpr unsigned kTurns = 1000;  // after which the next ones are chosen in the other way
 
   // Stacks of earlier runs: a new one costs more than what most kernels do on it.
   static std::vector<std::unique_ptr<char[]>>& stacks() {
@@ -133,7 +135,7 @@ class Fibers {
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;  // main_begun() never returns
+    fiber.context.uc_link = nullptr;  // on_new_stack() never returns
     fiber.bottom = fiber.stack.get();
     fiber.size = kStack;
 #if defined(__SANITIZE_THREAD__)
@@ -169,13 +171,13 @@ class Fibers {
   }
 
   // Goes to one that is ready, or back to run() where none is; returns when it is the running one's turn again.
-  void to_next(bool ended) {
+  void to_next([[maybe_unused]] bool ended) {
     Fiber *left = nullptr, *next = &main_;
-    void* of_sanitizer = nullptr;
+    [[maybe_unused]] void* of_sanitizer = nullptr;
     {
       const Aside aside;
       if (!ready_.empty()) {
-        std::swap(ready_[lots_() % ready_.size()], ready_.back());
+        if (turns_++ / kTurns % 2 == 1) std::swap(ready_[lots_() % ready_.size()], ready_.back());
         next = ready_.back();
         ready_.pop_back();
       }
@@ -188,13 +190,11 @@ class Fibers {
 #elif defined(__SANITIZE_THREAD__)
     __tsan_switch_to_fiber(of_sanitizer, __tsan_switch_to_fiber_no_sync);
 #endif
-    (void)ended, (void)of_sanitizer;
     swapcontext(&left->context, &next->context);
     arrived(fake_stack);
   }
 
-  void arrived(void* fake_stack) {
-    (void)fake_stack;
+  void arrived([[maybe_unused]] void* fake_stack) {
 #if defined(__SANITIZE_ADDRESS__)
     const void* bottom = nullptr;
     std::size_t size = 0;
@@ -211,6 +211,7 @@ class Fibers {
   std::vector<Fiber*> ready_;
   Fiber* running_ = nullptr;
   std::size_t ended_ = 0;
+  unsigned turns_ = 0;
   std::minstd_rand lots_;
 };
 
