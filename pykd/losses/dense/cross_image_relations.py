@@ -5,13 +5,25 @@ from torch import Tensor
 
 from pykd.definition import Case, Loss, Properties, Spec, ops, register, scalar
 from pykd.definition.reference import unit
+from pykd.fused.description import BlockPoint, Products
+
+
+def _pixels(features: Tensor) -> Tensor:
+    """The directions of all pixels of the batch, ``(images, pixels per image, channels)``."""
+    return ops.normalize(ops.upcast(features), dim=[1]).permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _similarities(features: Tensor) -> Tensor:
     """Cosines of every pixel of the batch with the pixels of each image, ``(pixels, images, pixels per image)``."""
-    x = ops.normalize(ops.upcast(features), dim=[1]).permute(0, 2, 3, 1).flatten(1, 2)
+    x = _pixels(features)
     cosines = ops.matmul(x.flatten(0, 1), x.flatten(0, 1).transpose(0, 1))
     return cosines.reshape(cosines.size(0), x.size(0), x.size(1))
+
+
+def _values(student: Tensor, teacher: Tensor, images: int, temperature: float) -> Tensor:
+    """One value for every pixel of a block, of its cosines with all pixels."""
+    own, others = student.unflatten(1, (images, -1)), teacher.unflatten(1, (images, -1))
+    return ops.softened_divergence(own, others, temperature).mean(dim=1)
 
 
 def cross_image_relations(student_features: Tensor, teacher_features: Tensor, temperature: float) -> Tensor:
@@ -41,7 +53,8 @@ class CrossImageRelations(Loss):
     Returns:
         A scalar in nats, between 0 and 2 / T. float32 for half-precision inputs, which are computed in float32. A pixel
         whose channels are all 0 has the cosine 0 with all, and the gradient 0. NaN in an input gives NaN. Memory: two
-        matrices of (batch · height · width)²; pool the maps first, as CIRKD does in windows of 2 × 2.
+        matrices of (batch · height · width)², but for ``kernels="auto"`` from 512 pixels on; pool the maps first, as CIRKD does in
+            windows of 2 × 2.
 
     Raises:
         ValueError: for a temperature that is not positive, shapes that do not fit, an empty batch.
@@ -70,6 +83,15 @@ class CrossImageRelations(Loss):
     aliases = ("CIRKD", "CriterionMiniBatchCrossImagePair")
 
     temperature: float = scalar(default=0.1, minimum=0.0, exclusive=True)
+
+    def relation(self, tensors):
+        images, _, height, width = tensors["student_features"].shape
+        return images * height * width, images * height * width
+
+    def in_blocks(self, blocks: BlockPoint, student_features, teacher_features, temperature):
+        x, y = (_pixels(features).flatten(0, 1) for features in (student_features, teacher_features.detach()))
+        images = len(student_features)
+        return blocks.over_rows(_values, Products(x, x), Products(y, y), images, temperature, weight=None)
 
     def properties(self) -> Properties:
         return Properties(feature_scale=True, zero_when_equal=True, symmetric="the teacher weighs the logarithms")
