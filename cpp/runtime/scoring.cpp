@@ -138,7 +138,8 @@ class Block {
     if (!scores) fail(PYKD_INVALID_VALUE, "\"loss_per_sample\" among the outputs", "none", "give memory for it");
   }
 
-  // Tells the bad rows by what went in, since a loss may give +infinity a finite score, and by what came out; clears their scores.
+  // Tells the bad rows by what went in, since a loss may give +infinity a finite score, and by what came out; clears
+  // their scores.
   void judge(const pykd_tensor* outputs, std::size_t num_outputs) {
     for (std::size_t row = 0; row < status_.size(); ++row) {
       if (status_[row] == PYKD_ROW_OK) status_[row] = of_inputs(row);
