@@ -792,6 +792,17 @@ def test_scores_that_say_nothing_of_themselves_are_refused():
         )
         with pytest.raises(ValueError, match=message):
             Scores("s.parquet")
+    as_text = table.set_column(1, "status", table["status"].cast("string"))
+    for changed, name in (
+        (table.drop_columns("kl"), "kl"),
+        (table.drop_columns("status"), "status"),
+        (as_text, "status"),
+    ):
+        parquet.write_table(changed, "s.parquet")
+        with pytest.raises(
+            ValueError, match=rf"the columns that `pykd score` writes in s.parquet, got others \({name}\)"
+        ):
+            Scores("s.parquet")
 
 
 def test_the_kinds_of_rows_are_in_the_report_by_name():

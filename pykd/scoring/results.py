@@ -259,7 +259,29 @@ class Scores:
                 f"expected {', '.join(sorted(_FACTS))} in what {path} says of itself, got others; score again"
             )
         self.rows: int = self._file.metadata.num_rows
-        self.names: list[str] = list(self._file.schema_arrow.names)
+        schema = self._file.schema_arrow
+        self.names: list[str] = list(schema.names)
+        kinds = {"settings": dict, "classes": int, "inputs": dict, "left_out": dict}
+        odd = [name for name, kind in kinds.items() if not isinstance(self.facts.get(name, {}), kind)]
+        if odd or "teacher" not in self.facts["settings"].get("files", {}):
+            raise ValueError(
+                f"expected what `pykd score` says of itself in {path}, got others ({', '.join(odd) or 'settings'}); score again"
+            )
+        losses = self.facts["losses"]
+        if not isinstance(losses, list) or not losses or not all(isinstance(name, str) for name in losses):
+            raise ValueError(
+                f"expected names of losses in what {path} says of itself, got {losses!r:.100}; score again"
+            )
+        needed = {"row", "status", "teacher_class", "student_class", "teacher_class_rank", *losses}
+        wrong = [name for name in needed if self.names.count(name) != 1]
+        for field in schema:
+            fits = pa.types.is_integer(field.type) or field.type == pa.float32() or field.name == "group"
+            if not (pa.types.is_dictionary(field.type) if field.name == "status" else fits):
+                wrong.append(field.name)
+        if wrong:
+            raise ValueError(
+                f"expected the columns that `pykd score` writes in {path}, got others ({', '.join(sorted(set(wrong)))}); score again"
+            )
         self.has_group = "group" in self.names
 
     def blocks(self, *names: str, bad: bool = False) -> Iterator[dict[str, Array]]:
