@@ -144,7 +144,8 @@ def test_weights_of_tokens_are_a_mean_over_the_tokens_of_a_mask():
 def test_cosine_is_half_the_squared_distance_of_directions():
     student, teacher = maps(2, 5, 3), maps(2, 5, 3, seed=1)
     torch.testing.assert_close(pykd.CosineFeatures()(student, teacher), pykd.FeatureL2()(student, teacher) / 2)
-    assert pykd.CosineFeatures()(torch.zeros(1, 1, 3), torch.zeros(1, 1, 3)) == 1  # as F.cosine_similarity has it
+    for kernels in ("off", "on"):  # as F.cosine_similarity has it
+        assert pykd.CosineFeatures()(torch.zeros(1, 1, 3), torch.zeros(1, 1, 3), kernels=kernels) == 1
 
 
 @pytest.mark.parametrize(
