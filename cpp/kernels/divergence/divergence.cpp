@@ -17,8 +17,8 @@
 #include "hwy/foreach_target.h"  // compiles this file once per instruction set
 
 #include "hwy/highway.h"
+#include "kernels/divergence/rows-inl.h"
 #include "kernels/simd/math-inl.h"
-#include "kernels/simd/memory-inl.h"
 
 // ---- What all instruction sets share -------------------------------------------------------------
 #ifndef PYKD_KERNELS_DIVERGENCE_SHARED_
@@ -26,9 +26,7 @@
 
 namespace pykd::kernels::divergence {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kSmallestLog = -1074;  // to the base 2, of a float64 that is not 0
-constexpr double kLn2InDouble = 0.693147180559945309417;
 
 struct Problem {
   pykd_dtype dtype;
@@ -46,24 +44,6 @@ struct Problem {
   bool cut_in_head;      // the class with which the head's mass is passed is of the head
   bool almost_equal;     // a temperature at which p and q may be, and their divergence small beside their rounding
   bool stream_gradient;  // write it past the caches
-};
-
-// Sums over a row. y = (logit - largest) / T to the base 2, at most 0; e = 2^y.
-struct Sums {
-  double student = 0;  // sum e
-  double teacher = 0;
-  double student_scores = 0;  // sum e y, for the entropies
-  double teacher_scores = 0;
-  double excess = 0;  // sum e_student - e_teacher, each with its digits however small it is
-};
-
-// What a row has found out before the terms of its classes: what makes y a logarithm and e a probability.
-struct Facts {
-  float student_top, teacher_top, scale2;
-  float student_factor, teacher_factor;  // q = student_factor e_student
-  float log_student, log_teacher;        // log2 q = y_student - log_student
-  float log_ratio;                       // log2 (q / p) = y_student - y_teacher - log_ratio
-  float teacher_weight, student_weight;  // of balanced_kl and adaptive_kl
 };
 
 // A class that may be the last one of a head: teacher's y, and its number.
@@ -86,53 +66,11 @@ HWY_BEFORE_NAMESPACE();
 namespace pykd::kernels::divergence::HWY_NAMESPACE {
 
 namespace hn = hwy::HWY_NAMESPACE;
-using kernels::HWY_NAMESPACE::entries_to_alignment;
-using kernels::HWY_NAMESPACE::exp2;
-using kernels::HWY_NAMESPACE::exp2m1;
-using kernels::HWY_NAMESPACE::finish_streaming;
-using kernels::HWY_NAMESPACE::kLog2E;
-using kernels::HWY_NAMESPACE::load;
-using kernels::HWY_NAMESPACE::store;
-using kernels::HWY_NAMESPACE::stream;
-
-using D = hn::ScalableTag<float>;
-using V = hn::Vec<D>;
-
-// value, but 0 where factor is 0 (not where it is NaN).
-HWY_INLINE V unless_zero(V factor, V value) { return hn::IfThenZeroElse(hn::Eq(factor, hn::Zero(D())), value); }
-
-HWY_INLINE double sum_of_lanes(V v) { return hn::GetLane(hn::SumOfLanes(D(), v)); }
-
-HWY_INLINE V set(double number) { return hn::Set(D(), static_cast<float>(number)); }
-
-// Entries that a lane of a vector sums up in float32: no more than 64.
-HWY_INLINE size_t part_entries() { return 64 * hn::Lanes(D()); }
+struct RowFacts : Facts {
+  float teacher_weight, student_weight;  // of balanced_kl and adaptive_kl
+};
 
 // ---- Forms ---------------------------------------------------------------------------------------
-
-// A class: p, q, their logarithms to the base 2, that of q / p, and whether q > p.
-struct Class {
-  V p, q, log_p, log_q, log_ratio;
-  hn::Mask<D> student_leads;
-};
-
-// What it adds to the value, at least 0. And to the gradient, before the temperature and the weight: q (slope - mean) +
-// own, where the mean is that of the slopes over q, plus the sum of all own.
-struct Term {
-  V value, slope, own;
-};
-
-// p and q relative to the larger of the two, so that nothing overflows and equal ones give exactly 0.
-struct Ratio {
-  V less;     // the smaller one, relative to the larger, less 1: from -1 to 0
-  V quarrel;  // (q - p) / max(p, q)
-
-  HWY_INLINE explicit Ratio(const Class& at) {
-    less = exp2m1(D(), hn::Neg(hn::Abs(at.log_ratio)));
-    quarrel = hn::IfThenElse(at.student_leads, hn::Neg(less), less);
-  }
-  HWY_INLINE V difference(const Class& at) const { return hn::Mul(quarrel, hn::Max(at.p, at.q)); }  // q - p
-};
 
 // log(m / max(p, q)), and m / max(p, q), for m = share_of_p p + (1 - share_of_p) q.
 struct Mixture {
@@ -156,7 +94,7 @@ struct SkewedKl {
   static constexpr bool kSlope = true, kOwn = false, kEntropies = false;
   double alpha;
 
-  SkewedKl(const Problem& problem, const Facts& /*facts*/) : alpha(problem.alpha) {}
+  SkewedKl(const Problem& problem, const RowFacts& /*facts*/) : alpha(problem.alpha) {}
   HWY_INLINE Term operator()(const Class& at) const {
     const Ratio ratio(at);
     const Mixture mixture(at, ratio, alpha);
@@ -172,7 +110,7 @@ struct SkewedReverseKl {
   static constexpr bool kSlope = true, kOwn = false, kEntropies = false;
   double alpha;
 
-  SkewedReverseKl(const Problem& problem, const Facts& /*facts*/) : alpha(problem.alpha) {}
+  SkewedReverseKl(const Problem& problem, const RowFacts& /*facts*/) : alpha(problem.alpha) {}
   HWY_INLINE Term operator()(const Class& at) const {
     const Ratio ratio(at);
     const Mixture mixture(at, ratio, 1 - alpha);
@@ -187,7 +125,7 @@ struct SkewedReverseKl {
 struct TotalVariation {
   static constexpr bool kSlope = true, kOwn = false, kEntropies = false;
 
-  TotalVariation(const Problem& /*problem*/, const Facts& /*facts*/) {}
+  TotalVariation(const Problem& /*problem*/, const RowFacts& /*facts*/) {}
   HWY_INLINE Term operator()(const Class& at) const {
     const Ratio ratio(at);
     const V half = set(0.5), distance = hn::Mul(hn::Abs(ratio.difference(at)), half);
@@ -202,7 +140,7 @@ struct AlphaBeta {
   static constexpr bool kSlope = false, kOwn = true, kEntropies = false;
   double alpha, beta;
 
-  AlphaBeta(const Problem& problem, const Facts& /*facts*/) : alpha(problem.alpha), beta(problem.beta) {}
+  AlphaBeta(const Problem& problem, const RowFacts& /*facts*/) : alpha(problem.alpha), beta(problem.beta) {}
   HWY_INLINE Term operator()(const Class& at) const {
     const D d;
     const double both = alpha + beta;
@@ -222,7 +160,7 @@ struct BalancedKl {
   static constexpr bool kSlope = true, kOwn = true, kEntropies = true;
   float teacher_weight, student_weight;
 
-  BalancedKl(const Problem& /*problem*/, const Facts& facts)
+  BalancedKl(const Problem& /*problem*/, const RowFacts& facts)
       : teacher_weight(facts.teacher_weight), student_weight(facts.student_weight) {}
   HWY_INLINE Term operator()(const Class& at) const {
     const D d;
@@ -244,34 +182,7 @@ struct AdaptiveKl : BalancedKl {  // with other weights
   using BalancedKl::BalancedKl;
 };
 
-// ---- The passes over a row -----------------------------------------------------------------------
-
-// Calls body(i) for every whole vector of [begin, end), and returns where the rest begins.
-template <class Body>
-HWY_INLINE size_t whole_vectors(size_t begin, size_t end, const Body& body) {
-  const size_t lanes = hn::Lanes(D());
-  size_t i = begin;
-  for (; i + lanes <= end; i += lanes) body(i);
-  return i;
-}
-
-template <class T>
-HWY_NOINLINE float maximum(const T* HWY_RESTRICT p, size_t count) {
-  const D d;
-  const size_t lanes = hn::Lanes(d);
-  V top0 = hn::Set(d, -kInfinity), top1 = top0;
-  size_t i = 0;
-  for (; i + 2 * lanes <= count; i += 2 * lanes) {
-    top0 = hn::Max(top0, load(d, p + i));
-    top1 = hn::Max(top1, load(d, p + i + lanes));
-  }
-  if (i + lanes <= count) {
-    top0 = hn::Max(top0, load(d, p + i));
-    i += lanes;
-  }
-  if (i < count) top1 = hn::Max(top1, load(d, p + i, count - i, -kInfinity));
-  return hn::GetLane(hn::MaxOfLanes(d, hn::Max(top0, top1)));
-}
+// ---- A row ---------------------------------------------------------------------------------------
 
 // The largest of the entries that are less than `top`.
 template <class T>
@@ -285,57 +196,6 @@ HWY_NOINLINE float runner_up(const T* HWY_RESTRICT p, size_t count, float top) {
     next = hn::Max(next, hn::IfThenElse(hn::Lt(entries, hn::Set(d, top)), entries, none));
   }
   return hn::GetLane(hn::MaxOfLanes(d, next));
-}
-
-// The exponentials of a row, and their sums.
-template <bool entropies, bool almost_equal, class T>
-HWY_NOINLINE Sums exponentials(const T* HWY_RESTRICT student, const T* HWY_RESTRICT teacher, size_t classes,
-                               float student_top, float teacher_top, float scale2, float* HWY_RESTRICT student_out,
-                               float* HWY_RESTRICT teacher_out) {
-  const D d;
-  const V student_high = hn::Set(d, student_top), teacher_high = hn::Set(d, teacher_top), scale = hn::Set(d, scale2);
-  Sums sums;
-  V of_student, of_teacher, student_scores, teacher_scores, excess;
-  // `present(x)` is x, less what lies in lanes without a class.
-  const auto add = [&](size_t i, V student_logits, V teacher_logits, const auto& present)
-      __attribute__((always_inline)) {
-    const V student_y = hn::Mul(hn::Sub(student_logits, student_high), scale);
-    const V teacher_y = hn::Mul(hn::Sub(teacher_logits, teacher_high), scale);
-    const V student_e = present(exp2(d, student_y)), teacher_e = present(exp2(d, teacher_y));
-    of_student = hn::Add(of_student, student_e);
-    of_teacher = hn::Add(of_teacher, teacher_e);
-    hn::Store(student_e, d, student_out + i);
-    hn::Store(teacher_e, d, teacher_out + i);
-    if constexpr (entropies) {
-      student_scores = hn::MulAdd(student_e, unless_zero(student_e, student_y), student_scores);
-      teacher_scores = hn::MulAdd(teacher_e, unless_zero(teacher_e, teacher_y), teacher_scores);
-    }
-    if constexpr (almost_equal) {
-      const V apart = hn::Sub(student_y, teacher_y), one = hn::Set(d, 1.0f);
-      const V above = hn::IfThenElse(hn::Gt(apart, one), hn::Sub(student_e, teacher_e),
-                                     hn::Mul(teacher_e, exp2m1(d, hn::Min(apart, one))));
-      excess = hn::Add(excess, unless_zero(hn::Add(student_e, teacher_e), above));
-    }
-  };
-  for (size_t part = 0; part < classes; part += part_entries()) {
-    const size_t end = std::min(classes, part + part_entries());
-    of_student = of_teacher = student_scores = teacher_scores = excess = hn::Zero(d);
-    const size_t i = whole_vectors(
-        part, end, [&](size_t at) __attribute__((always_inline)) {
-          add(at, load(d, student + at), load(d, teacher + at), [](V e) HWY_ATTR { return e; });
-        });
-    if (i < end) {
-      const auto there = hn::FirstN(d, end - i);
-      add(i, load(d, student + i, end - i, student_top), load(d, teacher + i, end - i, teacher_top),
-          [there](V e) HWY_ATTR { return hn::IfThenElseZero(there, e); });
-    }
-    sums.student += sum_of_lanes(of_student);
-    sums.teacher += sum_of_lanes(of_teacher);
-    sums.student_scores += sum_of_lanes(student_scores);
-    sums.teacher_scores += sum_of_lanes(teacher_scores);
-    sums.excess += sum_of_lanes(excess);
-  }
-  return sums;
 }
 
 // ---- The head of adaptive_kl ---------------------------------------------------------------------
@@ -439,67 +299,6 @@ HWY_NOINLINE Apart apart(const T* HWY_RESTRICT student, size_t classes, const Fa
   return sums;
 }
 
-// ---- The terms and the gradient ------------------------------------------------------------------
-
-struct Totals {
-  double value = 0;
-  double mean = 0;  // of the slopes over q, plus what classes have of their own
-};
-
-// Adds up the terms of a row; leaves their slopes in the place of the teacher's exponentials, and what they have of
-// their own in `own`, or in that place where there are no slopes.
-template <class T, class Terms>
-HWY_NOINLINE Totals terms(const T* HWY_RESTRICT student, const T* HWY_RESTRICT teacher, size_t classes,
-                          const Facts& row_facts, const Terms& row_terms, const float* HWY_RESTRICT student_e,
-                          float* HWY_RESTRICT teacher_e, float* HWY_RESTRICT own_out) {
-  const D d;
-  const Facts facts = row_facts;  // copies, which no store can change
-  const Terms term_of = row_terms;
-  const V none = hn::Set(d, -kInfinity);
-  Totals totals;
-  V value, mean;
-  const auto add = [&](size_t i, V student_logits, V teacher_logits, const auto& present)
-      __attribute__((always_inline)) {
-    const V scale = hn::Set(d, facts.scale2);
-    const V student_y = hn::Mul(hn::Sub(student_logits, hn::Set(d, facts.student_top)), scale);
-    const V teacher_y = hn::Mul(hn::Sub(teacher_logits, hn::Set(d, facts.teacher_top)), scale);
-    Class at;
-    at.q = hn::Mul(hn::Load(d, student_e + i), hn::Set(d, facts.student_factor));
-    at.p = hn::Mul(hn::Load(d, teacher_e + i), hn::Set(d, facts.teacher_factor));
-    at.log_q = hn::Sub(student_y, hn::Set(d, facts.log_student));
-    at.log_p = hn::Sub(teacher_y, hn::Set(d, facts.log_teacher));
-    const auto absent = hn::And(hn::Eq(student_y, none), hn::Eq(teacher_y, none));
-    at.log_ratio = hn::IfThenZeroElse(absent, hn::Sub(hn::Sub(student_y, teacher_y), hn::Set(d, facts.log_ratio)));
-    at.student_leads = hn::Gt(at.log_ratio, hn::Zero(d));
-    const Term term = term_of(at);
-    value = hn::Add(value, present(term.value));
-    if constexpr (Terms::kSlope) {
-      mean = hn::MulAdd(at.q, present(term.slope), mean);
-      hn::Store(term.slope, d, teacher_e + i);
-    }
-    if constexpr (Terms::kOwn) {
-      mean = hn::Add(mean, present(term.own));
-      hn::Store(term.own, d, (Terms::kSlope ? own_out : teacher_e) + i);
-    }
-  };
-  for (size_t part = 0; part < classes; part += part_entries()) {
-    const size_t end = std::min(classes, part + part_entries());
-    value = mean = hn::Zero(d);
-    const size_t i = whole_vectors(
-        part, end, [&](size_t at) __attribute__((always_inline)) {
-          add(at, load(d, student + at), load(d, teacher + at), [](V x) HWY_ATTR { return x; });
-        });
-    if (i < end) {
-      const auto there = hn::FirstN(d, end - i);
-      add(i, load(d, student + i, end - i, facts.student_top), load(d, teacher + i, end - i, facts.teacher_top),
-          [there](V x) HWY_ATTR { return hn::IfThenElseZero(there, x); });
-    }
-    totals.value += sum_of_lanes(value);
-    totals.mean += sum_of_lanes(mean);
-  }
-  return totals;
-}
-
 // What the slopes lie above `level` in the mean over q. Where one class has most of q and its slope is large, that
 // slope leaves no digits for the others, which are all of the gradient.
 HWY_NOINLINE double mean_above(const float* HWY_RESTRICT student_e, const float* HWY_RESTRICT slopes, size_t classes,
@@ -519,38 +318,6 @@ HWY_NOINLINE double mean_above(const float* HWY_RESTRICT student_e, const float*
   return total;
 }
 
-// gradient = factor (q (slope - mean) + own), with q = share e_student.
-struct Coefficients {
-  float factor, share, mean, rest;  // the mean is mean + rest
-};
-
-template <class T, class Terms>
-HWY_NOINLINE void write_gradient(const float* HWY_RESTRICT student_e, const float* HWY_RESTRICT slopes,
-                                 const float* HWY_RESTRICT own, size_t classes, const Coefficients& row,
-                                 bool past_caches, T* HWY_RESTRICT gradient) {
-  const D d;
-  const size_t lanes = hn::Lanes(d);
-  const Coefficients c = row;
-  const auto at = [&](size_t i) __attribute__((always_inline)) {
-    const V q = hn::Mul(hn::LoadU(d, student_e + i), hn::Set(d, c.share));
-    V above = hn::Set(d, -c.mean);
-    if constexpr (Terms::kSlope) above = hn::Add(hn::LoadU(d, slopes + i), above);
-    above = hn::Sub(above, hn::Set(d, c.rest));
-    V result = unless_zero(q, hn::Mul(q, above));
-    if constexpr (Terms::kOwn) result = hn::Add(result, hn::LoadU(d, (Terms::kSlope ? own : slopes) + i));
-    return hn::Mul(hn::Set(d, c.factor), result);
-  };
-  size_t i = 0;
-  if (past_caches) {
-    const size_t head = std::min(entries_to_alignment(d, gradient), classes);
-    if (head > 0) store(at(0), d, gradient, head);
-    for (i = head; i + lanes <= classes; i += lanes) stream(at(i), d, gradient + i);
-  } else {
-    for (; i + lanes <= classes; i += lanes) store(at(i), d, gradient + i);
-  }
-  if (i < classes) store(at(i), d, gradient + i, classes - i);
-}
-
 // One row after the other, with the scratch memory of one task.
 template <class T, class Terms>
 void run_rows(const Problem& problem, size_t first, size_t last, float* memory) {
@@ -559,8 +326,8 @@ void run_rows(const Problem& problem, size_t first, size_t last, float* memory) 
   float* const teacher_e = memory + each;
   float* const own = Terms::kSlope && Terms::kOwn ? memory + 2 * each : teacher_e;
   std::vector<Candidate> candidates;
-  const auto sums_of =
-      problem.almost_equal ? exponentials<Terms::kEntropies, true, T> : exponentials<Terms::kEntropies, false, T>;
+  const auto sums_of = problem.almost_equal ? exponentials<true, Terms::kEntropies, true, T>
+                                            : exponentials<true, Terms::kEntropies, false, T>;
   for (size_t row = first; row < last; ++row) {
     T* const gradient = problem.gradient == nullptr ? nullptr : static_cast<T*>(problem.gradient) + row * classes;
     const float weight = gradient != nullptr && problem.weight != nullptr ? problem.weight[row] : 0;
@@ -569,27 +336,18 @@ void run_rows(const Problem& problem, size_t first, size_t last, float* memory) 
 
     const T* const student = static_cast<const T*>(problem.student) + row * classes;
     const T* const teacher = static_cast<const T*>(problem.teacher) + row * classes;
-    Facts facts;
+    RowFacts facts;
     facts.scale2 = problem.scale * kLog2E;
     facts.student_top = maximum(student, classes);
     facts.teacher_top = maximum(teacher, classes);
     const Sums sums =
         sums_of(student, teacher, classes, facts.student_top, facts.teacher_top, facts.scale2, student_e, teacher_e);
-    double student_sum = sums.student, log_ratio = std::log2(sums.student) - std::log2(sums.teacher);
-    const double log_teacher = std::log2(sums.teacher), ratio = sums.excess / sums.teacher;
-    if (problem.almost_equal && std::abs(ratio) < 0.5 && !std::isnan(sums.student)) {
-      student_sum = sums.teacher * (1 + ratio);
-      log_ratio = std::log1p(ratio) / kLn2InDouble;
-    }
-    facts.student_factor = static_cast<float>(1 / student_sum);
-    facts.teacher_factor = static_cast<float>(1 / sums.teacher);
-    facts.log_teacher = static_cast<float>(log_teacher);
-    facts.log_student = static_cast<float>(log_teacher + log_ratio);
-    facts.log_ratio = static_cast<float>(log_ratio);
+    const Normalizers normalizers(sums, problem.almost_equal);
+    normalizers.enter(facts, sums);
     facts.teacher_weight = facts.student_weight = 1;
     if constexpr (Terms::kEntropies) {
-      double of_teacher = log_teacher - sums.teacher_scores / sums.teacher;
-      double of_student = log_teacher + log_ratio - sums.student_scores / student_sum;
+      double of_teacher = normalizers.log_teacher - sums.teacher_scores / sums.teacher;
+      double of_student = normalizers.log_teacher + normalizers.log_ratio - sums.student_scores / normalizers.student;
       if (of_teacher == 0 && of_student == 0) {  // one class has all: the entropy is as large as what the next one has
         const auto next = [&](const T* logits, float top) {
           return std::max(kSmallestLog, (double{runner_up(logits, classes, top)} - top) * facts.scale2);
