@@ -142,6 +142,29 @@ TOP_K = Kernel(
     cuda=False,
 )
 
+# Divergences of soft targets with the label apart from the other classes.
+LABEL_APART = Kernel(
+    "label_apart",
+    inputs={
+        "student": Argument("batch classes"),
+        "teacher": Argument("batch classes"),
+        "labels": Argument("batch", "index"),
+        "temperature": Argument("", "number"),
+        "target_weight": Argument("", "number"),
+        "other_weight": Argument("", "number"),
+        "weight": Argument("batch", "float32"),
+    },
+    outputs={"value": Argument("batch", "float32"), "grad_student": Argument("batch classes")},
+    attributes={
+        "form": "decoupled",
+        "threshold": 0.2,
+        "raise_right": True,
+        "label_probability": 0.99,
+        "soften_student": True,
+    },
+    cuda=False,
+)
+
 
 # ---- Blocks of rows ------------------------------------------------------------------------------
 

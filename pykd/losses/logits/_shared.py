@@ -4,11 +4,22 @@ import torch
 from torch import Tensor
 
 from pykd.definition import ops
+from pykd.fused.description import KernelPoint
 
 
 def kept_weight(labels: Tensor, sample_weight: Tensor | None, ignore_index: int) -> Tensor:
     """1 or the sample's weight; 0 where the label is ``ignore_index``."""
     return ops.weigh(labels != ignore_index, sample_weight)
+
+
+def kept_labels(
+    kernel: KernelPoint, labels: Tensor, sample_weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor | None, Tensor]:
+    """The weight of each sample, for a loss at its kernel point, and the labels, with a class in the place of those left out."""
+    if kernel.all_kept:
+        return ops.optional_weight(sample_weight), labels
+    weight = kept_weight(labels, sample_weight, ignore_index)
+    return weight, ops.without_left_out(labels, weight)
 
 
 def at_label(x: Tensor, labels: Tensor) -> Tensor:
@@ -37,11 +48,6 @@ def without_label(log_q: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     none = sums == 0
     logs = torch.log(sums.masked_fill(none, 1.0)) + largest
     return logs.masked_fill(none, float("-inf")).squeeze(-1), others - logs
-
-
-def apart_from_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """The logits as they are, but for the label's, with which no other class has to share: −1e30, which is a number even alone."""
-    return ops.upcast(logits).masked_fill(is_label(logits, labels), -1e30)
 
 
 def deviations(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,28 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, ops, register, scalar, whole
 from pykd.definition.reference import divergence, labelled, log_softmax, reduce_samples, rows
-from pykd.losses.logits._shared import at_label, kept_weight, without_label
+from pykd.fused.description import LABEL_APART, KernelPoint
+from pykd.losses.logits._shared import at_label, kept_labels, kept_weight, without_label
+
+
+def _rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: float,
+    target_weight: float,
+    other_weight: float,
+    form: str,
+) -> Tensor:
+    """One value per row; see :class:`DecoupledKD`."""
+    log_p = torch.log_softmax(ops.soften(teacher.detach(), temperature), dim=-1)
+    log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
+    log_p_rest, log_p_others = without_label(log_p, labels)
+    log_q_rest, log_q_others = without_label(log_q, labels)
+    log_p_binary = torch.stack([at_label(log_p, labels), log_p_rest], dim=-1)
+    log_q_binary = torch.stack([at_label(log_q, labels), log_q_rest], dim=-1)
+    target = ops.forward_kl(log_p_binary, log_q_binary, temperature)
+    return target_weight * target + other_weight * ops.forward_kl(log_p_others, log_q_others, temperature)
 
 
 def decoupled_kd(
@@ -24,16 +45,9 @@ def decoupled_kd(
     """Divergences of label against rest and among the rest; see :class:`DecoupledKD`."""
     weight = kept_weight(labels, sample_weight, ignore_index)
     labels = ops.without_left_out(labels, weight)
-    teacher = ops.without_left_out(teacher_logits.detach(), weight)
-    log_p = torch.log_softmax(ops.soften(teacher, temperature), dim=-1)
-    log_q = torch.log_softmax(ops.soften(ops.without_left_out(student_logits, weight), temperature), dim=-1)
-    log_p_rest, log_p_others = without_label(log_p, labels)
-    log_q_rest, log_q_others = without_label(log_q, labels)
-    log_p_binary = torch.stack([at_label(log_p, labels), log_p_rest], dim=-1)
-    log_q_binary = torch.stack([at_label(log_q, labels), log_q_rest], dim=-1)
-    target = ops.forward_kl(log_p_binary, log_q_binary, temperature)
-    non_target = ops.forward_kl(log_p_others, log_q_others, temperature)
-    values = target_weight * target + non_target_weight * non_target
+    student = ops.without_left_out(student_logits, weight)
+    teacher = ops.without_left_out(teacher_logits, weight)
+    values = _rows(student, teacher, labels, temperature, target_weight, non_target_weight, "decoupled")
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
@@ -119,6 +133,29 @@ class DecoupledKD(Loss):
     non_target_weight: float = scalar(default=8.0, minimum=0.0)
     tau_squared: bool = flag(default=True)
     ignore_index: int = whole(default=-100)
+
+    def fused(
+        self,
+        kernel: KernelPoint,
+        student_logits,
+        teacher_logits,
+        labels,
+        sample_weight,
+        temperature,
+        target_weight,
+        non_target_weight,
+    ):
+        weight, labels = kept_labels(kernel, labels, sample_weight, self.ignore_index)
+        tensors = {
+            "student": student_logits,
+            "teacher": teacher_logits,
+            "labels": labels,
+            "temperature": temperature,
+            "target_weight": target_weight,
+            "other_weight": non_target_weight,
+        }
+        values = kernel(LABEL_APART, "value", _rows, tensors, {"form": "decoupled"}, weight="weight")
+        return ops.reduce_softened(values, weight, temperature, self.tau_squared, self.reduction)
 
     def properties(self) -> Properties:
         return Properties(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, ops, register
 from pykd.definition.reference import log_softmax, reduce_samples, rows
-from pykd.fused.description import SOFT_TARGET, KernelPoint
+from pykd.fused.description import LABEL_APART, KernelPoint
 from pykd.losses.logits._shared import at_label
 
 
@@ -15,9 +15,10 @@ def _decisions(teacher: Tensor) -> Tensor:
     return teacher.argmax(dim=-1).masked_fill(torch.isnan(teacher.amax(dim=-1)), -1)
 
 
-def _rows(student: Tensor, labels: Tensor) -> Tensor:
-    """One value per row, NaN where the label is no class."""
-    return -at_label(torch.log_softmax(ops.upcast(student), dim=-1), labels)
+def _rows(student: Tensor, teacher: Tensor, form: str) -> Tensor:
+    """One value per row, NaN where there is no decision; see :class:`HardLabelDistillation`."""
+    decisions = _decisions(ops.upcast(teacher.detach()))
+    return -at_label(torch.log_softmax(ops.upcast(student), dim=-1), decisions)
 
 
 def hard_label_distillation(
@@ -28,8 +29,9 @@ def hard_label_distillation(
 ) -> Tensor:
     """Cross-entropy against the teacher's decisions; see :class:`HardLabelDistillation`."""
     weight = ops.optional_weight(sample_weight)
-    teacher = ops.upcast(ops.without_left_out(teacher_logits.detach(), weight))
-    return ops.reduce(_rows(ops.without_left_out(student_logits, weight), _decisions(teacher)), weight, reduction)
+    student = ops.without_left_out(student_logits, weight)
+    teacher = ops.without_left_out(teacher_logits, weight)
+    return ops.reduce(_rows(student, teacher, "decision"), weight, reduction)
 
 
 @register(hard_label_distillation)
@@ -86,8 +88,8 @@ class HardLabelDistillation(Loss):
     aliases = ("hard_distillation", "hard_label")
 
     def fused(self, kernel: KernelPoint, student_logits, teacher_logits, sample_weight):
-        tensors = {"student": student_logits, "labels": _decisions(ops.upcast(teacher_logits.detach()))}
-        values = kernel(SOFT_TARGET, "hard", _rows, tensors, {}, weight="hard_weight")
+        tensors = {"student": student_logits, "teacher": teacher_logits}
+        values = kernel(LABEL_APART, "value", _rows, tensors, {"form": "decision"}, weight="weight")
         return ops.reduce(values, ops.optional_weight(sample_weight), self.reduction)
 
     def properties(self) -> Properties:

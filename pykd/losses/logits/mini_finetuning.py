@@ -6,7 +6,8 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, number, ops, register, scalar, whole
 from pykd.definition.reference import divergence, labelled, log_softmax, reduce_samples, rows
-from pykd.losses.logits._shared import at_label, is_label, kept_weight, without_label
+from pykd.fused.description import LABEL_APART, KernelPoint
+from pykd.losses.logits._shared import at_label, is_label, kept_labels, kept_weight, without_label
 
 
 def _corrected(log_p: Tensor, labels: Tensor, threshold: float, raise_right: bool) -> Tensor:
@@ -26,6 +27,21 @@ def _corrected(log_p: Tensor, labels: Tensor, threshold: float, raise_right: boo
     return torch.where(is_label(log_p, labels), torch.log(raised).unsqueeze(-1), log_p + torch.log(kept).unsqueeze(-1))
 
 
+def _rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: float,
+    form: str,
+    threshold: float,
+    raise_right: bool,
+) -> Tensor:
+    """One value per row; see :class:`MiniFinetuning`."""
+    log_p = torch.log_softmax(ops.soften(teacher.detach(), temperature), dim=-1)
+    log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
+    return ops.forward_kl(_corrected(log_p, labels, threshold, raise_right), log_q, temperature)
+
+
 def mini_finetuning(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -41,10 +57,9 @@ def mini_finetuning(
     """KL divergence from a corrected teacher; see :class:`MiniFinetuning`."""
     weight = kept_weight(labels, sample_weight, ignore_index)
     labels = ops.without_left_out(labels, weight)
-    teacher = ops.without_left_out(teacher_logits.detach(), weight)
-    log_p = torch.log_softmax(ops.soften(teacher, temperature), dim=-1)
-    log_q = torch.log_softmax(ops.soften(ops.without_left_out(student_logits, weight), temperature), dim=-1)
-    values = ops.forward_kl(_corrected(log_p, labels, threshold, raise_right), log_q, temperature)
+    student = ops.without_left_out(student_logits, weight)
+    teacher = ops.without_left_out(teacher_logits, weight)
+    values = _rows(student, teacher, labels, temperature, "corrected", threshold, raise_right)
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
@@ -124,6 +139,18 @@ class MiniFinetuning(Loss):
     raise_right: bool = flag(default=True)
     tau_squared: bool = flag(default=True)
     ignore_index: int = whole(default=-100)
+
+    def fused(self, kernel: KernelPoint, student_logits, teacher_logits, labels, sample_weight, temperature):
+        weight, labels = kept_labels(kernel, labels, sample_weight, self.ignore_index)
+        tensors = {
+            "student": student_logits,
+            "teacher": teacher_logits,
+            "labels": labels,
+            "temperature": temperature,
+        }
+        settings = {"form": "corrected", "threshold": self.threshold, "raise_right": self.raise_right}
+        values = kernel(LABEL_APART, "value", _rows, tensors, settings, weight="weight")
+        return ops.reduce_softened(values, weight, temperature, self.tau_squared, self.reduction)
 
     def properties(self) -> Properties:
         return Properties(

@@ -6,13 +6,25 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, ops, register, scalar, whole
 from pykd.definition.reference import expectation, labelled, log_softmax, reduce_samples, rows
-from pykd.fused.description import SOFT_TARGET, KernelPoint
-from pykd.losses.logits._shared import apart_from_label, at_label, kept_weight, without_label
+from pykd.fused.description import LABEL_APART, KernelPoint
+from pykd.losses.logits._shared import at_label, kept_labels, kept_weight, without_label
 
 
-def _rows(student: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy with the label, one value per row."""
-    return -at_label(torch.log_softmax(ops.upcast(student), dim=-1), labels)
+def _rows(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, other_weight: float, form: str
+) -> Tensor:
+    """One value per row; see :class:`NormalizedKD`."""
+    student, teacher = ops.upcast(student), ops.upcast(teacher.detach())
+    p_label = torch.exp(at_label(torch.log_softmax(teacher, dim=-1), labels))
+    target = ops.product_or_zero(p_label, at_label(torch.log_softmax(student, dim=-1), labels))
+    _, log_p = without_label(torch.log_softmax(ops.soften(teacher, temperature), dim=-1), labels)
+    _, log_q = without_label(torch.log_softmax(ops.soften(student, temperature), dim=-1), labels)
+    return ops.negative_of(target + other_weight * ops.expectation(torch.exp(log_p), log_q))
+
+
+def _other_weight(non_target_weight: float, temperature: float, tau_squared: bool) -> float:
+    """What the part of the other classes counts beside that of the label, which has no temperature."""
+    return non_target_weight * (temperature * temperature) if tau_squared else non_target_weight
 
 
 def normalized_kd(
@@ -29,16 +41,10 @@ def normalized_kd(
     """Cross-entropies of the label's class and of all others, normalised; see :class:`NormalizedKD`."""
     weight = kept_weight(labels, sample_weight, ignore_index)
     labels = ops.without_left_out(labels, weight)
-    student = ops.upcast(ops.without_left_out(student_logits, weight))
-    teacher = ops.upcast(ops.without_left_out(teacher_logits.detach(), weight))
-    p_label = torch.exp(at_label(torch.log_softmax(teacher, dim=-1), labels))
-    target = ops.product_or_zero(p_label, at_label(torch.log_softmax(student, dim=-1), labels))
-    _, log_p = without_label(torch.log_softmax(ops.soften(teacher, temperature), dim=-1), labels)
-    _, log_q = without_label(torch.log_softmax(ops.soften(student, temperature), dim=-1), labels)
-    non_target = ops.expectation(torch.exp(log_p), log_q)
-    if tau_squared:
-        non_target = non_target * (temperature * temperature)
-    return ops.reduce(ops.negative_of(target + non_target_weight * non_target), weight, reduction)
+    student = ops.without_left_out(student_logits, weight)
+    teacher = ops.without_left_out(teacher_logits, weight)
+    other_weight = _other_weight(non_target_weight, temperature, tau_squared)
+    return ops.reduce(_rows(student, teacher, labels, temperature, other_weight, "normalized"), weight, reduction)
 
 
 @register(normalized_kd)
@@ -110,24 +116,16 @@ class NormalizedKD(Loss):
     def fused(
         self, kernel: KernelPoint, student_logits, teacher_logits, labels, sample_weight, temperature, non_target_weight
     ):
-        weight = kept_weight(labels, sample_weight, self.ignore_index)
-        labels = ops.without_left_out(labels, weight)
-        student = ops.upcast(ops.without_left_out(student_logits, weight))
-        teacher = ops.upcast(ops.without_left_out(teacher_logits.detach(), weight))
-        p_label = torch.exp(at_label(torch.log_softmax(teacher, dim=-1), labels))
-        tensors = {"student": student_logits, "labels": labels}
-        target = kernel(SOFT_TARGET, "hard", _rows, tensors, {}, weight="hard_weight")
+        weight, labels = kept_labels(kernel, labels, sample_weight, self.ignore_index)
         tensors = {
-            "student": apart_from_label(student, labels),
-            "teacher": apart_from_label(teacher, labels),
+            "student": student_logits,
+            "teacher": teacher_logits,
+            "labels": labels,
             "temperature": temperature,
+            "other_weight": _other_weight(non_target_weight, temperature, self.tau_squared),
         }
-        non_target = kernel(
-            SOFT_TARGET, "soft", ops.softened_divergence, tensors, {"form": "cross_entropy"}, weight="soft_weight"
-        )
-        factor = non_target_weight * (temperature * temperature if self.tau_squared else 1.0)
-        others = ops.reduce(ops.at_least_0(non_target), weight, self.reduction) * factor
-        return ops.reduce(target, weight * p_label, self.reduction, weight) + others
+        values = kernel(LABEL_APART, "value", _rows, tensors, {"form": "normalized"}, weight="weight")
+        return ops.reduce(values, weight, self.reduction)
 
     def properties(self) -> Properties:
         return Properties(

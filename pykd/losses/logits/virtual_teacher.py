@@ -6,7 +6,26 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, number, ops, register, scalar, whole
 from pykd.definition.reference import divergence, labelled, log_softmax, reduce_samples, rows
-from pykd.losses.logits._shared import at_label, is_label, kept_weight
+from pykd.fused.description import LABEL_APART, KernelPoint
+from pykd.losses.logits._shared import at_label, is_label, kept_labels, kept_weight
+
+
+def _rows(
+    student: Tensor,
+    labels: Tensor,
+    temperature: float,
+    form: str,
+    label_probability: float,
+    soften_student: bool,
+) -> Tensor:
+    """One value per row; see :class:`VirtualTeacher`."""
+    student = ops.upcast(student)
+    log_q = torch.log_softmax(ops.soften(student, temperature) if soften_student else student, dim=-1)
+    right = is_label(student, labels)
+    others = (~right).to(log_q.dtype).sum(dim=-1, keepdim=True)
+    virtual = torch.where(right, label_probability, (1.0 - label_probability) / others)
+    log_p = torch.log_softmax(ops.soften(virtual, temperature), dim=-1)
+    return ops.forward_kl(log_p, log_q, temperature) + at_label(torch.zeros_like(log_p), labels)
 
 
 def virtual_teacher(
@@ -23,13 +42,8 @@ def virtual_teacher(
     """KL divergence from a teacher made of labels; see :class:`VirtualTeacher`."""
     weight = kept_weight(labels, sample_weight, ignore_index)
     labels = ops.without_left_out(labels, weight)
-    student = ops.upcast(ops.without_left_out(student_logits, weight))
-    log_q = torch.log_softmax(ops.soften(student, temperature) if soften_student else student, dim=-1)
-    right = is_label(student, labels)
-    others = (~right).to(log_q.dtype).sum(dim=-1, keepdim=True)
-    virtual = torch.where(right, label_probability, (1.0 - label_probability) / others)
-    log_p = torch.log_softmax(ops.soften(virtual, temperature), dim=-1)
-    values = ops.forward_kl(log_p, log_q, temperature) + at_label(torch.zeros_like(log_p), labels)
+    student = ops.without_left_out(student_logits, weight)
+    values = _rows(student, labels, temperature, "uniform", label_probability, soften_student)
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
 
 
@@ -101,6 +115,17 @@ class VirtualTeacher(Loss):
     soften_student: bool = flag(default=False)
     tau_squared: bool = flag(default=False)
     ignore_index: int = whole(default=-100)
+
+    def fused(self, kernel: KernelPoint, student_logits, labels, sample_weight, temperature):
+        weight, labels = kept_labels(kernel, labels, sample_weight, self.ignore_index)
+        tensors = {"student": student_logits, "labels": labels, "temperature": temperature}
+        settings = {
+            "form": "uniform",
+            "label_probability": self.label_probability,
+            "soften_student": self.soften_student,
+        }
+        values = kernel(LABEL_APART, "value", _rows, tensors, settings, weight="weight")
+        return ops.reduce_softened(values, weight, temperature, self.tau_squared, self.reduction)
 
     def properties(self) -> Properties:
         hot = float(self.temperature) > 5 and not self.soften_student
