@@ -10,14 +10,13 @@ from pykd.fused.description import LABEL_APART, KernelPoint
 from pykd.losses.logits._shared import at_label, is_label, kept_labels, kept_weight, without_label
 
 
-def _corrected(log_p: Tensor, labels: Tensor, threshold: float, raise_right: bool) -> Tensor:
-    """The logarithm of (1 − α) p + α · label; see :class:`MiniFinetuning`."""
+def _corrected(log_p: Tensor, labels: Tensor, right: Tensor, threshold: float, raise_right: bool) -> Tensor:
+    """The logarithm of (1 − α) p + α · label, where the label is the teacher's class (``right``) or not; see :class:`MiniFinetuning`."""
     log_rest, _ = without_label(log_p, labels)
     p_label, rest = torch.exp(at_label(log_p, labels)), torch.exp(log_rest)
     lead = torch.exp(log_p.amax(dim=-1)) - p_label
     kept = (1.0 - threshold) / (1.0 + lead)  # 1 − α
     raised = ((1.0 - threshold) * p_label + lead + threshold) / (1.0 + lead)
-    right = log_p.argmax(dim=-1) == labels
     if raise_right:
         kept = torch.where(right, ((rest - threshold) / rest.masked_fill(rest == 0, 1.0)).clamp(min=0.0), kept)
         raised = torch.where(right, (p_label + threshold).clamp(max=1.0), raised)
@@ -39,7 +38,9 @@ def _rows(
     """One value per row; see :class:`MiniFinetuning`."""
     log_p = torch.log_softmax(ops.soften(teacher.detach(), temperature), dim=-1)
     log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
-    return ops.forward_kl(_corrected(log_p, labels, threshold, raise_right), log_q, temperature)
+    # Of the logits: probabilities that are almost equal round to the same.
+    right = ops.upcast(teacher.detach()).argmax(dim=-1) == labels
+    return ops.forward_kl(_corrected(log_p, labels, right, threshold, raise_right), log_q, temperature)
 
 
 def mini_finetuning(
@@ -165,15 +166,14 @@ class MiniFinetuning(Loss):
         values = []
         for s, t, y in zip(rows(student_logits, 1), rows(teacher_logits, 1), labels.ravel(), strict=True):
             p = np.exp(log_softmax(t / self.temperature))
-            corrected = p + self._share(p, y) * (np.eye(len(p))[y] - p)
+            corrected = p + self._share(p, y, t.argmax()) * (np.eye(len(p))[y] - p)
             with np.errstate(divide="ignore"):  # the logarithm of 0
                 value = divergence(np.log(corrected), log_softmax(s / self.temperature))
             values.append(value * (self.temperature**2 if self.tau_squared else 1.0))
         return reduce_samples(values, weights, self.reduction, labels.shape)
 
-    def _share(self, p, label):
+    def _share(self, p, label, largest):
         """α."""
-        largest = p.argmax()
         if largest != label:
             lead = p[largest] - p[label]
             return (lead + self.threshold) / (1 + lead)
