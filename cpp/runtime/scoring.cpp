@@ -142,9 +142,13 @@ class Block {
   // their scores.
   void judge(const pykd_tensor* outputs, std::size_t num_outputs) {
     for (std::size_t row = 0; row < status_.size(); ++row) {
-      if (status_[row] == PYKD_ROW_OK) status_[row] = of_inputs(row);
+      // Models may take what a loss may not, such as masks of -infinity: a merged scorer judges what the loss gets
+      // itself.
+      if (status_[row] == PYKD_ROW_OK && !signature_.merged) status_[row] = of_inputs(row);
       for (std::size_t i = 0; i < num_outputs && status_[row] == PYKD_ROW_OK; ++i) {
-        if (!std::isfinite(score_at(outputs[i], row))) status_[row] = PYKD_ROW_INFINITE_SCORE;
+        if (std::isfinite(score_at(outputs[i], row))) continue;
+        const std::uint8_t reason = of_inputs(row);
+        status_[row] = reason == PYKD_ROW_OK ? std::uint8_t{PYKD_ROW_INFINITE_SCORE} : reason;
       }
       if (status_[row] == PYKD_ROW_OK) continue;
       for (std::size_t i = 0; i < num_outputs; ++i) clear_score(outputs[i], row);
