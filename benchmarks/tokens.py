@@ -106,6 +106,44 @@ def _sampled(student: Tensor, log_p: Tensor, ids: Tensor) -> Tensor:
     return ((log_q.detach() - log_p) * log_q).mean()
 
 
+def _decoupled(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """As mdistiller does it."""
+    label = F.one_hot(labels, CLASSES).bool()
+    p, q = F.softmax(teacher / 4, 1), F.softmax(student / 4, 1)
+    p, q = (torch.stack([x[label], (x * ~label).sum(1)], 1) for x in (p, q))
+    target = F.kl_div(torch.log(q), p, reduction="batchmean")
+    others = F.softmax(teacher / 4 - 1000.0 * label, 1)
+    non_target = F.kl_div(F.log_softmax(student / 4 - 1000.0 * label, 1), others, reduction="batchmean")
+    return 16 * (target + 8 * non_target)
+
+
+def _normalized(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """As the authors do it."""
+    label = F.one_hot(labels, CLASSES).bool()
+    target = -(F.softmax(teacher, 1)[label] * F.log_softmax(student, 1)[label]).mean()
+    student, teacher = (x[~label].reshape(len(x), -1) for x in (student, teacher))
+    return target - 1.5 * (F.softmax(teacher, 1) * F.log_softmax(student, 1)).sum(1).mean()
+
+
+def _corrected(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    p, label = F.softmax(teacher, 1), F.one_hot(labels, CLASSES)
+    largest, place = p.max(1, keepdim=True)
+    own = p.gather(1, labels[:, None])
+    share = torch.where(
+        place == labels[:, None], (0.2 / (1 - own)).clamp(max=1), (largest - own + 0.2) / (1 + largest - own)
+    )
+    return F.kl_div(F.log_softmax(student, 1), p + share * (label - p), reduction="batchmean")
+
+
+def _virtual(student: Tensor, labels: Tensor) -> Tensor:
+    virtual = torch.full_like(student.detach(), 0.01 / (CLASSES - 1)).scatter_(1, labels[:, None], 0.99)
+    return F.kl_div(F.log_softmax(student, 1), F.softmax(virtual / 20, 1), reduction="batchmean")
+
+
+def _decision(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.cross_entropy(student, teacher.argmax(1))
+
+
 OF_LOGITS: Mapping[str, tuple[pykd.Loss, Formula]] = {
     "`SoftTarget`, KL": (pykd.SoftTarget(1.0, form="kl"), _kl),
     "`SoftTarget`, reverse KL": (pykd.SoftTarget(1.0, form="reverse_kl"), _reverse),
@@ -116,7 +154,14 @@ OF_LOGITS: Mapping[str, tuple[pykd.Loss, Formula]] = {
     "`AlphaBetaDivergence`": (pykd.AlphaBetaDivergence(), _alpha_beta),
     "`BalancedKL`": (pykd.BalancedKL(), _balanced),
     "`AdaptiveKL`": (pykd.AdaptiveKL(), _adaptive),
+    "`HardLabelDistillation`": (pykd.HardLabelDistillation(), _decision),
 }
+OF_LOGITS_AND_LABELS: Mapping[str, tuple[pykd.Loss, Formula]] = {
+    "`DecoupledKD`": (pykd.DecoupledKD(), _decoupled),
+    "`NormalizedKD`": (pykd.NormalizedKD(), _normalized),
+    "`MiniFinetuning`": (pykd.MiniFinetuning(), _corrected),
+}
+OF_LABELS: Mapping[str, tuple[pykd.Loss, Formula]] = {"`VirtualTeacher`": (pykd.VirtualTeacher(), _virtual)}
 OF_TOP_K: Mapping[str, tuple[pykd.Loss, Formula]] = {
     "`TopKKL`": (pykd.TopKKL(), _top_k),
     "`TopKKL`, zero": (pykd.TopKKL(convention="zero"), _top_k_zero),
@@ -131,6 +176,12 @@ def _logits(rows: int) -> Inputs:
     generator = torch.Generator().manual_seed(rows)
     student, teacher = (torch.randn(rows, CLASSES, generator=generator).mul_(2) for _ in range(2))
     return student.requires_grad_(), teacher
+
+
+def _labels_of(inputs: Inputs) -> Inputs:
+    """Labels alone, drawn evenly."""
+    generator = torch.Generator().manual_seed(2)
+    return inputs[0], torch.randint(CLASSES, (len(inputs[0]),), generator=generator)
 
 
 def _top_k_of(inputs: Inputs) -> Inputs:
@@ -168,6 +219,8 @@ def run(bandwidth: float) -> list[dict[str, Any]]:
     few, large = _logits(CHECKED), _logits(ROWS)
     drawn: tuple[tuple[Mapping[str, tuple[pykd.Loss, Formula]], Callable[[Inputs], Inputs]], ...] = (
         (OF_LOGITS, tuple),
+        (OF_LOGITS_AND_LABELS, lambda inputs: (*inputs, _labels_of(inputs)[1])),
+        (OF_LABELS, _labels_of),
         (OF_TOP_K, _top_k_of),
         (OF_SAMPLES, _sample_of),
     )
