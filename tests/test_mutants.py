@@ -27,13 +27,19 @@ MUTANTS = script().read()
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_it_changes_one_line_that_is_there(mutant):
-    assert mutant.problem(ROOT / "pykd", ROOT / "export") == ""
+    sources = [ROOT / "cpp"] if mutant.is_compiled else [ROOT / "pykd", ROOT / "export"]
+    assert mutant.problem(*sources) == ""
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_the_tests_that_kill_it_are_there(mutant):
     for test in mutant.tests:
         file, *inside = test.split("::")
+        if mutant.is_compiled:
+            suite, name = inside[0].split(".")
+            text = (ROOT / "cpp" / "tests" / f"{file.removeprefix('pykd_')}.cpp").read_text()
+            assert f"TEST({suite}, {name})" in text, test
+            continue
         names = [name.split("[")[0] for name in inside]
         text = (ROOT / file).read_text()
         assert all(f"def {name}(" in text or f"class {name}" in text for name in names), test
