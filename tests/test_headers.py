@@ -139,10 +139,10 @@ def refused(statement: str) -> str:
     return said
 
 
-@pytest.mark.parametrize("type_", ["int", "unsigned char", "bool", "long double", "char", "std::int32_t"])
+@pytest.mark.parametrize("type_", ["long double", "char", "long long", "char16_t"])
 def test_element_types_that_pykd_does_not_know(type_):
-    assert "float, double and std::int64_t" in refused(f"{type_} x[2] = {{}}; pykd::view(x, {{2}});")
-    assert "float, double and std::int64_t" in refused(f'pykd::Result().data<{type_}>("loss");')
+    assert "float, double, bool and the integers of <cstdint>" in refused(f"{type_} x[2] = {{}}; pykd::view(x, {{2}});")
+    assert "float, double, bool and the integers of <cstdint>" in refused(f'pykd::Result().data<{type_}>("loss");')
 
 
 def test_a_view_of_a_temporary():
