@@ -45,6 +45,16 @@ def test_minus_a_thousand_on_the_label_leaves_it_out():
     torch.testing.assert_close(got, 16 * kl_div(log_q, p, reduction="batchmean"))
 
 
+@pytest.mark.parametrize("kernels", ["off", "on"])
+def test_a_teacher_that_masks_all_classes_but_the_label_says_nothing_of_them(kernels):
+    student, teacher = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.0, -torch.inf, -torch.inf]])
+    for temperature in (4.0, 10.0):
+        loss = pykd.DecoupledKD(temperature, target_weight=0.0, kernels=kernels)
+        assert loss.reference(student.numpy(), teacher.numpy(), [0]) == 0
+        assert loss(student, teacher, torch.tensor([0])) == 0
+        assert (gradient(loss, student, teacher, torch.tensor([0])) == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["decoupled_kd", "normalized_kd"])
 def test_a_label_that_takes_all_is_finite(name, dtype):

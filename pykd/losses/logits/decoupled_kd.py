@@ -27,7 +27,9 @@ def _rows(
     log_p_binary = torch.stack([at_label(log_p, labels), log_p_rest], dim=-1)
     log_q_binary = torch.stack([at_label(log_q, labels), log_q_rest], dim=-1)
     target = ops.forward_kl(log_p_binary, log_q_binary, temperature)
-    return target_weight * target + other_weight * ops.forward_kl(log_p_others, log_q_others, temperature)
+    others = ops.forward_kl(log_p_others, log_q_others, temperature)
+    others = others.masked_fill(log_p_rest == float("-inf"), 0.0)  # a teacher that masks them says nothing of them
+    return target_weight * target + other_weight * others
 
 
 def decoupled_kd(
