@@ -172,6 +172,18 @@ def test_adaptive_weights_by_hand():
         torch.testing.assert_close(value, share * forward + (1 - share) * reverse)
 
 
+@pytest.mark.parametrize("kernels", ["off", "on"])
+@pytest.mark.parametrize("boundary", ["head", "tail"])
+def test_equal_probabilities_are_of_the_head_in_the_order_of_their_classes(boundary, kernels):
+    """More of them than a sort that is not stable leaves in their order."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(3, 40, generator=generator)
+    teacher = torch.randint(3, (3, 40), generator=generator).float()
+    loss = pykd.AdaptiveKL(boundary=boundary, reduction="none", kernels=kernels)
+    want = loss.reference(student.double().numpy(), teacher.double().numpy())
+    np.testing.assert_allclose(loss(student, teacher).numpy(), want, rtol=2e-6)
+
+
 def test_without_emphasis_both_divergences_count_alike():
     student, teacher = logits(5, 8), logits(5, 8, seed=1)
     symmetric = pykd.SoftTarget(1.0, form="symmetric_kl")(student, teacher)

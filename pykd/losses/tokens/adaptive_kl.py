@@ -12,11 +12,17 @@ from pykd.fused.description import DIVERGENCE, KernelPoint
 def _shares(log_p: Tensor, log_q: Tensor, head_mass: float, boundary: str) -> tuple[Tensor, Tensor]:
     """What the forward and the reverse divergence count for; both 0 where p = q."""
     axis = log_p.dim() - 1
-    p, order = torch.sort(torch.exp(log_p), dim=axis, descending=True)
-    differences = (p - torch.gather(torch.exp(log_q), axis, order)).abs()
-    reached = torch.cumsum(p, dim=axis)
+    p = torch.exp(log_p)
+    differences = (p - torch.exp(log_q)).abs()
+    falling = torch.sort(p, dim=axis, descending=True)[0]
+    reached = torch.cumsum(falling, dim=axis)
     first = torch.arange(p.size(axis), device=p.device) == 0
-    in_head = (reached - p < head_mass if boundary == "head" else reached <= head_mass) | first
+    of_head = (reached - falling < head_mass if boundary == "head" else reached <= head_mass) | first
+    # Of the classes with the head's least probability the first ones: what order the sort leaves equal ones in is open.
+    least = torch.where(of_head, falling, 2.0).amin(dim=axis, keepdim=True)
+    count = (of_head & (falling == least)).to(p.dtype).sum(dim=axis, keepdim=True)
+    equal = p == least
+    in_head = (p > least) | (equal & (torch.cumsum(equal.to(p.dtype), dim=axis) <= count))
     head = torch.where(in_head, differences, 0.0).sum(dim=-1)
     tail = torch.where(in_head, 0.0, differences).sum(dim=-1)
     total = head + tail
