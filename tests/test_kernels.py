@@ -13,9 +13,10 @@ import torch
 
 import pykd
 from pykd import kernels
-from pykd.definition import REDUCTIONS, Loss
+from pykd.definition import REDUCTIONS, Loss, ops
 from pykd.export.verification import truth
-from pykd.fused.point import value_and_gradient
+from pykd.fused.linear import Linear, Reduced
+from pykd.fused.point import Value, value_and_gradient
 from tests import tolerances
 from tests.conftest import Subject, composed_subjects, loss_subjects
 
@@ -304,6 +305,14 @@ def test_a_learned_temperature_is_refused_and_not_left_without_a_gradient():
                 call(kernels="on")
             with torch.no_grad():
                 call(kernels="on")
+
+
+def test_no_part_of_a_sum_is_lost_when_it_is_reduced():
+    values = Linear([(Reduced(0, Value("soft", torch.add, (), "weight", [3]), [], torch.device("cpu")), 1.0)])
+    for together in (values + torch.ones(3), values + values):
+        for function in (lambda x: ops.reduce(x, None, "mean"), ops.at_least_0):
+            with pytest.raises(TypeError, match="got a sum; reduce each part by itself"):
+                function(together)
 
 
 # ---- Files --------------------------------------------------------------------------------------

@@ -116,6 +116,11 @@ class Linear:
 
     def changed(self, **changes: Any) -> "Linear":
         """The same with other attributes of its only piece, whose values were not reduced so far."""
+        if len(self.pieces) != 1 or self.rest is not None:
+            raise TypeError(
+                "expected a loss to reduce what its kernel returns before it adds anything to it, got a sum; reduce each part "
+                "by itself"
+            )
         ((piece, factor),) = self.pieces
         return Linear([(piece.but(**changes), factor)])
 
