@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
@@ -803,6 +804,32 @@ def test_scores_that_say_nothing_of_themselves_are_refused():
             ValueError, match=rf"the columns that `pykd score` writes in s.parquet, got others \({name}\)"
         ):
             Scores("s.parquet")
+
+
+def test_rows_that_were_changed_are_told_in_one_line(capsys):
+    draw()
+    scores = score_files("teacher.npy", "student.npy", "scores.parquet")
+    table = parquet.read_table("scores.parquet")
+    kinds = pa.array(["gone", *STATUSES[1:]])
+    codes = table["status"].combine_chunks().indices
+    cases = {
+        "status": pa.DictionaryArray.from_arrays(codes, kinds),
+        "kl": [float("nan")],
+        "teacher_class": [-1],
+        "student_class": [scores.facts["classes"]],
+        "teacher_class_rank": [0],
+        "teacher_confidence": [None],
+        "row": [1],
+    }
+    for name, changed in cases.items():
+        place, column = table.schema.get_field_index(name), table[name]
+        if isinstance(changed, list):
+            changed = pa.array([*changed, *column.to_pylist()[1:]], column.type)
+        parquet.write_table(table.set_column(place, name, changed), "s.parquet")
+        with pytest.raises(ValueError, match=rf"expected .* as {name} in s.parquet, .* got others between rows 0 and"):
+            summary(Scores("s.parquet"))
+    assert main(["score", "--compare", "scores.parquet", "s.parquet"]) == 2
+    assert "expected the rows from 0 on as row in s.parquet" in capsys.readouterr().err
 
 
 def test_the_kinds_of_rows_are_in_the_report_by_name():

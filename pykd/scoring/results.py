@@ -288,17 +288,53 @@ class Scores:
         """Those columns, of the rows that count, or with ``bad`` of all; ``"row"`` and ``"status"`` (its
         place in :data:`STATUSES`) are always there."""
         wanted = list({"row", "status", *names})
+        first = 0
         for batch in self._file.iter_batches(_GROUP_ROWS, columns=wanted, use_threads=False):
             column = batch.column("status")
-            codes = np.array([STATUSES.index(name) for name in column.dictionary.to_pylist()], np.uint8)
+            kinds = column.dictionary.to_pylist()
+            if column.null_count or not set(kinds) <= set(STATUSES):
+                raise self._changed("status", f"one of {', '.join(STATUSES)}", first, len(column))
+            codes = np.array([STATUSES.index(name) for name in kinds], np.uint8)
             status = codes[column.indices.to_numpy()]
-            kept = np.ones(len(status), bool) if bad else status == OK
+            fine = status == OK
+            kept = np.ones(len(status), bool) if bad else fine
             block: dict[str, Array] = {"status": status[kept]}
             for name in {"row", *names} - {"status"}:
                 column = batch.column(name)
+                self._check(name, column, fine, first)
                 if name == "group":
                     values = column.to_numpy(zero_copy_only=False)
                 else:
                     values = column.fill_null(0).to_numpy(zero_copy_only=False)
                 block[name] = values[kept]
+            first += len(status)
             yield block
+
+    def _check(self, name: str, column: Any, fine: Array, first: int) -> None:
+        """Refuses what was changed: everything that is computed takes rows that count at their word."""
+        there = np.ones(len(fine), bool)
+        if column.null_count:
+            there = column.is_valid().to_numpy(zero_copy_only=False)
+        if name in ("row", "group"):
+            fine = np.ones(len(fine), bool)
+        if name == "group":
+            good, expected = there, "a group in every row"
+        else:
+            values = column.fill_null(0).to_numpy(zero_copy_only=False)
+            classes = self.facts["classes"]
+            if name == "row":
+                good, expected = there & (values == first + np.arange(len(values))), "the rows from 0 on"
+            elif name == "teacher_class_rank":
+                good, expected = there & (values >= 1) & (values <= classes), f"a place from 1 to {classes}"
+            elif values.dtype.kind in "iu":
+                good, expected = there & (values >= 0) & (values < classes), f"a class from 0 to {classes - 1}"
+            else:
+                good, expected = there & np.isfinite(values), "a finite number"
+        if not good[fine].all():
+            raise self._changed(name, expected, first, len(fine))
+
+    def _changed(self, name: str, expected: str, first: int, rows: int) -> ValueError:
+        return ValueError(
+            f"expected {expected} as {name} in {self.path}, as `pykd score` writes for rows that count, got others between rows {first} and "
+            f"{first + rows - 1}; score again"
+        )
