@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says where there is no room
+
 
 def read(path: str | Path, limit: int) -> bytes:
     """The contents of a regular file of at most ``limit`` bytes.
@@ -51,28 +53,53 @@ def beside(path: Path) -> Path:
     return path.with_name(path.name + ".writing")
 
 
+def check_place(path: Path) -> None:
+    """A regular file may be replaced, or lies nowhere yet; a folder, a pipe and a device stay what they are."""
+    if path.exists() and not path.is_file():
+        raise OSError(
+            f"expected a regular file to replace at {path}, or none, got a folder, pipe or device; name another"
+        )
+
+
+def already_there(path: Path) -> ValueError:
+    """The message for a file or folder in the place of what is about to be written."""
+    return ValueError(
+        f"expected nothing at {path}, got what another run writes, or one that was killed has left; wait for it, or remove it"
+    )
+
+
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, of which the disk holds everything when the block ends; an error removes it."""
+def writing(path: Path, alone: bool = False) -> Iterator[IO[bytes]]:
+    """A file to write, of which the disk holds everything when the block ends; an error removes it.
+
+    Where ``alone``, a file that lies there is an error, and stays.
+    """
     try:
-        with open(path, "wb") as file:
+        opened = open(path, "xb" if alone else "wb")  # noqa: SIM115
+    except FileExistsError as error:
+        raise already_there(path) from error
+    try:
+        with opened as file:
             yield file
             file.flush()
             sync(file.fileno())
-    except BaseException:
+    except BaseException as error:
         path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+            error.filename = str(path)
         raise
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, alone: bool = False) -> Iterator[IO[bytes]]:
     """A file to write; when the block ends without an error, it takes the place of ``path`` in one step.
 
     Until then it lies beside it as ``<path>.writing``, which an error removes. A loss of power leaves the old file or the new one,
-    whole.
+    whole. Where ``alone``, a file at ``<path>.writing`` is an error, and stays.
     """
+    check_place(path)
     half = beside(path)
-    with writing(half) as file:
+    with writing(half, alone) as file:
         yield file
     try:
         os.replace(half, path)

@@ -43,6 +43,20 @@ def test_what_cannot_be_replaced_leaves_nothing_behind(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
+def test_what_is_no_file_and_what_others_write_stay(tmp_path):
+    pipe, other = tmp_path / "pipe", tmp_path / "file.writing"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="a regular file to replace at .*pipe, or none, got a folder, pipe or device"):
+        files.write_text(pipe, "text")
+    other.write_bytes(b"of others")
+    with (
+        pytest.raises(ValueError, match=r"expected nothing at .*file.writing, got what another run writes"),
+        files.replacing(tmp_path / "file", alone=True),
+    ):
+        pass
+    assert pipe.is_fifo() and other.read_bytes() == b"of others" and len(os.listdir(tmp_path)) == 2
+
+
 def test_the_disk_has_the_contents_before_the_name(tmp_path, monkeypatch):
     path, seen = tmp_path / "file", []
     sync = os.fsync

@@ -366,6 +366,33 @@ def test_nothing_that_is_read_is_written_over(tmp_path, models, losses):
         merge(*models, losses / "soft", tmp_path / "nowhere" / "scorer.onnx")
 
 
+def test_files_of_others_stay(tmp_path, models, losses):
+    """Also where nothing says so but their names; a pipe would be read without end."""
+    big = with_weights_at(tmp_path / "big.onnx", "big.bin")
+    out, pipe = tmp_path / "scorer.onnx", tmp_path / "pipe"
+    for name in ("scorer.onnx.data.writing", "scorer.onnx.writing"):
+        other = tmp_path / name
+        other.write_bytes(b"of others")
+        with pytest.raises(ValueError, match=f"expected nothing at .*{name}, got what another run writes"):
+            merge(big, models[1], losses / "soft", out)
+        assert other.read_bytes() == b"of others" and not out.exists() and not weights_of(out)
+        other.unlink()
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="a regular file to replace at .*pipe, or none, got a folder, pipe or device"):
+        merge(big, models[1], losses / "soft", pipe)
+    for name in (b"\xff.onnx", b"a\\b.onnx"):
+        with pytest.raises(ValueError, match="expected a printable name without"):
+            merge(big, models[1], losses / "soft", tmp_path / os.fsdecode(name))
+    assert pipe.is_fifo() and not list(tmp_path.glob("*.data")) and not list(tmp_path.glob("*.writing"))
+
+
+def test_a_model_of_any_name_is_named_in_text(tmp_path, models, losses):
+    """Half of a surrogate pair is none, which JSON in C++ refuses."""
+    odd = models[0].rename(tmp_path / os.fsdecode(b"\xff.onnx"))
+    out = onnx.load(merge(odd, models[1], losses / "soft", tmp_path / "scorer.onnx"))
+    assert merging.described(out)["models"]["teacher"]["file"] == "\\udcff.onnx"
+
+
 def test_weights_of_the_scorer_before_do_not_stay_behind(tmp_path, models, losses):
     out, others = tmp_path / "scorer.onnx", tmp_path / "scorer.onnx.data"
     others.write_bytes(b"of somebody else")
@@ -405,6 +432,8 @@ def test_a_merge_that_dies_anywhere_leaves_a_scorer_and_its_weights(tmp_path, mo
             merge(big[1], models[1], losses / "soft", out)
     got = scored(out, feeds)["loss_per_sample"]
     np.testing.assert_array_equal(got, want[1] if step < 2 else want[0])
+    for left in tmp_path.glob("scorer.onnx*.writing"):  # as the next merge says
+        left.unlink()
     merge(big[1], models[1], losses / "soft", out)
     np.testing.assert_array_equal(scored(out, feeds)["loss_per_sample"], want[0])
     assert len(weights_of(out)) == (1 if step != 2 else 2), "the next merge takes over what is the same"

@@ -507,7 +507,7 @@ def test_a_link_leads_to_the_new_file_and_a_folder_is_refused_before_the_work():
         file.write(0, b"new")
     assert Path("t.bin").is_symlink() and Path("elsewhere/t.bin").read_bytes() == b"new"
     with (
-        pytest.raises(OSError, match="expected to write elsewhere, got 'Is a directory'"),
+        pytest.raises(OSError, match="a regular file to replace at elsewhere, or none, got a folder"),
         WholeFile(Path("elsewhere"), 1),
     ):
         pass

@@ -322,6 +322,14 @@ assert not {"torch", "pykd", "onnx"} & sys.modules.keys()
     np.testing.assert_allclose(np.load("got.npy"), scored(losses, "soft"), rtol=1e-6)
 
 
+def test_a_link_leads_to_the_new_folder(losses):
+    Path("elsewhere").mkdir()
+    os.symlink("elsewhere/served", "out")
+    written(losses, "merged", operators="/opt/libpykd.so")
+    assert Path("out").is_symlink() and Path("elsewhere/served/README.md").is_file()
+    assert os.listdir("elsewhere") == ["served"]
+
+
 def test_operators_may_lie_elsewhere(published, losses):
     library = pykd.onnxruntime_ops_path()
     server = Server(published, written(losses, "merged", operators=library))

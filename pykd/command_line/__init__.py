@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from pykd import files
 from pykd._version import __version__
 from pykd.command_line import artefacts, losses, machine, merging, scoring, teacher
 
@@ -47,9 +48,8 @@ def _said(error: Exception) -> str:
     """What went wrong in three parts, for exceptions of Python itself, too."""
     if isinstance(error, OSError) and error.errno is not None:
         where = " and ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
-        return (
-            f"expected to read or write {where or 'a file'}, got {error.strerror!r}; check the path, and who may use it"
-        )
+        remedy = "make room" if error.errno in files.FULL else "check the path, and who may use it"
+        return f"expected to read or write {where or 'a file'}, got {error.strerror!r}; {remedy}"
     if isinstance(error, ArithmeticError):
         return f"expected numbers that can be computed with, got {str(error)!r}; check the settings"
     if isinstance(error, MemoryError):

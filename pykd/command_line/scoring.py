@@ -135,6 +135,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
             continue
         if path.is_dir():
             raise IsADirectoryError(f"expected a file for --{name}, got the folder {path}; name a file in it")
+        files.check_place(path)
         on_the_way = [files.beside(path)] + ([journal_of(path)] if name == "out" else [])
         written = {os.path.realpath(place) for place in (path, *on_the_way)}
         if written & taken:

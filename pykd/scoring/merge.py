@@ -171,6 +171,11 @@ def described(scorer: ModelProto) -> dict[str, Any]:
     return found
 
 
+def _shown(name: str) -> str:
+    """The name of a file, which may hold any bytes, as text that JSON has."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def _metadata(model: ModelProto, key: str) -> str:
     return next((entry.value for entry in model.metadata_props if entry.key == key), "")
 
@@ -410,7 +415,7 @@ def _assemble(
         "loss": parts.described,
         "connections": {name: ":".join(place) for name, place in connected.items()},
         "lengths": _check_shapes(parts, connected),
-        "models": {role: {"file": m.path.name, "sha256": _digest(m.path)} for role, m in parts.models.items()},
+        "models": {role: {"file": _shown(m.path.name), "sha256": _digest(m.path)} for role, m in parts.models.items()},
         "outputs": [value.name for value in merged.graph.output],
         "pykd": __version__,
     }
@@ -725,6 +730,7 @@ def _check_out(out: Path, parts: Parts) -> None:
     """Nothing that is read is written over: neither the parts, nor the files of their weights."""
     if not out.parent.is_dir():
         raise FileNotFoundError(f"expected a folder for the scorer, got none at {out.parent}; make it")
+    files.check_place(out)
     read = {parts.loss_file.resolve()}
     for model in parts.models.values():
         read |= {model.path.resolve(), *_weight_files(model.graph, model.path.parent)}
@@ -772,9 +778,10 @@ def _write(model: ModelProto, out: Path) -> None:
     in one step, the old scorer and its weights lie there, and then the new ones.
     """
     before = _own_weights(out)
-    data = _move_weights(model, out)
+    data: Path | None = None
     try:
-        with files.replacing(out) as file:
+        with files.replacing(out, alone=True) as file:
+            data = _move_weights(model, out)
             serialised = model.SerializeToString(deterministic=True)
             file.write(serialised)
             file.write(integrity.onnx_seal(serialised))
@@ -796,11 +803,19 @@ def _move_weights(model: ModelProto, out: Path) -> Path | None:
     ]
     if not moved:
         return None
+    if "\\" in out.name or not out.name.isprintable():
+        raise ValueError(
+            f"expected a printable name without \\ for a scorer with weights beside it, got {out.name!r}; pass another"
+        )
     beside = out.with_name(out.name + ".data.writing")
-    with files.writing(beside) as file:
+    with files.writing(beside, alone=True) as file:
         digest, places = _write_weights(moved, file)
     data = out.parent.resolve() / f"{out.name}.{digest[:16]}.data"
-    os.replace(beside, data)
+    try:
+        os.replace(beside, data)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     for tensor, place in zip(moved, places, strict=True):
         tensor.ClearField("raw_data")
         del tensor.external_data[:]
@@ -863,4 +878,9 @@ def _point_outside(graph: GraphProto, model: Path) -> None:
                 raise ValueError(
                     f"expected the weight {tensor.name} in a file beside its model, got {location.value!r} in {folder}; put the file there"
                 )
-            location.value = str(path)
+            try:
+                location.value = str(path)
+            except ValueError as error:
+                raise ValueError(
+                    f"expected the weight {tensor.name} at a path of UTF-8, got {str(path)!r}; move the files"
+                ) from error

@@ -86,13 +86,12 @@ def write_repository(
             "expected a scorer, or a teacher, a student and a loss, got neither the one nor the three; pass scorer=, or teacher=, "
             "student= and loss="
         )
-    beside = files.beside(out)
+    target = Path(os.path.realpath(out)) if out.is_symlink() else out  # a link goes on leading where it leads
+    beside = files.beside(target)
     try:
         beside.mkdir()
     except FileExistsError as error:
-        raise ValueError(
-            f"expected nothing at {beside}, got what another run writes, or one that was killed has left; wait for it, or remove it"
-        ) from error
+        raise files.already_there(beside) from error
     writer = _Writer(beside, max_batch, served_at, operators, kernels)
     try:
         if parts is None:
@@ -100,9 +99,10 @@ def write_repository(
             _write_one(writer, Path(scorer), name, fixed or {})
         else:
             _write_ensemble(writer, parts, dict(connect or {}), dict(share or {}), set(separate), name, fixed or {})
-        os.replace(beside, out)
-    finally:
+        os.replace(beside, target)
+    except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
+        raise
     return out
 
 

@@ -28,9 +28,8 @@ class WholeFile:
         self._beside = files.beside(self._target)
 
     def __enter__(self) -> WholeFile:
+        files.check_place(self.path)
         try:
-            if self._target.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             self._file = self._alone()
         except OSError as error:
             raise self._failed(error) from error
@@ -94,7 +93,7 @@ class WholeFile:
             os.close(self._file)
 
     def _failed(self, error: OSError) -> OSError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in files.FULL:
             return OSError(
                 f"expected room for the {self._size:,} bytes of {self.path}, got {error.strerror!r}; make room, and run the same command "
                 "again: nothing is kept"
