@@ -191,7 +191,7 @@ double part(const Job& job, std::size_t row, std::size_t first, std::size_t last
       continue;
     }
     sum += token.template distance<true>(directions, &along);
-    if (!directions.has_x()) {
+    if (turns_nowhere(directions, job.channels == 1, along)) {
       std::memset(gradient, 0, job.channels * sizeof(T));
     } else {
       token.differentiate(directions, static_cast<float>(along), factor, gradient, job.stream);

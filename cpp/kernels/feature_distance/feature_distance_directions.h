@@ -63,6 +63,11 @@ class Directions {
   float keep_, ratio_, scale_;
 };
 
+// Whether no step of x changes x^: it has none, or a single channel, whose direction is a sign. `along` tells NaN.
+PYKD_GPU_AND_HOST bool turns_nowhere(const Directions& directions, bool one_channel, double along) {
+  return !directions.has_x() || (one_channel && along == along);
+}
+
 // The distance of a token, from the sum over its channels. What has no direction has the cosine 0 with everything.
 template <Power power>
 PYKD_GPU_AND_HOST double distance_of(double sum, const Directions& directions) {

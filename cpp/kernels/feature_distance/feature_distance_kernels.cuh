@@ -117,7 +117,7 @@ class Token {
                                  }),
                                  team_, exchange);
     if (!gradient) return distance_of<power>(sums.first, directions);
-    if (!directions.has_x()) {
+    if (turns_nowhere(directions, channels_ == 1, sums.second)) {
       write_zeros();
       return distance_of<power>(sums.first, directions);
     }

@@ -70,8 +70,8 @@ class SampledReverseKL(Loss):
     Example:
         >>> logits = torch.tensor([[0.0, 0.0, 0.0, 0.0]], requires_grad=True)
         >>> loss = SampledReverseKL()(logits, torch.tensor([0.5]).log(), torch.tensor([2]))
-        >>> loss
-        tensor(0.9609, grad_fn=<MeanBackward0>)
+        >>> round(loss.item(), 4)
+        0.9609
         >>> loss.backward()
         >>> logits.grad
         tensor([[ 0.1733,  0.1733, -0.5199,  0.1733]])
