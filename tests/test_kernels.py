@@ -131,6 +131,17 @@ def test_kernel_with_masked_classes(fusable):
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=2e-6, msg=name)
 
 
+def test_kernel_with_an_infinite_logit(fusable):
+    """There is no softmax of it, wherever it stands: nothing finite comes of it that the formula does not give."""
+    drawn = fusable.draw({"batch": 2, "classes": 4}, seed=10, dtype=torch.float32)
+    for name in fusable.inputs_of("logits"):
+        for place in range(drawn[name].shape[-1]):
+            tensors = dict(drawn, **{name: drawn[name].clone()})
+            tensors[name].flatten(0, -2)[0, place] = float("inf")
+            got, want = (through(fusable, tensors, run)["loss"] for run in (in_library(), by_formula))
+            assert torch.isfinite(got) == torch.isfinite(want), f"{name} of class {place}: {got}, formula {want}"
+
+
 def test_kernel_with_nothing_kept(fusable):
     if "sample_weight" not in fusable.optional:
         pytest.skip("every sample counts")

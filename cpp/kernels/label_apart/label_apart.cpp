@@ -223,17 +223,23 @@ class Rows {
       teacher_ = problem_.teacher == nullptr ? zeros_ : static_cast<const T*>(problem_.teacher) + row * classes_;
       const auto label = problem_.form == Form::kDecision ? static_cast<std::int64_t>(decision(teacher_, classes_))
                                                           : problem_.labels[row];
-      const bool there = label >= 0 && label < static_cast<std::int64_t>(classes_);
-      const double value =
-          there ? compute(static_cast<size_t>(label), weight, gradient) : std::numeric_limits<double>::quiet_NaN();
+      const double value = has_label(label) ? compute(static_cast<size_t>(label), weight, gradient)
+                                            : std::numeric_limits<double>::quiet_NaN();
       if (problem_.value != nullptr) problem_.value[row] = static_cast<float>(value);
-      for (size_t i = 0; i < classes_ && !there && weight != 0; ++i) set_entry(gradient + i, value);
+      for (size_t i = 0; i < classes_ && std::isnan(value) && weight != 0; ++i) set_entry(gradient + i, value);
     }
     if (problem_.stream_gradient) passes::finish_streaming();
   }
 
  private:
   static constexpr bool kOthers = Terms::kOwn;
+
+  // Whether the label is a class whose logits are no NaN and not +inf, of which there is no softmax. Those of the other
+  // classes the passes find.
+  bool has_label(std::int64_t label) const {
+    if (label < 0 || label >= static_cast<std::int64_t>(classes_)) return false;
+    return entry(student_ + label) < kInfinity && (!kOthers || entry(teacher_ + label) < kInfinity);
+  }
 
   // The value of a row, and where its weight is not 0 the gradient.
   double compute(size_t label, float weight, T* gradient) {
