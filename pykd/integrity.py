@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from typing import Any
 
 _ONNX_PREFIX = b"\x72\x16\x0a\x0apykd.crc32\x12\x08"  # one more metadata_props entry, 24 bytes with its digits
 _ZIP_PREFIX = b"pykd.crc32="  # the comment of the archive, 19 bytes with its digits
@@ -21,6 +22,15 @@ def onnx_seal(model: bytes) -> bytes:
 def seal_onnx(model: bytes) -> bytes:
     """A serialised ONNX model with its checksum appended."""
     return model + onnx_seal(model)
+
+
+def resealed_onnx(model: Any) -> bytes:
+    """A serialised ``ModelProto`` that was read from a file and changed, with a checksum of what it is now where it had one."""
+    seals = [entry for entry in model.metadata_props if entry.key == "pykd.crc32"]
+    for entry in seals:
+        model.metadata_props.remove(entry)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return seal_onnx(data) if seals else data
 
 
 def seal_zip(archive: bytes) -> bytes:

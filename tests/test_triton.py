@@ -21,6 +21,7 @@ from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
 
 import pykd
+from pykd import integrity
 from pykd.command_line import main
 from pykd.scoring.merge import merge
 from pykd.scoring.stream import score_files
@@ -280,6 +281,10 @@ def test_numbers_are_written_into_the_file_or_keep_their_defaults(published, los
     server = Server(published, written(losses, kind, fixed={"temperature": 4.0}))
     got = server("scorer", {"pixels": PIXELS})["loss_per_sample"][:, 0]
     np.testing.assert_allclose(got, scored(losses, "soft", temperature=4.0), rtol=1e-6)
+    sealed = [path for path in Path("out").rglob("model.onnx") if b"pykd.crc32" in path.read_bytes()]
+    assert bool(sealed) == (kind == "merged")
+    for path in sealed:
+        integrity.check(path.read_bytes(), str(path))
     (session,) = [s for s in server.sessions.values() if "loss_per_sample" in {o.name for o in s.get_outputs()}]
     assert "temperature" not in {value.name for value in session.get_overridable_initializers()}
     with pytest.raises(ValueError, match="write a value into the file \\(--fix temperature=…\\)"):

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, numpy_helper
 
-from pykd import config, files
+from pykd import config, files, integrity
 from pykd._version import __version__
 from pykd.scoring import merge as merging
 from pykd.scoring.merge import ROLES
@@ -170,7 +170,7 @@ class _Writer:
         version = self.folder / name / "1"
         version.mkdir(parents=True)
         with files.writing(version / "model.onnx") as file:
-            file.write(proto.SerializeToString(deterministic=True))
+            file.write(integrity.resealed_onnx(proto))
         for location in merging.weight_locations(proto.graph):
             place = version / location
             if not place.resolve().is_relative_to(version.resolve()):
