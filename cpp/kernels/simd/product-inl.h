@@ -35,8 +35,8 @@ namespace hn = hwy::HWY_NAMESPACE;
 constexpr std::size_t kProductRows = 8;
 #define PYKD_PRODUCT_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
 #elif HWY_TARGET == HWY_SCALAR
-constexpr std::size_t kProductRows = 3;
-#define PYKD_PRODUCT_EACH_ROW(DO) DO(0) DO(1) DO(2)
+constexpr std::size_t kProductRows = 1;  // of three, those beyond the last sample would read lanes that nobody wrote
+#define PYKD_PRODUCT_EACH_ROW(DO) DO(0)
 #else
 constexpr std::size_t kProductRows = 4;
 #define PYKD_PRODUCT_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3)
