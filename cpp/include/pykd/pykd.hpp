@@ -73,49 +73,27 @@ struct dtype_of {
   static constexpr pykd_dtype value = PYKD_FLOAT32;
 };
 template <>
-struct dtype_of<float> {
-  static constexpr pykd_dtype value = PYKD_FLOAT32;
-};
+struct dtype_of<float> : std::integral_constant<pykd_dtype, PYKD_FLOAT32> {};
 template <>
-struct dtype_of<double> {
-  static constexpr pykd_dtype value = PYKD_FLOAT64;
-};
+struct dtype_of<double> : std::integral_constant<pykd_dtype, PYKD_FLOAT64> {};
 template <>
-struct dtype_of<std::int64_t> {
-  static constexpr pykd_dtype value = PYKD_INT64;
-};
+struct dtype_of<std::int64_t> : std::integral_constant<pykd_dtype, PYKD_INT64> {};
 template <>
-struct dtype_of<std::int8_t> {
-  static constexpr pykd_dtype value = PYKD_INT8;
-};
+struct dtype_of<std::int8_t> : std::integral_constant<pykd_dtype, PYKD_INT8> {};
 template <>
-struct dtype_of<std::uint8_t> {
-  static constexpr pykd_dtype value = PYKD_UINT8;
-};
+struct dtype_of<std::uint8_t> : std::integral_constant<pykd_dtype, PYKD_UINT8> {};
 template <>
-struct dtype_of<std::int16_t> {
-  static constexpr pykd_dtype value = PYKD_INT16;
-};
+struct dtype_of<std::int16_t> : std::integral_constant<pykd_dtype, PYKD_INT16> {};
 template <>
-struct dtype_of<std::uint16_t> {
-  static constexpr pykd_dtype value = PYKD_UINT16;
-};
+struct dtype_of<std::uint16_t> : std::integral_constant<pykd_dtype, PYKD_UINT16> {};
 template <>
-struct dtype_of<std::int32_t> {
-  static constexpr pykd_dtype value = PYKD_INT32;
-};
+struct dtype_of<std::int32_t> : std::integral_constant<pykd_dtype, PYKD_INT32> {};
 template <>
-struct dtype_of<std::uint32_t> {
-  static constexpr pykd_dtype value = PYKD_UINT32;
-};
+struct dtype_of<std::uint32_t> : std::integral_constant<pykd_dtype, PYKD_UINT32> {};
 template <>
-struct dtype_of<std::uint64_t> {
-  static constexpr pykd_dtype value = PYKD_UINT64;
-};
+struct dtype_of<std::uint64_t> : std::integral_constant<pykd_dtype, PYKD_UINT64> {};
 template <>
-struct dtype_of<bool> {
-  static constexpr pykd_dtype value = PYKD_BOOL;
-};
+struct dtype_of<bool> : std::integral_constant<pykd_dtype, PYKD_BOOL> {};
 inline std::size_t size_of(pykd_dtype dtype) {
   switch (dtype) {
     case PYKD_INT8:
