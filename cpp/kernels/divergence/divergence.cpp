@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "kernels/host/checks.h"
 #include "kernels/host/memory.h"
 #include "kernels/host/rows.h"
 #include "kernels/kernel.h"
@@ -434,10 +435,7 @@ const char* refuse(const Call& call) {
   if (call.outputs[kGradStudent].given() && !in(kWeight)) return "grad_student needs weight";
   if (form == Form::kBalancedKl && !in(kEmphasis)) return "balanced_kl needs emphasis";
   if (form != Form::kBalancedKl && in(kEmphasis)) return "emphasis belongs to balanced_kl";
-  const float temperature = call.number(kTemperature);
-  if (!(temperature >= std::numeric_limits<float>::min() && std::isfinite(temperature))) {
-    return "temperature is above 0, and a number of full precision in float32 (from 1.2e-38)";
-  }
+  if (const char* why = refuse_temperature(call.number(kTemperature))) return why;
   if (in(kEmphasis) && !(call.number(kEmphasis) >= 0 && std::isfinite(call.number(kEmphasis)))) {
     return "emphasis is a number from 0 on";
   }

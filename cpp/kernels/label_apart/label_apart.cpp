@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "kernels/host/checks.h"
 #include "kernels/host/memory.h"
 #include "kernels/host/rows.h"
 #include "kernels/kernel.h"
@@ -446,10 +447,7 @@ const char* refuse(const Call& call) {
     return "decoupled and normalized take other_weight, and no other form";
   }
   if (!decides) {
-    const float temperature = call.number(kTemperature);
-    if (!(temperature >= std::numeric_limits<float>::min() && std::isfinite(temperature))) {
-      return "temperature is above 0, and a number of full precision in float32 (from 1.2e-38)";
-    }
+    if (const char* why = refuse_temperature(call.number(kTemperature))) return why;
   }
   for (const Input input : {kTargetWeight, kOtherWeight}) {
     if (in(input) && !(call.number(input) >= 0 && std::isfinite(call.number(input)))) {

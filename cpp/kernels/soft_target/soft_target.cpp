@@ -9,6 +9,7 @@
 #include <new>
 #include <type_traits>
 
+#include "kernels/host/checks.h"
 #include "kernels/host/rows.h"
 #include "kernels/kernel.h"
 
@@ -1043,10 +1044,6 @@ float* thread_memory(size_t size) {
   return memory.get();
 }
 
-constexpr char kNoTemperature[] = "temperature is above 0, and a number of full precision in float32 (from 1.2e-38)";
-
-bool is_temperature(float number) { return number >= std::numeric_limits<float>::min() && std::isfinite(number); }
-
 // Whether p and q may be so alike that rounding matters. Up to 8, T^2 times the rounding of a probability is below
 // 1e-5.
 bool is_almost_equal(Form form, float temperature) { return form != Form::kCrossEntropy && temperature > 8.0f; }
@@ -1063,7 +1060,9 @@ const char* refuse(const Call& call) {
   if (out(kGradStudent) && !in(kSoftWeight) && !in(kHardWeight)) {
     return "grad_student needs soft_weight or hard_weight";
   }
-  if (in(kTeacher) && !is_temperature(call.number(kTemperature))) return kNoTemperature;
+  if (in(kTeacher)) {
+    if (const char* why = refuse_temperature(call.number(kTemperature))) return why;
+  }
   const double beta = call.attributes[kBeta];
   if (call.choice(kForm) == static_cast<int>(Form::kJsd) && !(beta > 0 && beta < 1)) {
     return "beta of jsd must lie between 0 and 1";
@@ -1136,7 +1135,9 @@ const char* refuse_scores(const Call& call) {
   const auto in = [&call](ScoreInput input) { return call.inputs[input]; };
   const auto out = [&call](ScoreOutput output) { return call.outputs[output].given(); };
   if (out(kSoftScore) && !in(kScoreTemperature).given()) return "soft needs temperature";
-  if (in(kScoreTemperature).given() && !is_temperature(call.number(kScoreTemperature))) return kNoTemperature;
+  if (in(kScoreTemperature).given()) {
+    if (const char* why = refuse_temperature(call.number(kScoreTemperature))) return why;
+  }
   if ((out(kTeacherNll) || out(kStudentNll)) && !in(kScoreLabels).given()) {
     return "teacher_nll and student_nll need labels";
   }

@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/host/checks.h"
 #include "kernels/host/memory.h"
 #include "kernels/host/rows.h"
 #include "kernels/kernel.h"
@@ -475,10 +476,7 @@ HWY_EXPORT(TopKRows);
 
 const char* refuse(const Call& call) {
   if (call.outputs[kGradStudent].given() && !call.inputs[kWeight].given()) return "grad_student needs weight";
-  const float temperature = call.number(kTemperature);
-  if (!(temperature >= std::numeric_limits<float>::min() && std::isfinite(temperature))) {
-    return "temperature is above 0, and a number of full precision in float32 (from 1.2e-38)";
-  }
+  if (const char* why = refuse_temperature(call.number(kTemperature))) return why;
   const Form form = static_cast<Form>(call.choice(kForm));
   if (static_cast<Average>(call.choice(kAverage)) != Average::kPairs && form < Form::kPairwiseHinge) {
     return "average belongs to the forms on pairs: pairwise_hinge, constant_hinge, logistic";
