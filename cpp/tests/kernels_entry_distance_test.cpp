@@ -7,23 +7,20 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <functional>
 #include <limits>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "kernels/kernel.h"
-#include "tests/every_target.h"
 #include "tests/half_numbers.h"
-#include "tests/kernel_threads.h"
+#include "tests/row_results.h"
 
 namespace pykd::kernels {
 namespace {
 
 using entry_distance::Average;
 using entry_distance::Form;
-using tests::on_every_target;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -37,9 +34,7 @@ struct Data {
   double beta = 0.75;
 };
 
-struct Result {
-  std::vector<double> value, gradient;
-};
+using Result = tests::RowResults;
 
 Result reference(const Data& data, Form form) {
   Result result;
@@ -63,27 +58,14 @@ Result reference(const Data& data, Form form) {
 }
 
 Result run(const Data& data, Form form, int thread_count = 1) {
-  const Kernel* kernel = find("entry_distance");
   const std::int64_t shape[] = {data.rows, data.entries};
   tests::Bytes student = tests::encode(data.dtype, data.student), teacher = tests::encode(data.dtype, data.teacher);
-  tests::Bytes gradient(student.size(), 0xFF);
-  std::vector<float> weight = data.weight, value(data.rows, -1.0f);
-  const Array inputs[] = {{student.data(), data.dtype, 2, shape},
-                          {teacher.data(), data.dtype, 2, shape},
-                          {weight.data(), PYKD_FLOAT32, 1, shape}};
-  const Array outputs[] = {{value.data(), PYKD_FLOAT32, 1, shape}, {gradient.data(), data.dtype, 2, shape}};
-  const double attributes[] = {static_cast<double>(form), static_cast<double>(data.average), data.beta};
-  const Parallel parallel = tests::threads(&thread_count);
-  Call call;
-  call.inputs = inputs;
-  call.outputs = outputs;
-  call.attributes = attributes;
-  call.dtype = data.dtype;
-  call.parallel = &parallel;
-  check(*kernel, call);
-  kernel->cpu(call);
-  const std::vector<float> gradients = tests::decode(data.dtype, gradient);
-  return {{value.begin(), value.end()}, {gradients.begin(), gradients.end()}};
+  std::vector<float> weight = data.weight;
+  const std::vector<Array> inputs = {{student.data(), data.dtype, 2, shape},
+                                     {teacher.data(), data.dtype, 2, shape},
+                                     {weight.data(), PYKD_FLOAT32, 1, shape}};
+  return tests::run_rows("entry_distance", data.dtype, inputs,
+                         {static_cast<double>(form), static_cast<double>(data.average), data.beta}, thread_count);
 }
 
 Data draw(std::int64_t rows, std::int64_t entries, pykd_dtype dtype = PYKD_FLOAT32) {
@@ -114,10 +96,9 @@ void expect_close(const Data& data, Form form, const std::string& what) {
   EXPECT_LE(worst, smallest) << where;
 }
 
-void for_every_form(const std::function<void(Form)>& check) {
-  on_every_target([&] {
-    for (const Form form : kForms) check(form);
-  });
+template <class Check>
+void for_every_form(const Check& check) {
+  tests::for_every_form(kForms, check);
 }
 
 TEST(EntryDistance, IsItsFormula) {

@@ -16,7 +16,7 @@
 #include "kernels/kernel.h"
 #include "tests/every_target.h"
 #include "tests/half_numbers.h"
-#include "tests/kernel_threads.h"
+#include "tests/row_results.h"
 
 namespace pykd::kernels {
 namespace {
@@ -38,9 +38,7 @@ struct Data {
   bool raise_right = true, soften_student = true;
 };
 
-struct Result {
-  std::vector<double> value, gradient;
-};
+using Result = tests::RowResults;
 
 // ---- The definition ------------------------------------------------------------------------------
 
@@ -163,36 +161,24 @@ Result reference(const Data& data, Form form) {
 // ---- The kernel ----------------------------------------------------------------------------------
 
 Result run(const Data& data, Form form, int thread_count = 1, unsigned char before = 0xFF) {
-  const Kernel* kernel = find("label_apart");
   const std::int64_t shape[] = {data.rows, data.classes};
   tests::Bytes student = tests::encode(data.dtype, data.student), teacher = tests::encode(data.dtype, data.teacher);
-  tests::Bytes gradient(student.size(), before);
-  std::vector<float> weight = data.weight, value(data.rows, -1.0f);
+  std::vector<float> weight = data.weight;
   std::vector<std::int64_t> labels = data.labels;
   float temperature = data.temperature, target_weight = data.target_weight, other_weight = data.other_weight;
   const auto number = [](bool given, float* at) { return Array{given ? at : nullptr, PYKD_FLOAT32, 0, nullptr}; };
   const bool decides = form == Form::kDecision, decoupled = form == Form::kDecoupled;
-  const Array inputs[] = {{student.data(), data.dtype, 2, shape},
-                          {form == Form::kUniform ? nullptr : teacher.data(), data.dtype, 2, shape},
-                          {decides ? nullptr : labels.data(), PYKD_INT64, 1, shape},
-                          number(!decides, &temperature),
-                          number(decoupled, &target_weight),
-                          number(decoupled || form == Form::kNormalized, &other_weight),
-                          {weight.data(), PYKD_FLOAT32, 1, shape}};
-  const Array outputs[] = {{value.data(), PYKD_FLOAT32, 1, shape}, {gradient.data(), data.dtype, 2, shape}};
-  const double attributes[] = {static_cast<double>(form), data.threshold, data.raise_right ? 1.0 : 0.0,
-                               data.label_probability, data.soften_student ? 1.0 : 0.0};
-  const Parallel parallel = tests::threads(&thread_count);
-  Call call;
-  call.inputs = inputs;
-  call.outputs = outputs;
-  call.attributes = attributes;
-  call.dtype = data.dtype;
-  call.parallel = &parallel;
-  check(*kernel, call);
-  kernel->cpu(call);
-  const std::vector<float> gradients = tests::decode(data.dtype, gradient);
-  return {{value.begin(), value.end()}, {gradients.begin(), gradients.end()}};
+  const std::vector<Array> inputs = {{student.data(), data.dtype, 2, shape},
+                                     {form == Form::kUniform ? nullptr : teacher.data(), data.dtype, 2, shape},
+                                     {decides ? nullptr : labels.data(), PYKD_INT64, 1, shape},
+                                     number(!decides, &temperature),
+                                     number(decoupled, &target_weight),
+                                     number(decoupled || form == Form::kNormalized, &other_weight),
+                                     {weight.data(), PYKD_FLOAT32, 1, shape}};
+  return tests::run_rows("label_apart", data.dtype, inputs,
+                         {static_cast<double>(form), data.threshold, data.raise_right ? 1.0 : 0.0,
+                          data.label_probability, data.soften_student ? 1.0 : 0.0},
+                         thread_count, before);
 }
 
 Data draw(std::int64_t rows, std::int64_t classes, float spread, pykd_dtype dtype = PYKD_FLOAT32) {
@@ -215,30 +201,16 @@ Data draw(std::int64_t rows, std::int64_t classes, float spread, pykd_dtype dtyp
   return data;
 }
 
-// Values to `exactness` of the larger of 1 and themselves; gradients of the largest entry of their row, or of `least`,
-// and to the rounding of their type.
 void expect_close(const Data& data, Form form, const std::string& what, double exactness = 3e-6, double least = 1e-2) {
   const Result want = reference(data, form), got = run(data, form);
   const std::string where = what + ", form " + std::to_string(static_cast<int>(form));
-  for (std::int64_t row = 0; row < data.rows; ++row) {
-    const double value = want.value[row];
-    EXPECT_LE(std::abs(got.value[row] - value), exactness * std::max(1.0, value)) << where << ", row " << row;
-    EXPECT_GE(got.value[row], 0) << where << ", row " << row;
-    double largest = least, worst = 0;
-    for (std::int64_t i = row * data.classes; i < (row + 1) * data.classes; ++i) {
-      largest = std::max(largest, std::abs(want.gradient[i]));
-      const double unit = data.dtype == PYKD_FLOAT32 ? 0 : data.dtype == PYKD_FLOAT16 ? 0x1p-11 : 0x1p-8;
-      const double error = std::abs(got.gradient[i] - want.gradient[i]) - unit * std::abs(want.gradient[i]);
-      worst = std::isnan(error) ? std::numeric_limits<double>::infinity() : std::max(worst, error);
-    }
-    EXPECT_LE(worst, exactness * largest + (data.dtype == PYKD_FLOAT16 ? 0x1p-25 : 0)) << where << ", row " << row;
-  }
+  tests::expect_rows_close(got, want, data.dtype, where, exactness, least);
+  for (const double value : got.value) EXPECT_GE(value, 0) << where;
 }
 
-void for_every_form(const std::function<void(Form)>& check) {
-  on_every_target([&] {
-    for (const Form form : kForms) check(form);
-  });
+template <class Check>
+void for_every_form(const Check& check) {
+  tests::for_every_form(kForms, check);
 }
 
 // ---- The tests -----------------------------------------------------------------------------------

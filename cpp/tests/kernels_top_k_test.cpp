@@ -16,7 +16,7 @@
 #include "kernels/kernel.h"
 #include "tests/every_target.h"
 #include "tests/half_numbers.h"
-#include "tests/kernel_threads.h"
+#include "tests/row_results.h"
 
 namespace pykd::kernels {
 namespace {
@@ -41,9 +41,7 @@ struct Data {
   double margin = 0.2;
 };
 
-struct Result {
-  std::vector<double> value, gradient;
-};
+using Result = tests::RowResults;
 
 // ---- The definition ------------------------------------------------------------------------------
 
@@ -146,31 +144,18 @@ Result reference(const Data& data, Form form) {
 // ---- The kernel ----------------------------------------------------------------------------------
 
 Result run(const Data& data, Form form, int thread_count = 1) {
-  const Kernel* kernel = find("top_k");
   const std::int64_t shape[] = {data.rows, data.classes}, of_entries[] = {data.rows, data.entries};
   tests::Bytes student = tests::encode(data.dtype, data.student), teacher = tests::encode(data.dtype, data.teacher);
-  tests::Bytes gradient(student.size(), 0xFF);
   std::vector<std::int64_t> ids = data.ids;
-  std::vector<float> weight = data.weight, value(data.rows, -1.0f);
+  std::vector<float> weight = data.weight;
   float temperature = data.temperature;
-  const Array inputs[] = {{student.data(), data.dtype, 2, shape},
-                          {teacher.data(), data.dtype, 2, of_entries},
-                          {ids.data(), PYKD_INT64, 2, of_entries},
-                          {&temperature, PYKD_FLOAT32, 0, nullptr},
-                          {weight.data(), PYKD_FLOAT32, 1, shape}};
-  const Array outputs[] = {{value.data(), PYKD_FLOAT32, 1, shape}, {gradient.data(), data.dtype, 2, shape}};
-  const double attributes[] = {static_cast<double>(form), static_cast<double>(data.average), data.margin};
-  const Parallel parallel = tests::threads(&thread_count);
-  Call call;
-  call.inputs = inputs;
-  call.outputs = outputs;
-  call.attributes = attributes;
-  call.dtype = data.dtype;
-  call.parallel = &parallel;
-  check(*kernel, call);
-  kernel->cpu(call);
-  const std::vector<float> gradients = tests::decode(data.dtype, gradient);
-  return {{value.begin(), value.end()}, {gradients.begin(), gradients.end()}};
+  const std::vector<Array> inputs = {{student.data(), data.dtype, 2, shape},
+                                     {teacher.data(), data.dtype, 2, of_entries},
+                                     {ids.data(), PYKD_INT64, 2, of_entries},
+                                     {&temperature, PYKD_FLOAT32, 0, nullptr},
+                                     {weight.data(), PYKD_FLOAT32, 1, shape}};
+  return tests::run_rows("top_k", data.dtype, inputs,
+                         {static_cast<double>(form), static_cast<double>(data.average), data.margin}, thread_count);
 }
 
 // The teacher's likeliest classes, by its probabilities of all; a hundredth of these is elsewhere, so that however they
@@ -200,29 +185,15 @@ Data draw(std::int64_t rows, std::int64_t classes, std::int64_t entries, float s
   return data;
 }
 
-// Values to `exactness` of the larger of 1 and themselves; gradients of the largest entry of their row, or of `least`,
-// and to the rounding of their type.
 void expect_close(const Data& data, Form form, const std::string& what, double exactness = 3e-6, double least = 1e-2) {
   const Result want = reference(data, form), got = run(data, form);
   const std::string where = what + ", form " + std::to_string(static_cast<int>(form));
-  for (std::int64_t row = 0; row < data.rows; ++row) {
-    const double value = want.value[row];
-    EXPECT_LE(std::abs(got.value[row] - value), exactness * std::max(1.0, std::abs(value))) << where << ", row " << row;
-    double largest = least, worst = 0;
-    for (std::int64_t i = row * data.classes; i < (row + 1) * data.classes; ++i) {
-      largest = std::max(largest, std::abs(want.gradient[i]));
-      const double unit = data.dtype == PYKD_FLOAT32 ? 0 : data.dtype == PYKD_FLOAT16 ? 0x1p-11 : 0x1p-8;
-      const double error = std::abs(got.gradient[i] - want.gradient[i]) - unit * std::abs(want.gradient[i]);
-      worst = std::isnan(error) ? std::numeric_limits<double>::infinity() : std::max(worst, error);
-    }
-    EXPECT_LE(worst, exactness * largest + (data.dtype == PYKD_FLOAT16 ? 0x1p-25 : 0)) << where << ", row " << row;
-  }
+  tests::expect_rows_close(got, want, data.dtype, where, exactness, least);
 }
 
-void for_every_form(const std::function<void(Form)>& check) {
-  on_every_target([&] {
-    for (const Form form : kForms) check(form);
-  });
+template <class Check>
+void for_every_form(const Check& check) {
+  tests::for_every_form(kForms, check);
 }
 
 // ---- The tests -----------------------------------------------------------------------------------
