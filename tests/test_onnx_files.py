@@ -38,22 +38,6 @@ def models(exported):
 
 
 @pytest.mark.slow
-def test_the_operators_of_exported_files_are_those_of_the_table(models):
-    """The first part of the table in cpp/runtime/artefact/onnx_operators.h; what a new loss needs is moved or added there."""
-    found = {
-        node.op_type
-        for model in models
-        for body in (model.graph, *model.functions)
-        for node in body.node
-        if node.domain != "pykd"
-    }
-    text = (ROOT / "cpp/runtime/artefact/onnx_operators.h").read_text()
-    ours, others = text.split("// What losses of others may be made of.")
-    assert found == set(re.findall(r'\{"(\w+)",', ours)), "move lines of the table"
-    assert not found & set(re.findall(r'\{"(\w+)",', others))
-
-
-@pytest.mark.slow
 def test_no_product_of_float64_reads_a_transpose(exported):
     """ONNX Runtime 1.21 to 1.24 would fuse the two, and have no float64 kernel for what comes out."""
     products = 0
