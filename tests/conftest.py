@@ -1,6 +1,7 @@
 """Every registered loss with every case that it declares reaches the tests through here."""
 
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,12 @@ def _composed_subjects() -> Iterator[Subject]:
     hard = pykd.HardTarget(ignore_index=1)
     composed = pykd.compose({"hard": (hard, 1.0), "soft": (pykd.SoftTarget(temperature=2.0), 0.5)})
     yield Subject("composed", composed, {"labels": "batch"}, ("sample_weight",))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random tensors in every run; PYKD_TEST_SEED takes others, to try a bound with many."""
+    torch.manual_seed(int(os.environ.get("PYKD_TEST_SEED", "0")))
 
 
 TRIALS = tuple(trial_sizes([]))  # the names of what trial_sizes() gives

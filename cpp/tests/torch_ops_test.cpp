@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "pykd/torch_kernels.hpp"
+#include "tests/seeded_torch.h"
 #include "tests/support.h"
 
 namespace {
