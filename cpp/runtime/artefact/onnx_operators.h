@@ -1,8 +1,8 @@
 // File: runtime/artefact/onnx_operators.h
 //
-// The standard operators that an ONNX file of pykd may hold, with their attributes: more than pykd's own losses are made
-// of, since others register theirs. What is not here is refused before an engine sees it: control flow, random numbers,
-// strings, sequences, and whatever makes a large tensor out of a few bytes. To let another one in, add a line.
+// The standard operators that an ONNX file of pykd may hold, with their attributes: more than pykd's own losses are
+// made of, since others register theirs. What is not here is refused before an engine sees it: control flow, random
+// numbers, strings, sequences, and whatever makes a large tensor out of a few bytes. To let another one in, add a line.
 #ifndef PYKD_RUNTIME_ARTEFACT_ONNX_OPERATORS_H_
 #define PYKD_RUNTIME_ARTEFACT_ONNX_OPERATORS_H_
 
