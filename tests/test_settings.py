@@ -106,7 +106,7 @@ def test_script_compile_copies_and_positions_agree(loss_subject):
 def declare(formula, called="ALoss", **fields):
     """A loss of this formula with these fields; the registry forgets it again."""
     inputs = {"student_logits": Spec("batch classes", grad=True), "teacher_logits": Spec("batch classes")}
-    body = {"inputs": inputs, "reference": lambda self, s, t: 0.0, **fields}
+    body = {"inputs": inputs, "reference": lambda self, **arrays: 0.0, **fields}
     try:
         return registry.register(formula)(type(called, (Loss,), body))
     finally:
@@ -151,6 +151,29 @@ def test_tensors_that_may_be_missing_come_last():
         match="expected the inputs of ALoss that may be missing to come last, got .* of which sample_weight may",
     ):
         declare(a_loss, inputs=inputs)
+
+
+def test_the_reference_takes_the_inputs_by_their_names():
+    def a_loss(student_logits, teacher_logits, sample_weight):
+        return (student_logits - teacher_logits).abs().mean()
+
+    inputs = {
+        "student_logits": Spec("batch classes", grad=True),
+        "teacher_logits": Spec("batch classes"),
+        "sample_weight": Spec("batch", optional=True),
+    }
+    declare(a_loss, inputs=inputs, reference=lambda self, student_logits, teacher_logits, sample_weight=None: 0.0)
+    for wrong in (
+        lambda self, s, t, w=None: 0.0,
+        lambda self, student_logits, teacher_logits: 0.0,
+        lambda self, student_logits, teacher_logits, sample_weight: 0.0,
+    ):
+        with pytest.raises(
+            TypeError,
+            match=r"expected the reference of ALoss to take the inputs by their names "
+            r"\(self, student_logits, teacher_logits, sample_weight=None\), got \(self, .*\); correct one of them",
+        ):
+            declare(a_loss, inputs=inputs, reference=wrong)
 
 
 def test_a_scalar_may_have_a_maximum():

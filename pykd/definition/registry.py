@@ -42,6 +42,7 @@ def register(formula: Callable[..., Tensor]) -> Callable[[L], L]:
                 "see pykd/losses/_template.py"
             )
         cls.takes(formula)
+        _check_reference(cls)
         _check_settings(cls)
         cls.name = name
         home, _, file = cls.__module__.removeprefix(f"{_HOME}.").rpartition(".")
@@ -93,6 +94,21 @@ def get(name: str) -> type[Loss]:
     if (found, alias) not in _WITH_SETTINGS:
         _WITH_SETTINGS[found, alias] = found.with_defaults(alias.settings)
     return _WITH_SETTINGS[found, alias]
+
+
+def _check_reference(cls: type[Loss]) -> None:
+    """The reference takes the inputs by their names, and does without those that may be missing."""
+    parameters = inspect.signature(cls.reference).parameters
+    required = [name for name in cls.inputs if not cls.declared(name)[0].optional]
+    for given in (cls.inputs, required):
+        try:
+            inspect.signature(cls.reference).bind(None, **dict.fromkeys(given))
+        except TypeError as error:
+            wanted = [name if name in required else f"{name}=None" for name in cls.inputs]
+            raise TypeError(
+                f"expected the reference of {cls.__qualname__} to take the inputs by their names (self, {', '.join(wanted)}), got "
+                f"({', '.join(map(str, parameters.values()))}); correct one of them"
+            ) from error
 
 
 def _check_settings(cls: type[Loss]) -> None:
