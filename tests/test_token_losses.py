@@ -193,6 +193,15 @@ def test_without_emphasis_both_divergences_count_alike():
     torch.testing.assert_close(pykd.BalancedKL(emphasis=5.0)(certain, teacher), 5 * forward + reverse)
 
 
+@pytest.mark.parametrize("kernels", ["off", "on"])
+def test_of_two_that_are_certain_the_one_is_emphasised_that_is_less_so(kernels):
+    """Where float32 has no entropy of either."""
+    student, teacher = (300 * logits(64, 8, seed=seed).float() for seed in (0, 1))
+    loss = pykd.BalancedKL(reduction="none", kernels=kernels)
+    want = loss.reference(student.double().numpy(), teacher.double().numpy())
+    np.testing.assert_allclose(loss(student, teacher).numpy(), want, rtol=1e-5, atol=1e-6)
+
+
 # ---- Sampled tokens, and pairs of them ----------------------------------------------------------
 
 

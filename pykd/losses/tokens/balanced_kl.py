@@ -9,12 +9,24 @@ from pykd.definition.reference import divergence, expectation, log_softmax, redu
 from pykd.fused.description import DIVERGENCE, KernelPoint
 
 
+def _uncertainties(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of which that is larger whose row has more entropy: the entropies, or of rows in which one class has all the logarithm
+    of what the next one has."""
+    of_teacher, of_student = -ops.expectation(torch.exp(log_p), log_p), -ops.expectation(torch.exp(log_q), log_q)
+    one_has_all = (of_teacher == 0) & (of_student == 0)
+    return torch.where(one_has_all, _next(log_p), of_teacher), torch.where(one_has_all, _next(log_q), of_student)
+
+
+def _next(logs: Tensor) -> Tensor:
+    others = logs.masked_fill(logs == logs.amax(dim=-1, keepdim=True), float("-inf"))
+    return others.amax(dim=-1).clamp(min=-744.44)  # beyond which a float64 is 0
+
+
 def _rows(student: Tensor, teacher: Tensor, temperature: float, emphasis: float, form: str) -> Tensor:
     """One value per row; see :class:`BalancedKL`."""
     log_q = torch.log_softmax(ops.soften(student, temperature), dim=-1)
     log_p = torch.log_softmax(ops.soften(teacher.detach(), temperature), dim=-1)
-    of_teacher = -ops.expectation(torch.exp(log_p), log_p)
-    of_student = -ops.expectation(torch.exp(log_q.detach()), log_q.detach())
+    of_teacher, of_student = _uncertainties(log_p, log_q.detach())
     forward = ops.forward_kl(log_p, log_q, temperature)
     reverse = ops.reverse_kl(log_p, log_q, temperature)
     values = torch.where(of_teacher > of_student, emphasis * forward, forward)
