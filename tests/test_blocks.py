@@ -132,6 +132,17 @@ def test_what_is_left_out_has_no_part(blocked):
 
 
 @BLOCKED
+@pytest.mark.parametrize("factor", [1e-15, 1e15])
+def test_features_far_from_1_give_what_the_formula_gives(blocked, factor):
+    tensors = {
+        name: tensor * factor if name in blocked.inputs_of("features", "unit") else tensor
+        for name, tensor in drawn(blocked).items()
+    }
+    want = blocked.loss(**tensors, kernels="off")
+    torch.testing.assert_close(blocked.loss(**tensors, kernels="on"), want, rtol=1e-4, atol=1e-5)
+
+
+@BLOCKED
 def test_nan_gives_nan(blocked):
     tensors = drawn(blocked)
     if blocked.loss.why_whole(tensors, "on"):

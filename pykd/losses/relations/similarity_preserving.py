@@ -35,7 +35,7 @@ def _differences(
 def _factor(x: Tensor) -> float:
     """Of products whose squares are to fit; rows that are divided by their lengths do not mind it."""
     largest = ops.squares(x.detach()).amax().item()
-    return 1.0 / largest if 1e-30 < largest < 1e30 else 1.0
+    return 1.0 / largest if 1e-37 < largest < 1e37 else 1.0
 
 
 def similarity_preserving(
