@@ -35,6 +35,18 @@ def test_samples_that_coincide_have_a_finite_gradient(loss, dtype):
         torch.testing.assert_close(student.grad.double(), exact.grad, rtol=0, atol=2e-4 * exact.grad.abs().max().item())
 
 
+@pytest.mark.parametrize("loss", WITH_DISTANCES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(("dtype", "kernels"), [(torch.float64, "off"), (torch.float32, "off"), (torch.float32, "on")])
+@pytest.mark.parametrize("samples", [3, 6, 8, 11])
+def test_a_batch_that_coincides_has_no_gradient(loss, dtype, kernels, samples):
+    """Whose mean is not to the last digit what all of them are."""
+    for scale in (1e-3, 1.0, 1e3):
+        student = (embeddings(0, 1, 13, dtype) * scale).repeat(samples, 1).requires_grad_()
+        value = loss(student, embeddings(1, samples, 5, dtype), kernels=kernels)
+        value.backward()
+        assert torch.isfinite(value) and not student.grad.any()
+
+
 @pytest.mark.parametrize("loss", WITH_DISTANCES[:2], ids=lambda loss: loss.__name__)
 def test_a_rotation_a_shift_and_a_factor_change_no_shape(loss):
     student = embeddings(0)

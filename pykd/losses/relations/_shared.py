@@ -39,7 +39,10 @@ def centre(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _middle(x: Tensor, count: Tensor) -> Tensor:
-    return x.sum(dim=0) / count.sum().clamp(min=1.0)  # what is left out is 0
+    """The mean of the rows that are kept, to the last digit: samples that coincide are not apart from it by its rounding."""
+    total = count.sum().clamp(min=1.0)
+    middle = x.sum(dim=0) / total  # what is left out is 0
+    return middle + ((x - middle) * count.unsqueeze(1)).sum(dim=0) / total
 
 
 def _extents(x: Tensor, count: Tensor, middle: Tensor) -> Tensor:
