@@ -76,6 +76,23 @@ def test_a_call_says_which_name_is_wrong(loss_subject):
         TypeError, match=f"expected the inputs of {type(loss).__name__} .*, got the unknown colour; pass"
     ):
         loss(**tensors, colour=tensors["student_" + next(iter(tensors)).removeprefix("student_")])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_tensor_of_one_number_leaves_shape_and_type_of_the_value(loss_subject, dtype, learned):
+    loss = loss_subject.loss
+    composed = pykd.compose({"term": (loss, 1.0)})
+    tensors = loss_subject.draw(dtype=dtype)
+    want, weighed = loss(**tensors), composed(**tensors)["loss"]
+    for make in (torch.tensor, lambda x, dtype: torch.tensor([x], dtype=dtype)):
+        for kind in (torch.float32, torch.float64):
+            for name in loss.scalars:
+                given = make(getattr(loss, name), dtype=kind).requires_grad_(learned)
+                rtol = 1e-5 if dtype == torch.float32 else 1e-6 if kind == torch.float32 else 1e-9
+                torch.testing.assert_close(loss(**tensors, **{name: given}).detach(), want, rtol=rtol, atol=rtol)
+            if want.dim() == 0:
+                given = make(1.0, dtype=kind).requires_grad_(learned)
+                got = composed(**tensors, term_weight=given)["loss"]
+                torch.testing.assert_close(got.detach(), weighed, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow

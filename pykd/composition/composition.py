@@ -92,7 +92,10 @@ class Composition(nn.Module, Interface):
                 return eager.evaluate(call, lambda: self._walk(call, mode))
             specs = call.plan.specs
         routing.note_formula("the composition", why, mode)
-        return compute_outputs(Now(), self, specs, tensors, self.all_numbers(numbers))
+        every = self.all_numbers(numbers) if call is None else call.numbers
+        floats = [tensors[name] for name, spec in specs.items() if spec.dtype == "float"]
+        every = {name: routing.without_axes(number, floats) for name, number in every.items()}
+        return compute_outputs(Now(), self, specs, tensors, every)
 
     def _check_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
         specs = self.resolve(tensors)

@@ -294,7 +294,15 @@ class Loss(_WithFields):
             if not why:
                 return self.compute_by_kernel(call)
         routing.note_formula(self.name, why, mode)
-        return super().__call__(**given) if self._lists else super().__call__(*args, **kwargs)
+        numbers = {name: number for name in self.scalars if (number := given.get(name)) is not None}
+        if numbers:
+            floats = [given.get(name) for name in self.inputs if self.declared(name)[0].dtype == "float"]
+            checked = numbers if call is None else call.numbers
+            numbers = {name: routing.without_axes(checked[name], floats) for name in numbers}
+        if self._lists:
+            return super().__call__(**{**given, **numbers})
+        args = tuple(numbers.get(name, one) for name, one in zip(self._arguments, args, strict=False))
+        return super().__call__(*args, **{name: numbers.get(name, one) for name, one in kwargs.items()})
 
     def flat_arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by flat names. Lists come by the names that the class declares, or their tensors by flat names."""

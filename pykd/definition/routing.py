@@ -13,7 +13,7 @@ The word of a call counts more than that of the loss, and that more than the def
 """
 
 import contextvars
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -151,6 +151,15 @@ def number(name: str, scalar: Any, value: Any) -> Any:
     """A number of a call, checked: a float, or the tensor of one that is learned."""
     checked_number = scalar.check(name, value)
     return value if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled() else checked_number
+
+
+def without_axes(number: Any, tensors: Iterable[Any]) -> Any:
+    """A number of a call as formulas take it: a tensor of one has no axes, which values would take over, and the type that they
+    compute these tensors in."""
+    if not isinstance(number, Tensor):
+        return number
+    wide = any(isinstance(tensor, Tensor) and tensor.dtype == torch.float64 for tensor in tensors)
+    return number.reshape(()).to(torch.float64 if wide else torch.float32)
 
 
 def learned(numbers: Mapping[str, Any]) -> str:
