@@ -76,6 +76,18 @@ def test_a_call_says_which_name_is_wrong(loss_subject):
         TypeError, match=f"expected the inputs of {type(loss).__name__} .*, got the unknown colour; pass"
     ):
         loss(**tensors, colour=tensors["student_" + next(iter(tensors)).removeprefix("student_")])
+
+
+def test_a_tensor_that_is_missing_is_named(loss_subject):
+    loss, tensors = loss_subject.loss, loss_subject.draw()
+    for name in tensors:
+        if not loss_subject.specs[name].optional:
+            others = {other: tensor for other, tensor in tensors.items() if other != name}
+            for given in (others, {**others, name: None}):
+                with pytest.raises(ValueError, match=rf"^expected the tensors .*, got none for {name}; pass "):
+                    loss(**given)
+
+
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_tensor_of_one_number_leaves_shape_and_type_of_the_value(loss_subject, dtype, learned):

@@ -46,19 +46,7 @@ class Interface:
     def resolve(self, tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
         """The Spec of every tensor, after a check that the names are right."""
         required = [name for name in self.input_layouts if name not in self.optional_inputs]
-        missing = [name for name in required if name not in tensors]
-        unknown = [name for name in tensors if name not in self.input_layouts]
-        if missing or unknown:
-            known = ", ".join([*required, *(f"{name} (optional)" for name in self.optional_inputs)])
-            problem = " and ".join(
-                text
-                for text in (
-                    f"none for {', '.join(missing)}" if missing else "",
-                    f"the unknown {', '.join(unknown)}" if unknown else "",
-                )
-                if text
-            )
-            raise ValueError(f"expected the tensors {known}, got {problem}; pass each of them by its name")
+        checks.check_names(tensors.keys(), required, self.optional_inputs)
         specs = {
             name: checks.resolve(name, tensors[name], layouts)
             for name, layouts in self.input_layouts.items()

@@ -4,7 +4,7 @@ Every message has three parts: what was expected, what came, what to do; and it 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -52,6 +52,23 @@ def check_axes(tensors: list[Tensor], names: list[str], axes: list[list[str]], l
                 raise ValueError(
                     f'expected {names[i]} to have length {known_sizes[found]} along "{axis}", as {known_from[found]} has, got {size}; cut, pad or map one of them first'
                 )
+
+
+def check_names(given: Set[str], required: Sequence[str], optional: Sequence[str]) -> None:
+    """Raises where a tensor is missing, or has a name that nobody knows."""
+    missing = [name for name in required if name not in given]
+    unknown = [name for name in given if name not in (*required, *optional)]
+    if missing or unknown:
+        known = ", ".join([*required, *(f"{name} (optional)" for name in optional)])
+        problem = " and ".join(
+            text
+            for text in (
+                f"none for {', '.join(missing)}" if missing else "",
+                f"the unknown {', '.join(unknown)}" if unknown else "",
+            )
+            if text
+        )
+        raise ValueError(f"expected the tensors {known}, got {problem}; pass each of them by its name")
 
 
 def resolve(name: str, tensor: Tensor, layouts: Layouts) -> Spec:

@@ -418,6 +418,9 @@ class Loss(_WithFields):
         """The layout of every tensor that is there, and the tensors, after a check of all but their numbers."""
         specs: dict[str, Spec] = {}
         tensors: dict[str, Tensor] = {}
+        optional = [name for name in self.inputs if self.declared(name)[0].optional]
+        required = [name for name in self.inputs if name not in optional]
+        checks.check_names({name for name in self.inputs if arguments.get(name) is not None}, required, optional)
         for name in self.inputs:
             tensor = arguments.get(name)
             if tensor is not None:
