@@ -127,6 +127,16 @@ def test_graph_checks_its_inputs_in_torchscript_too(loss, tensors):
         module(**{**tensors, "labels": tensors["labels"].unsqueeze(1)})
 
 
+def test_wrong_terms_and_numbers():
+    for terms, message in (
+        ([SoftTarget()], "expected the terms by their names, got list; pass "),
+        ({"a": (SoftTarget(), "x")}, "expected a_weight to be a number, got 'x'; pass a number"),
+        ({"a": (SoftTarget(), 1.0, 2.0)}, "expected the term 'a' to be a loss or a list of Part, got tuple; pass "),
+    ):
+        with pytest.raises(TypeError, match=message):
+            compose(terms)
+
+
 WRONG_TENSORS = [
     (dict(labels=None), ValueError, "none for labels; pass each of them by its name"),
     (dict(teacher_logit=torch.zeros(2, 3)), ValueError, "the unknown teacher_logit"),

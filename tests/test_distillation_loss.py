@@ -178,8 +178,16 @@ WRONG = [
     ),
     (dict(mode="soft"), "expected mode to be one of"),
     (dict(spatial_avg="max"), "expected spatial_avg to be one of"),
-    (dict(logit_loss="soft_entropy", tau=0), "expected temperature to be a number greater than 0, got 0"),
-    (dict(alpha=float("nan")), "expected hard_weight to be a number that is finite, got nan"),
+    (dict(logit_loss="soft_entropy", tau=0), "expected tau to be a number greater than 0, got 0"),
+    (dict(alpha=float("nan")), "expected alpha to be a number that is finite, got nan"),
+    (dict(gamma="1"), "expected gamma to be a number, got '1'; pass a number"),
+    (dict(logit_loss="KD", lambda1=float("inf")), "expected lambda1 to be a number that is finite, got inf"),
+    (dict(tau=-1), "expected tau to be a number greater than 0, got -1"),
+    (dict(logit_loss=3), "expected logit_loss to be None, a name, or a list of one to three names, got 3"),
+    (dict(aux_loss="l1", features_index=-1), "expected features_index to be a list of whole numbers, got -1"),
+    (dict(aux_loss="l1", features_index=[0.5]), "expected features_index to be a list of whole numbers, got [0.5]"),
+    (dict(share_ignored="no"), "expected share_ignored to be one of True, False, got 'no'"),
+    (dict(multiple_lrs=True), "expected multiple_lrs to be None or the number of students, got True"),
     (dict(alpha=0), "expected at least one term"),
     (dict(aux_loss="l1", features_index=[]), "expected features_index to name at least one entry"),
     (dict(multiple_lrs=0), "expected multiple_lrs to be None or the number of students, got 0"),
@@ -188,7 +196,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG, ids=lambda value: str(value)[:40])
 def test_wrong_settings(arguments, message):
-    with pytest.raises(ValueError, match="^" + re.escape(message)):
+    with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)):
         DistillationLoss(**arguments)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pykd.composition.graph import LossGraph, Now, build, compute_outputs, goes_by_blocks
 from pykd.composition.interface import Interface
 from pykd.composition.terms import STUDENTS, Part, Term
-from pykd.definition import Loss, Spec, checks, routing
+from pykd.definition import Loss, Spec, checks, routing, scalar
 from pykd.definition.plan import PlannedCall, Plans, key_of
 from pykd.definition.sizes import draw as draw_tensor
 from pykd.definition.sizes import example_sizes, fitting, trial_sizes
@@ -362,9 +362,13 @@ def compose(terms: Mapping[str, Any], *, share_ignored: bool = True, kernels: st
         >>> loss(student_logits=student, teacher_logits=teacher, labels=torch.tensor([1]))["loss"]
         tensor(1.0397)
     """
+    if not isinstance(terms, Mapping):
+        raise TypeError(
+            f"expected the terms by their names, got {type(terms).__name__}; pass {{name: (loss, weight), ...}}"
+        )
     made = []
     for name, value in terms.items():
-        loss, weight = value if isinstance(value, tuple) else (value, 1.0)
+        loss, weight = value if isinstance(value, tuple) and len(value) == 2 else (value, 1.0)
         if isinstance(loss, Loss):
             parts = (Part(loss),)
         elif isinstance(loss, Sequence) and loss and all(isinstance(part, Part) for part in loss):
@@ -374,7 +378,7 @@ def compose(terms: Mapping[str, Any], *, share_ignored: bool = True, kernels: st
                 f"expected the term {name!r} to be a loss or a list of Part, got {type(loss).__name__}; "
                 "pass {name: (loss, weight)}"
             )
-        made.append(Term(name, parts, float(weight)))
+        made.append(Term(name, parts, scalar(default=1.0).check(f"{name}_weight", weight)))
     return Composition(made, share_ignored=share_ignored, kernels=kernels)
 
 

@@ -1,6 +1,7 @@
 """DistillationLoss: the composed, configurable loss for low-resolution recognition, in one call."""
 
 import inspect
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from pykd.composition.composition import Composition
 from pykd.composition.terms import MAX_PARTS, Part, Term
-from pykd.definition import Loss, checks, registry
+from pykd.definition import Loss, checks, registry, scalar
 
 _SOFT = "soft_entropy"  # soft_target without T², as this loss has it
 _FEATURES = ("student_features", "teacher_features")
@@ -107,6 +108,7 @@ class DistillationLoss(Composition):
         kernels: str | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "kernels")}
+        indices = _indices(features_index)
         arguments["features_index"] = list(features_index)
         for name in ("logit_loss", "aux_loss"):
             if isinstance(arguments[name], Sequence) and not isinstance(arguments[name], str):
@@ -115,11 +117,15 @@ class DistillationLoss(Composition):
             del arguments["share_ignored"]
         _one_of("mode", mode, (None, "student_softening"))
         _one_of("spatial_avg", spatial_avg, (None, "mean"))
-        if multiple_lrs is not None and (not isinstance(multiple_lrs, int) or multiple_lrs < 1):
+        _one_of("share_ignored", share_ignored, (True, False))
+        if multiple_lrs is not None and (type(multiple_lrs) is not int or multiple_lrs < 1):
             raise ValueError(
                 f"expected multiple_lrs to be None or the number of students, got {multiple_lrs!r}; pass 1 or more"
             )
-        indices = [int(index) for index in features_index]
+        lambdas = {"lambda1": lambda1, "lambda2": lambda2, "lambda3": lambda3}
+        for name, value in {"alpha": alpha, "beta": beta, "gamma": gamma, **lambdas}.items():
+            scalar(default=1.0).check(name, value)
+        scalar(default=3.0, minimum=0.0, exclusive=True).check("tau", tau)
         logit, aux = _named("logit_loss", logit_loss), _named("aux_loss", aux_loss)
         if aux and beta != 0 and (not indices or len(set(indices)) < len(indices)):
             raise ValueError(
@@ -133,15 +139,15 @@ class DistillationLoss(Composition):
         terms = []
         if alpha != 0:
             terms.append(Term("hard", (Part(registry.get("hard_target")()),), float(alpha)))
-        lambdas = (float(lambda1), float(lambda2), float(lambda3))
+        factors = tuple(map(float, lambdas.values()))
         inputs = _Inputs(len(indices))
         for term in terms:
             inputs.take(term.parts[0].loss)
         if logit_loss == _SOFT and gamma != 0:
-            parts = _logit_parts(lambdas[0], lambdas[1], float(tau), mode)
+            parts = _logit_parts(factors[0], factors[1], float(tau), mode)
             inputs.take(registry.get("soft_target")())
         else:
-            weights = lambdas if gamma != 0 else (0.0,) * len(lambdas)
+            weights = factors if gamma != 0 else (0.0,) * len(factors)
             parts = tuple(
                 part
                 for i, (name, cls) in enumerate(logit)
@@ -151,7 +157,7 @@ class DistillationLoss(Composition):
         if parts:
             terms.append(Term("logit", parts, float(gamma)))
         listed = not isinstance(aux_loss, str)
-        weights = lambdas if listed else (1.0,)
+        weights = factors if listed else (1.0,)
         parts = tuple(
             part
             for i, (name, cls) in enumerate(aux if beta != 0 else [])
@@ -333,9 +339,18 @@ def _of_list(name: str) -> tuple[str, int | None]:
     return name, None
 
 
+def _indices(features_index: Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(index) for index in features_index]
+    except TypeError as error:
+        raise TypeError(
+            f"expected features_index to be a list of whole numbers, got {features_index!r}; pass for example [-1]"
+        ) from error
+
+
 def _named(argument: str, given: str | Sequence[str] | None) -> list[tuple[str, type[Loss]]]:
     """The losses that an argument names, each with the word for it."""
-    words = [given] if isinstance(given, str) else list(given or ())
+    words = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
     if given is not None and (not words or len(words) > 3 or not all(isinstance(word, str) for word in words)):
         raise ValueError(
             f"expected {argument} to be None, a name, or a list of one to three names, got {given!r}; pass these"
