@@ -135,6 +135,11 @@ def test_wrong_terms_and_numbers():
     ):
         with pytest.raises(TypeError, match=message):
             compose(terms)
+    logits = torch.zeros(2, 3)
+    with pytest.raises(
+        ValueError, match="and the numbers soft_weight, soft_temperature, got the unknown temperature; pass"
+    ):
+        compose({"soft": SoftTarget()})(student_logits=logits, teacher_logits=logits, temperature=2.0)
 
 
 WRONG_TENSORS = [

@@ -113,9 +113,15 @@ def test_what_an_alias_chooses_is_a_setting(settings, error):
 
 def test_an_unknown_name_says_which_there_are():
     with pytest.raises(
-        ValueError, match=r"expected the name of a loss \(.*soft_target.*\) or an alias, got 'KDD'; `pykd list`"
+        ValueError,
+        match=r"expected the name of a loss \(.*soft_target.*\) or an alias, got 'nothing like it'; `pykd list`",
     ):
-        pykd.get("KDD")
+        pykd.get("nothing like it")
+    for wrong, near in (("sof-targte", "soft_target"), ("decoupledKDs", "decoupled_kd"), ("DKDD", "DKD")):
+        with pytest.raises(ValueError, match=f"got '{wrong}'; did you mean {near}\\? `pykd list`"):
+            pykd.get(wrong)
+    with pytest.raises(TypeError, match="expected the name of a loss, got 3; pass a string"):
+        pykd.get(3)
 
 
 def test_the_list_is_grouped_and_searched(capsys):

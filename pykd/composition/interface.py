@@ -46,7 +46,7 @@ class Interface:
     def resolve(self, tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
         """The Spec of every tensor, after a check that the names are right."""
         required = [name for name in self.input_layouts if name not in self.optional_inputs]
-        checks.check_names(tensors.keys(), required, self.optional_inputs)
+        checks.check_names(tensors.keys(), required, self.optional_inputs, list(self.scalars))
         specs = {
             name: checks.resolve(name, tensors[name], layouts)
             for name, layouts in self.input_layouts.items()

@@ -54,8 +54,8 @@ def check_axes(tensors: list[Tensor], names: list[str], axes: list[list[str]], l
                 )
 
 
-def check_names(given: Set[str], required: Sequence[str], optional: Sequence[str]) -> None:
-    """Raises where a tensor is missing, or has a name that nobody knows."""
+def check_names(given: Set[str], required: Sequence[str], optional: Sequence[str], numbers: Sequence[str] = ()) -> None:
+    """Raises where a tensor is missing, or has a name that nobody knows; it may have been meant as one of the ``numbers``."""
     missing = [name for name in required if name not in given]
     unknown = [name for name in given if name not in (*required, *optional)]
     if missing or unknown:
@@ -68,6 +68,8 @@ def check_names(given: Set[str], required: Sequence[str], optional: Sequence[str
             )
             if text
         )
+        if unknown and numbers:
+            known += f", and the numbers {', '.join(numbers)}"
         raise ValueError(f"expected the tensors {known}, got {problem}; pass each of them by its name")
 
 

@@ -1,5 +1,6 @@
 """The registry: exporters, tests, tables, benchmarks and the command line find every loss here, and name none."""
 
+import difflib
 import importlib
 import inspect
 import pkgutil
@@ -81,13 +82,18 @@ def get(name: str) -> type[Loss]:
     Where an alias means settings (``"RKL"``: ``form="reverse_kl"``), this is the class with these as its defaults; what it makes are
     instances of the class itself.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"expected the name of a loss, got {name!r}; pass a string, such as 'soft_target'")
     found, alias = _find(name)
     if found is None:
         load_all()
         found, alias = _find(name)
     if found is None:
+        names = {_plain(called): called for cls in _LOSSES.values() for called in (*cls.aliases, cls.name)}
+        near = [names[one] for one in difflib.get_close_matches(_plain(name), names, 1)]
         raise ValueError(
-            f"expected the name of a loss ({', '.join(registered())}) or an alias, got {name!r}; `pykd list` shows all of them"
+            f"expected the name of a loss ({', '.join(registered())}) or an alias, got {name!r}; "
+            f"{f'did you mean {near[0]}? ' if near else ''}`pykd list` shows all of them"
         )
     if alias is None:
         return found
