@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import pykd
+from pykd.definition import ops
+from pykd.losses.relations import _shared
 
 F = pykd.functional
 
@@ -139,3 +141,45 @@ def test_tface_takes_negatives_that_come_later():
     )
     assert papers.item() == pytest.approx(2 * (0.6 + 0.0 + 0.6) / 3)
     assert codes.item() == pytest.approx(2 * (0.6 + 0.0 + 0.0) / 3)
+
+
+# ---- With memory for what they make alone -------------------------------------------------------
+
+ROWS = torch.tensor([[3.0, -4, 1], [0, 0, 0], [1e20, 2e20, -5e19], [4e-25, -3e-25, 1e-25], [1e-45, 0, 0], [-2, 2, 0.5]])
+
+
+def with_gradient(function, x, weight):
+    leaf = x.clone().requires_grad_()
+    made = function(leaf, weight)
+    (gradient,) = torch.autograd.grad(made, leaf, torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x))
+    return made.detach(), gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2, 0.5, 3, 1, 0])], ids=["all", "left out"])
+def test_normalized_rows_are_those_of_normalize(dtype, weight):
+    x = ROWS.to(dtype, copy=True)
+    want = with_gradient(lambda x, w: ops.normalize(ops.without_left_out(x, w), dim=[-1]), x, weight)
+    if weight is not None:
+        x[5] = torch.nan
+    for got, expected in zip(with_gradient(_shared.normalized_rows, x, weight), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2, 0.5, 3, 1, 0])], ids=["all", "left out"])
+def test_centred_rows_are_those_of_centred(scale, weight):
+    x = ops.without_left_out(ROWS.clamp(-5, 5) * scale, weight)
+    want = with_gradient(_shared.centred, x, weight)
+    for got, expected in zip(with_gradient(_shared.centred_rows, x, weight), want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_what_is_nan_stays_so():
+    x = ROWS.clone()
+    x[0, 1], x[5, 0] = torch.nan, torch.inf
+    for function in (_shared.normalized_rows, lambda x, w: ops.normalize(x, dim=[-1])):
+        made, gradient = with_gradient(function, x, None)
+        for rows in (made, gradient):
+            assert rows.isnan().any(dim=1).tolist() == [True, False, False, False, False, True]
+    assert _shared.centred_rows(x, None).isnan().all()

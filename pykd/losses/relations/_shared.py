@@ -4,6 +4,8 @@ A sample of weight 0 leaves every relation. The weights of the others count in t
 the norm of a row takes every sample that is kept alike.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,15 +29,10 @@ def centred(x: Tensor, weight: Tensor | None) -> Tensor:
     Near the centre the expansion of a distance keeps its digits; at this scale no square overflows or vanishes.
     The result is constant in the factor, so only ratios of distances have the gradient of ``x``.
     """
-    middle, largest = centre(x.detach(), weight)
-    return moved(x, kept(x, weight), middle, largest)
-
-
-def centre(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean of the rows that are kept, and the largest entry of their differences from it, or 1 where that is 0."""
     count = kept(x, weight)
-    middle = _middle(x, count)
-    return middle, _scale(_extents(x, count, middle))
+    moved = (x - _middle(x.detach(), count)) * count.unsqueeze(1)
+    largest = moved.detach().abs().amax(dim=[0, 1])
+    return moved / torch.where(largest == 0, torch.ones_like(largest), largest)
 
 
 def _middle(x: Tensor, count: Tensor) -> Tensor:
@@ -43,21 +40,6 @@ def _middle(x: Tensor, count: Tensor) -> Tensor:
     total = count.sum().clamp(min=1.0)
     middle = x.sum(dim=0) / total  # what is left out is 0
     return middle + ((x - middle) * count.unsqueeze(1)).sum(dim=0) / total
-
-
-def _extents(x: Tensor, count: Tensor, middle: Tensor) -> Tensor:
-    """Of every row that is kept the largest entry of the difference from the middle."""
-    return ((x - middle) * count.unsqueeze(1)).abs().amax(dim=1)
-
-
-def _scale(extents: Tensor) -> Tensor:
-    largest = extents.amax(dim=0)
-    return torch.where(largest == 0, torch.ones_like(largest), largest)
-
-
-def moved(x: Tensor, count: Tensor, middle: Tensor, largest: Tensor) -> Tensor:
-    """Rows less the mean of all, over the largest entry; 0 for those that do not count."""
-    return (x - middle) * count.unsqueeze(1) / largest
 
 
 def over_pairs(values: Tensor, weight: Tensor | None) -> Tensor:
@@ -84,12 +66,79 @@ def kept_products(products: KeptProducts) -> list[Piece]:
     return [products, Squares(products, rows=True), Squares(products, rows=False), Same(products.node)]
 
 
-def centred_by_blocks(blocks: BlockPoint, x: Tensor, weight: Tensor | None) -> Tensor:
-    """:func:`centred`."""
-    count = Rows(kept(x, weight))
-    middle = _middle(x.detach(), count.x)
-    scale = _scale(blocks.each(_extents, Rows(x.detach()), count, middle))
-    return blocks.each(moved, Rows(x), count, middle, scale)
+class _Centred(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        count = kept(x, weight)
+        made = x - _middle(x, count)
+        if weight is not None:
+            made.mul_(count.unsqueeze(1))
+        largest = torch.maximum(made.amax(), -made.amin())
+        ctx.count = count
+        ctx.scale = torch.where(largest == 0, torch.ones_like(largest), largest)
+        return made.div_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        return torch.div(upstream[0], ctx.scale).mul_(ctx.count.unsqueeze(1)), None
+
+
+def centred_rows(x: Tensor, weight: Tensor | None) -> Tensor:
+    """:func:`centred`, with memory for what it makes alone; first derivatives alone."""
+    made: Tensor = _Centred.apply(x, weight)
+    return made
+
+
+class _Normalized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        x = ops.without_left_out(x, weight)
+        largest = torch.maximum(x.amax(dim=1, keepdim=True), -x.amin(dim=1, keepdim=True))
+        ordinary = ((largest >= 1e-9) & (largest <= 1e9)) | (largest == 0)
+        scale = torch.where(ordinary, torch.ones_like(largest), largest)
+        made = torch.div(x, scale)
+        squares = made.square_().sum(dim=1, keepdim=True)
+        zero = scale * squares.sqrt() < torch.finfo(x.dtype).tiny  # false for NaN
+        inverse = torch.where(zero, 0.0, torch.where(zero, 1.0, squares).rsqrt())
+        torch.div(x, scale, out=made).mul_(inverse)
+        ctx.save_for_backward(made, inverse / scale)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        made, inverse = ctx.saved_tensors
+        gradient = upstream[0] * made
+        along = gradient.sum(dim=1, keepdim=True)
+        torch.addcmul(upstream[0], made, along, value=-1, out=gradient)
+        return gradient.mul_(inverse), None
+
+
+def normalized_rows(embeddings: Tensor, weight: Tensor | None) -> Tensor:
+    """:func:`ops.normalize` of those that are kept, with memory for what it makes alone; first derivatives alone."""
+    made: Tensor = _Normalized.apply(ops.upcast(embeddings), weight)
+    return made
+
+
+class _SquaredDistances(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, products: Tensor, rows: Tensor, columns: Tensor, same: Tensor) -> Tensor:
+        made = rows.unsqueeze(1) + columns.unsqueeze(0)
+        made.sub_(products, alpha=2).clamp_(min=0.0).masked_fill_(same, 0.0)
+        ctx.save_for_backward(made)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        (made,) = ctx.saved_tensors
+        gradient = torch.ops.aten.threshold_backward(upstream[0], made, 0.0)
+        rows, columns = gradient.sum(dim=1), gradient.sum(dim=0)
+        return gradient.mul_(-2.0), rows, columns, None
+
+
+def squared_distances_of_block(products: Tensor, rows: Tensor, columns: Tensor, same: Tensor) -> Tensor:
+    """:func:`ops.squared_distances_of`, 0 on the diagonal, with memory for what it makes alone; first derivatives alone."""
+    made: Tensor = _SquaredDistances.apply(products, rows, columns, same)
+    return made
 
 
 def weights_of_rows(weight: Tensor | None) -> Rows | None:

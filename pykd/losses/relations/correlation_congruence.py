@@ -8,15 +8,15 @@ from torch import Tensor
 
 from pykd.definition import Alias, Case, Properties, choice, flag, number, ops, register, whole
 from pykd.definition.reference import unit
-from pykd.fused.description import BlockPoint, Products, Rows
+from pykd.fused.description import BlockPoint, Products
 from pykd.losses.relations._shared import (
     Relation,
     kept,
+    normalized_rows,
     numpy_kept,
     numpy_over_pairs,
     over_pairs,
     squared_differences,
-    weights_of_rows,
 )
 
 
@@ -154,7 +154,7 @@ class CorrelationCongruence(Relation):
         weight = ops.optional_weight(sample_weight)
         given = (student_embeddings, teacher_embeddings.detach())
         if self.normalized:
-            x, y = (blocks.each(_samples, Rows(embeddings), weights_of_rows(weight), True) for embeddings in given)
+            x, y = (normalized_rows(embeddings, weight) for embeddings in given)
         else:
             x, y = (_samples(embeddings, weight, False) for embeddings in given)
         settings = (self.kernel, self.gamma, self.order)

@@ -7,7 +7,7 @@ from torch import Tensor
 from pykd.definition import Case, Properties, flag, ops, register, scalar, whole
 from pykd.definition.reference import unit
 from pykd.fused.description import BlockPoint, Chosen, Columns, Rows
-from pykd.losses.relations._shared import Relation, kept, numpy_kept, own_products, weights_of_rows
+from pykd.losses.relations._shared import Relation, kept, normalized_rows, numpy_kept, own_products
 
 
 def _samples(embeddings: Tensor, weight: Tensor | None, normalized: bool) -> Tensor:
@@ -158,7 +158,7 @@ class HardDarkRank(Relation):
     def in_blocks(self, blocks: BlockPoint, student_embeddings, teacher_embeddings, sample_weight, alpha, beta):
         weight = ops.optional_weight(sample_weight)
         x, y = (
-            blocks.each(_samples, Rows(embeddings), weights_of_rows(weight), self.normalized)
+            normalized_rows(embeddings, weight) if self.normalized else _samples(embeddings, weight, False)
             for embeddings in (student_embeddings, teacher_embeddings.detach())
         )
         count = Columns(kept(x, weight))

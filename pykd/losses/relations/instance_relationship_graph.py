@@ -10,25 +10,18 @@ from pykd.losses.relations._shared import (
     FeatureRelation,
     alike,
     centred,
-    centred_by_blocks,
+    centred_rows,
     kept_products,
     numpy_kept,
     numpy_over_pairs,
     over_pairs,
     squared_differences,
+    squared_distances_of_block,
 )
 
 
-def _squares(
-    products: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    same: Tensor,
-    row_kept: Tensor | None,
-    column_kept: Tensor | None,
-) -> Tensor:
+def _of_kept(squared: Tensor, row_kept: Tensor | None, column_kept: Tensor | None) -> Tensor:
     """Squared distances; 0 for pairs with a sample that is left out, which would be the distance from the centre."""
-    squared = ops.squared_distances_of(products, rows, columns).masked_fill(same, 0.0)
     if row_kept is not None and column_kept is not None:
         squared = squared * (column_kept.unsqueeze(0) * row_kept.unsqueeze(1))
     return squared
@@ -42,8 +35,21 @@ def _edges(features: Tensor, weight: Tensor | None) -> Tensor:
     """Squared distances over the largest of them; 0 for pairs with a sample that is left out."""
     x = centred(ops.upcast(ops.without_left_out(features, weight)).flatten(1), weight)
     own, count = ops.squares(x), alike(x, weight)
-    squared = _squares(ops.matmul(x, x.transpose(0, 1)), own, own, ops.same_pairs(x), count, count)
+    squared = ops.squared_distances_of(ops.matmul(x, x.transpose(0, 1)), own, own).masked_fill(ops.same_pairs(x), 0.0)
+    squared = _of_kept(squared, count, count)
     return squared / _divisor(squared.amax(dim=[0, 1]))
+
+
+def _squares(
+    products: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    same: Tensor,
+    row_kept: Tensor | None,
+    column_kept: Tensor | None,
+) -> Tensor:
+    """The squared distances of a block of rows from the columns."""
+    return _of_kept(squared_distances_of_block(products, rows, columns, same), row_kept, column_kept)
 
 
 def _values(
@@ -53,21 +59,21 @@ def _values(
     same: Tensor,
     row_kept: Tensor | None,
     column_kept: Tensor | None,
-    divisor: Tensor,
+    factor: Tensor,
     teacher_products: Tensor,
     teacher_rows: Tensor,
     teacher_columns: Tensor,
     teacher_same: Tensor,
     teacher_row_kept: Tensor | None,
     teacher_column_kept: Tensor | None,
-    teacher_divisor: Tensor,
+    teacher_factor: Tensor,
 ) -> Tensor:
     """The squared difference of every pair in a block of rows."""
-    student = _squares(products, rows, columns, same, row_kept, column_kept) / divisor
+    student = _squares(products, rows, columns, same, row_kept, column_kept) * factor
     teacher = _squares(
         teacher_products, teacher_rows, teacher_columns, teacher_same, teacher_row_kept, teacher_column_kept
     )
-    return squared_differences(student, teacher / teacher_divisor)
+    return squared_differences(student, teacher * teacher_factor)
 
 
 def instance_relationship_graph(
@@ -136,10 +142,10 @@ class InstanceRelationshipGraph(FeatureRelation):
             flat = ops.upcast(ops.without_left_out(features, weight)).flatten(1)
             count = alike(flat, weight)
             own = [
-                *kept_products(blocks.products(centred_by_blocks(blocks, flat, weight))),
+                *kept_products(blocks.products(centred_rows(flat, weight))),
                 *((None, None) if count is None else (Rows(count), Columns(count))),
             ]
-            pieces = [*own, _divisor(blocks.largest(_squares, *own)), *pieces]
+            pieces = [*own, 1.0 / _divisor(blocks.largest(_squares, *own)), *pieces]
         return blocks.over_pairs(_values, *pieces, weight=weight, symmetric=True, last=True)
 
     def properties(self) -> Properties:

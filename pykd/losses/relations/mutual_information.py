@@ -7,16 +7,15 @@ from torch import Tensor
 from pykd.definition import Case, Properties, choice, ops, register
 from pykd.definition.reference import unit
 from pykd.fused.description import BlockPoint, Products, Rows
-from pykd.losses.relations._shared import Relation, numpy_kept, weights_of_rows
+from pykd.losses.relations._shared import Relation, normalized_rows, numpy_kept
 
 
 def _samples(embeddings: Tensor, weight: Tensor | None) -> Tensor:
     return ops.normalize(ops.upcast(ops.without_left_out(embeddings, weight)), dim=[-1])
 
 
-def _weighted_samples(embeddings: Tensor, weight: Tensor | None) -> Tensor:
+def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:
     """Samples whose products have the factor √(w_i w_j)."""
-    x = _samples(embeddings, weight)
     return x if weight is None else x * torch.sqrt(weight.to(x.dtype)).unsqueeze(1)
 
 
@@ -53,7 +52,7 @@ def mutual_information(
 ) -> Tensor:
     """Entropy of similarities that the teacher does not share; see :class:`MutualInformation`."""
     weight = ops.optional_weight(sample_weight)
-    x, y = _weighted_samples(student_embeddings, weight), _samples(teacher_embeddings.detach(), weight)
+    x, y = _weighted(_samples(student_embeddings, weight), weight), _samples(teacher_embeddings.detach(), weight)
     gram, own = ops.matmul(x, x.transpose(0, 1)), ops.squares(x)
     student = _squares(gram, own.sum()).sum()
     joint = _joint_squares(gram, ops.matmul(y, y.transpose(0, 1)), (own * ops.squares(y)).sum()).sum()
@@ -119,8 +118,8 @@ class MutualInformation(Relation):
 
     def in_blocks(self, blocks: BlockPoint, student_embeddings, teacher_embeddings, sample_weight):
         weight = ops.optional_weight(sample_weight)
-        x = blocks.each(_weighted_samples, Rows(student_embeddings), weights_of_rows(weight))
-        y = blocks.each(_samples, Rows(teacher_embeddings.detach()), weights_of_rows(weight))
+        x = _weighted(normalized_rows(student_embeddings, weight), weight)
+        y = normalized_rows(teacher_embeddings.detach(), weight)
         # The lengths are 1 or 0, which has no gradient.
         own = blocks.each(ops.squares, Rows(x.detach()))
         trace, joint_trace = own.sum(), (own * blocks.each(ops.squares, Rows(y))).sum()

@@ -7,7 +7,7 @@ from torch import Tensor
 from pykd.definition import Alias, Case, Properties, choice, flag, number, ops, register
 from pykd.definition.reference import unit
 from pykd.fused.description import BlockPoint, Columns, Piece, Rows, Same
-from pykd.losses.relations._shared import Relation, alike, kept, numpy_kept, weights_of_rows
+from pykd.losses.relations._shared import Relation, alike, kept, normalized_rows, numpy_kept
 
 
 def _samples(embeddings: Tensor, weight: Tensor | None) -> Tensor:
@@ -161,7 +161,7 @@ class ProbabilisticTransfer(Relation):
         same = None if self.own else Same(count)
         pieces: list[Piece] = [rows, columns, same]
         for embeddings in (teacher_embeddings.detach(), student_embeddings):
-            products = blocks.products(blocks.each(_samples, Rows(embeddings), weights_of_rows(weight)))
+            products = blocks.products(normalized_rows(embeddings, weight))
             factors = _factors(blocks.row_sums(_both, products, rows, columns, same), self.epsilon)
             pieces = [products, Rows(factors), Columns(factors), *pieces]
         value = blocks.over_pairs(_values, *pieces, weight=weight, columns=False, last=True) * self.epsilon

@@ -10,7 +10,7 @@ from pykd.losses.relations._shared import (
     Relation,
     alike,
     centred,
-    centred_by_blocks,
+    centred_rows,
     kept,
     kept_products,
     numpy_kept,
@@ -123,7 +123,7 @@ class RelationalDistance(Relation):
         pieces: list[Piece] = []
         for embeddings in (teacher_embeddings.detach(), student_embeddings):
             x = ops.upcast(ops.without_left_out(embeddings, weight))
-            own = kept_products(blocks.products(centred_by_blocks(blocks, x, weight)))
+            own = kept_products(blocks.products(centred_rows(x, weight)))
             mean = blocks.over_pairs(ops.distances_of, *own, weight=alike(x, weight), symmetric=True)
             pieces = [*own, _divisor(mean, kept(x, weight).sum()), *pieces]
         return blocks.over_pairs(_values, *pieces, weight=weight, symmetric=True, last=True)
