@@ -709,7 +709,10 @@ def test_torch_is_not_imported():
         (["--out", "o.parquet", "--teacher", "teacher.npy"], "expected --student FILE, got none"),
         (["--loss", "hinge"], "expected a loss of kl, reverse_kl, .* got 'hinge'; correct --loss"),
         (["--loss", "kl", "--loss", "kl"], "expected losses that differ, got kl, kl"),
-        (["--temperature", "0"], "expected a temperature above 0, got 0"),
+        *(
+            (["--temperature", number], rf"expected a temperature above 0 .* got {number}; correct --temperature")
+            for number in ("0", "nan", "inf", "1e-40")
+        ),
         (["--labels", "teacher.npy"], "expected whole numbers in the labels teacher.npy, got float32"),
         (["--out", "teacher.npy"], "expected another file for --out than for what is read"),
         (

@@ -244,6 +244,7 @@ def test_lists_of_several_lengths_run_without_padding(loss):
 def test_what_does_not_fit_is_said(loss):
     merge(model("teacher.onnx", 0), model("student.onnx", 1), loss, "scorer.onnx")
     table, _, shift = inputs()
+    three = {"scorer": None, "teacher": "teacher.onnx", "student": "student.onnx", "loss": loss}
 
     def fails(error, match, table=table, **arguments):
         with pytest.raises(error, match=match):
@@ -254,6 +255,13 @@ def test_what_does_not_fit_is_said(loss):
     fails(FileNotFoundError, "`pykd merge` writes one", scorer="none.onnx")
     fails(ValueError, "inputs pixels, shift, got one for image", columns={"image": "pixels"})
     fails(ValueError, r"parameters of the loss \(temperature\), got 'tau'", parameters={"tau": 1.0})
+    for number, got in ((0.0, "0"), (-2.0, "-2"), (1e-50, "1e-50, which is 0 in float32")):
+        refused = f"expected temperature above 0, got {got}; correct parameters="
+        fails(ValueError, refused, parameters={"temperature": number})
+        fails(ValueError, refused, **three, parameters={"temperature": number})
+    fails(ValueError, r"a finite number for temperature, got 1e\+50 \(float32: inf\)", parameters={"temperature": 1e50})
+    with pytest.raises(ValueError, match="expected a temperature above 0 .* got 1e-40; correct temperature="):
+        LogitScorer(temperature=1e-40)
     fails(
         ValueError,
         "expected numbers, lists of them or tensors in the column of shift, got string",

@@ -293,8 +293,14 @@ def test_numbers_are_written_into_the_file_or_keep_their_defaults(published, los
     np.testing.assert_allclose(server("scorer", {"pixels": PIXELS})["loss_per_sample"][:, 0], got, rtol=2e-5)
     with pytest.raises(ValueError, match=r"a number of the loss \(temperature\), got 'tau'"):
         written(losses, kind, out="no", fixed={"tau": 4.0})
-    with pytest.raises(ValueError, match="a finite number for temperature, got nan"):
-        written(losses, kind, out="no", fixed={"temperature": float("nan")})
+    for number, said in (
+        (float("nan"), "a finite number for temperature, got nan"),
+        (1e50, r"a finite number for temperature, got 1e\+50 \(float32: inf\); correct --fix"),
+        (-2.0, "expected temperature above 0, got -2; correct --fix"),
+        (1e-50, "expected temperature above 0, got 1e-50, which is 0 in float32; correct --fix"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            written(losses, kind, out="no", fixed={"temperature": number})
     assert not Path("no").exists() and not Path("no.writing").exists()
 
 

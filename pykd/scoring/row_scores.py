@@ -6,7 +6,9 @@ The kernels of libpykd compute the losses; no torch, no ONNX Runtime. An exporte
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,42 @@ IGNORED_LABEL = -100
 LOSSES = ("kl", "reverse_kl", "symmetric_kl", "jsd", "cross_entropy")
 
 Array = np.ndarray[Any, Any]
+
+
+def check_temperature(temperature: float, argument: str) -> None:
+    """Refuses a temperature that float32 has not, or not in full precision: the losses divide by it there."""
+    held = np.finfo(np.float32)
+    if not held.tiny <= temperature <= held.max:
+        raise ValueError(
+            f"expected a temperature above 0 that float32 holds in full precision ({held.tiny:.2g} to {held.max:.2g}), got {temperature:g}; "
+            f"correct {argument}"
+        )
+
+
+def number_of(described: Mapping[str, Any], name: str, value: float, dtype: np.dtype[Any], argument: str) -> Array:
+    """A number of an exported loss as its file holds it; refuses what the type has not, and what is out of its range.
+
+    Args:
+        described: what the file of the loss says of itself.
+        name: of the parameter.
+        value: the number.
+        dtype: of the parameter in the file.
+        argument: where it was said, for messages.
+    """
+    with np.errstate(over="ignore"):
+        held = np.asarray(value, dtype)
+    if not math.isfinite(float(held)):
+        raise ValueError(
+            f"expected a finite number for {name}, got {value:g} ({held.dtype}: {float(held):g}); correct {argument}"
+        )
+    entry: Mapping[str, Any] = next((e for e in described.get("parameters", ()) if e["name"] == name), {})
+    least, most = entry.get("minimum", -math.inf), entry.get("maximum", math.inf)
+    exclusive = bool(entry.get("minimum_exclusive", False))
+    if float(held) < least or (exclusive and float(held) == least) or float(held) > most:
+        wanted = ("above" if exclusive else "from") + f" {least:g}" + ("" if most == math.inf else f" to {most:g}")
+        got = f"{value:g}" if float(held) == value else f"{value:g}, which is {float(held):g} in {held.dtype}"
+        raise ValueError(f"expected {name} {wanted}, got {got}; correct {argument}")
+    return held
 
 
 class RowScores:

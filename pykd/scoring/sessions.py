@@ -89,6 +89,12 @@ class Sessions:
         )
 
     @property
+    def described(self) -> Mapping[str, Any]:
+        """What the file of the loss says of itself."""
+        described: Mapping[str, Any] = self._parts.described
+        return described
+
+    @property
     def outputs(self) -> list[str]:
         """What a call returns: one vector per score."""
         return [value.name for value in self._parts.scores]

@@ -14,7 +14,7 @@ from pykd._version import __version__
 from pykd.scoring import sources
 from pykd.scoring.formats.source import block_rows, worked
 from pykd.scoring.results import Journal, Scores, write_parquet
-from pykd.scoring.row_scores import LOSSES, STATUSES, RowScores
+from pykd.scoring.row_scores import LOSSES, STATUSES, RowScores, check_temperature
 from pykd.scoring.sources import Load, Source
 from pykd.scoring.top_k_scores import TopKScores
 
@@ -147,8 +147,8 @@ class _Work:
         classes: int | None,
         distillkit: Where | None,
     ) -> None:
-        if temperature is not None and not 0 < temperature < float("inf"):
-            raise ValueError(f"expected a temperature above 0, got {temperature:g}; pass another")
+        if temperature is not None:
+            check_temperature(temperature, "--temperature")
         if not losses or len(set(losses)) < len(losses):
             raise ValueError(f"expected losses that differ, got {', '.join(losses) or 'none'}; name each once")
         self.teacher = sources.open_matrix(teacher, "teacher", distillkit)

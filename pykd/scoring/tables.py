@@ -7,7 +7,7 @@ the row. torch is not imported, nor is Ray.
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,23 @@ import numpy as np
 
 from pykd.scoring.formats.columns import block_of_column
 from pykd.scoring.results import columns_of
-from pykd.scoring.row_scores import INFINITE, INFINITE_SCORE, MISSING, NAN, OK, RAGGED, RowScores
+from pykd.scoring.row_scores import (
+    INFINITE,
+    INFINITE_SCORE,
+    MISSING,
+    NAN,
+    OK,
+    RAGGED,
+    RowScores,
+    check_temperature,
+    number_of,
+)
 from pykd.scoring.sources import Block, require
 from pykd.scoring.stream import compared
 
 Array = np.ndarray[Any, Any]
 Columns = str | Sequence[str]
+_SCORER = "pykd.scorer"  # pykd.scoring.merge.METADATA, whose module imports onnx
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -94,8 +105,8 @@ class LogitScorer(_Scorer):
     ) -> None:
         super().__init__(row, keep)
         self.losses = tuple(losses)
-        if temperature is not None and not 0 < temperature < math.inf:
-            raise ValueError(f"expected a temperature above 0, got {temperature:g}; pass another")
+        if temperature is not None:
+            check_temperature(temperature, "temperature=")
         self.sides = {"teacher": teacher, "student": student}
         self.labels = labels
         self.temperature = temperature
@@ -209,6 +220,7 @@ class ModelScorer(_Scorer):
             session = onnxruntime.InferenceSession(str(scorer), chosen, providers=["CPUExecutionProvider"])
             self._run = lambda feeds: dict(zip(self.scores, session.run(self.scores, feeds), strict=True))
             taken, numbers, given = session.get_inputs(), session.get_overridable_initializers(), session.get_outputs()
+            loss_says = json.loads(session.get_modelmeta().custom_metadata_map.get(_SCORER, "{}")).get("loss", {})
         elif scorer is None and teacher is not None and student is not None and loss is not None:
             from pykd.scoring.sessions import Sessions
 
@@ -224,13 +236,14 @@ class ModelScorer(_Scorer):
             )
             self._run = sessions
             taken, numbers, given = sessions.arguments()
+            loss_says = sessions.described
         else:
             raise ValueError(
                 "expected a scorer, or a teacher, a student and a loss, got neither the one nor the three; pass scorer=, or teacher=, "
                 "student= and loss="
             )
         self.scores = [output.name for output in given if len(output.shape) == 1]
-        self.parameters = _parameters(parameters or {}, {value.name: value for value in (*taken, *numbers)})
+        self.parameters = _parameters(parameters or {}, {value.name: value for value in (*taken, *numbers)}, loss_says)
         self.inputs = {value.name: value for value in taken if value.name not in self.parameters}
         self.columns = {name: name for name in self.inputs} | dict(columns or {})
         if unknown := self.columns.keys() - self.inputs.keys():
@@ -341,7 +354,7 @@ def _offsets(storage: Any, label: str) -> Array:
     raise ValueError(f"expected numbers, lists of them or tensors in {label}, got {storage.type}; convert it")
 
 
-def _parameters(given: Mapping[str, float], known: Mapping[str, Any]) -> dict[str, Array]:
+def _parameters(given: Mapping[str, float], known: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, Array]:
     found = {}
     for name, number in given.items():
         value = known.get(name)
@@ -350,7 +363,7 @@ def _parameters(given: Mapping[str, float], known: Mapping[str, Any]) -> dict[st
             raise ValueError(
                 f"expected parameters of the loss ({', '.join(numbers) or 'none'}), got {name!r}; correct parameters="
             )
-        found[name] = np.asarray(number, _DTYPES[value.type])
+        found[name] = number_of(described, name, number, _DTYPES[value.type], "parameters=")
     return found
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from pykd.scoring.container import Shapes, Writer
 from pykd.scoring.formats.source import ROW_KINDS, Block, Load, Source, block_rows, worked
 from pykd.scoring.plain_files import WRITERS
+from pykd.scoring.row_scores import check_temperature
 from pykd.scoring.top_k import keep, log_parts, narrow
 
 _OK, _NAN, _INFINITE, _RAGGED, _MISSING = range(len(ROW_KINDS))
@@ -51,8 +52,7 @@ def write_top_k(
     if not 1 <= kept <= width:
         raise ValueError(f"expected from 1 to {width} classes to keep, got {kept}; correct --keep")
     for temperature in temperatures:
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"expected a temperature above 0, got {temperature:g}; correct --temperature")
+        check_temperature(temperature, "--temperature")
     known = tuple(dict.fromkeys((1.0, *map(float, temperatures))))
     facts = {
         "form": "top-k",

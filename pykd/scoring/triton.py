@@ -4,7 +4,6 @@ Its files are ONNX and plain text; Triton's backend for ONNX Runtime opens them,
 """
 
 import json
-import math
 import os
 import re
 import shutil
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 from onnx import ModelProto, numpy_helper
 
@@ -21,6 +19,7 @@ from pykd import config, files, integrity
 from pykd._version import __version__
 from pykd.scoring import merge as merging
 from pykd.scoring.merge import ROLES
+from pykd.scoring.row_scores import number_of
 
 # Triton's names of types, by ONNX Runtime's: what its backend takes (onnxruntime_utils.cc).
 TYPES = {
@@ -281,7 +280,7 @@ def _tensor(value: Any, kind: str, what: str) -> Tensor:
     return Tensor(value.name, f"TYPE_{TYPES[found[1]]}", tuple(shape[1:]))
 
 
-def _fix(model: ModelProto, fixed: Mapping[str, float]) -> None:
+def _fix(model: ModelProto, fixed: Mapping[str, float], described: Mapping[str, Any]) -> None:
     """Writes numbers into a model that were inputs of it, with a default or without."""
     graph = model.graph
     numbers = {value.name: value for value in graph.input if not value.type.tensor_type.shape.dim}
@@ -290,12 +289,12 @@ def _fix(model: ModelProto, fixed: Mapping[str, float]) -> None:
             raise ValueError(
                 f"expected a number of the loss ({', '.join(numbers) or 'it has none'}), got {name!r}; correct --fix"
             )
-        if not math.isfinite(number):
-            raise ValueError(f"expected a finite number for {name}, got {number}; correct --fix")
         dtype = onnx.helper.tensor_dtype_to_np_dtype(numbers[name].type.tensor_type.elem_type)
         kept = [tensor for tensor in graph.initializer if tensor.name != name]
         del graph.initializer[:]
-        graph.initializer.extend([*kept, numpy_helper.from_array(np.asarray(number, dtype), name)])
+        graph.initializer.extend(
+            [*kept, numpy_helper.from_array(number_of(described, name, number, dtype, "--fix"), name)]
+        )
         graph.input.remove(numbers[name])
 
 
@@ -308,7 +307,7 @@ def _write_one(writer: _Writer, scorer: Path, name: str, fixed: Mapping[str, flo
         )
     described = merging.described(proto)
     _check_samples(described["loss"], described["connections"])
-    _fix(proto, fixed)
+    _fix(proto, fixed, described["loss"])
     inputs, outputs = writer.model(name, proto, scorer.parent, "the scorer")
     writer.readme(name, inputs, outputs)
 
@@ -360,7 +359,7 @@ def _write_ensemble(
             inputs[mapped[key]] = _both(inputs.get(mapped[key]), tensor, mapped[key])
         steps.append(_step(f"{name}_{role}", mapped, {output: f"{role}/{output}" for output in outputs}))
     loss = merging.judging(merging.scores_alone(parts.loss, [value.name for value in parts.scores]), parts)
-    _fix(loss, fixed)
+    _fix(loss, fixed, parts.described)
     taken, scores = writer.model(f"{name}_loss", loss, parts.loss_file.parent, "the loss")
     mapped = {key: "/".join(connected[key]) if key in connected else key for key in taken}
     inputs |= {key: tensor for key, tensor in taken.items() if key not in connected}
