@@ -536,6 +536,15 @@ def test_a_condition_on_what_is_not_there_is_an_error():
         Condition.of("kl.p99.9.high > 1").holds(numbers)
 
 
+def test_a_condition_where_no_row_counts_is_an_error(capsys):
+    draw()
+    np.save("student.npy", np.full_like(np.load("student.npy"), np.nan))
+    call = ["score", "--teacher", "teacher.npy", "--student", "student.npy", "--out", "scores.parquet"]
+    for name in ("kl.p99", "agreement.top1"):
+        assert main([*call, "--fail-if", f"{name} > 0.1"]) == 2
+        assert f"expected rows that count for --fail-if {name}, got none of 700" in capsys.readouterr().err
+
+
 # ---- Exactly once -----------------------------------------------------------------------------------
 
 

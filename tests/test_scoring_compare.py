@@ -127,8 +127,37 @@ def test_what_does_not_go_together_is_refused(capsys):
     assert "expected scores of the same rows, got 400 in a.parquet and 10 in short.parquet" in capsys.readouterr().err
     assert main(["score", "--compare", "a.parquet", "nowhere.parquet"]) == 2
     assert "expected scores at nowhere.parquet, got no file there" in capsys.readouterr().err
-    assert main(["score", "--compare", "a.parquet", "b.parquet", "--teacher", "t.npy"]) == 2
-    assert "expected no --teacher with --compare" in capsys.readouterr().err
+    for option, value in (("teacher", "t.npy"), ("temperature", "2"), ("classes", "3"), ("format", "llama")):
+        assert main(["score", "--compare", "a.parquet", "b.parquet", f"--{option}", value]) == 2
+        assert f"expected no --{option} with --compare" in capsys.readouterr().err
+
+
+def test_settings_that_differ_are_said(capsys):
+    """A difference of temperatures, labels or classes looks like one of students."""
+    first, _ = two_students()
+    np.save("others.npy", np.load("labels.npy")[::-1])
+
+    def differing(**settings):
+        arguments = {
+            "teacher": "teacher.npy",
+            "student": "a.npy",
+            "out": "c.parquet",
+            "labels": "labels.npy",
+        } | settings
+        report = compare(first, score_files(**arguments, say=lambda text: None))
+        assert report["same_teacher"]
+        return report["settings_that_differ"]
+
+    assert differing() == differing(temperature=1.0) == differing(labels=None) == []
+    assert differing(losses=("jsd", "kl")) == []
+    assert differing(temperature=2.0, labels="others.npy") == ["labels", "temperature"]
+    assert differing(classes=CLASSES - 1) == ["classes"]
+    assert main(["score", "--compare", "a.parquet", "c.parquet"]) == 0
+    assert "scored with different settings (classes)" in capsys.readouterr().out
+    np.save("bad.npy", np.full((ROWS, CLASSES), np.nan))
+    score_files("teacher.npy", "bad.npy", "bad.parquet")
+    assert main(["score", "--compare", "a.parquet", "bad.parquet", "--fail-if", "kl.difference > 0"]) == 2
+    assert f"expected rows that count for --fail-if kl.difference, got none of {ROWS}" in capsys.readouterr().err
 
 
 class Drawn:
@@ -137,7 +166,8 @@ class Drawn:
     def __init__(self, group, kl):
         self.path, self.rows, self.has_group = Path("drawn"), len(kl), True
         self.names = ["row", "status", "kl", "teacher_class_rank", "group"]
-        self.facts = {"losses": ["kl"], "settings": {"files": {"teacher": None}}}
+        settings = {"files": {"teacher": None}}
+        self.facts = {"losses": ["kl"], "settings": settings, "temperature": None, "classes": CLASSES}
         self.columns = {
             "row": np.arange(self.rows),
             "status": np.zeros(self.rows, np.uint8),

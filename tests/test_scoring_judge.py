@@ -400,6 +400,7 @@ def expected_comparison(data):
         "paired": len(data.kept),
         "independent": "groups" if data.grouped else "rows",
         "same_teacher": True,
+        "settings_that_differ": [],
         "losses": ["kl", "jsd"],
         "seed": SEED,
         "scores": {n: difference(first[n], second[n], judge) for n in scores},

@@ -156,9 +156,21 @@ def _compare(options: argparse.Namespace, conditions: list[Any]) -> int:
     from pykd.scoring.compare import compare, numbers_of_comparison
     from pykd.scoring.results import Scores
 
-    for name in ("teacher", "student", "labels", "group", "loss", "out", "report", "distillkit"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"expected no --{name} with --compare, which scores nothing, got one; leave it out")
+    of_scoring = (
+        "teacher",
+        "student",
+        "labels",
+        "group",
+        "loss",
+        "temperature",
+        "classes",
+        "out",
+        "report",
+        "distillkit",
+    )
+    given = [name for name in of_scoring if getattr(options, name) is not None]
+    for name in given + ["format"] * (options.format != "text"):
+        raise ValueError(f"expected no --{name} with --compare, which scores nothing, got one; leave it out")
     _check_outputs(options)
     first, second = options.compare
     report = compare(Scores(first), Scores(second), options.seed)
@@ -171,8 +183,8 @@ def _compare(options: argparse.Namespace, conditions: list[Any]) -> int:
 def comparison_as_text(report: dict[str, Any]) -> str:
     """Effect, interval, p-value, and what these rows could have shown."""
     lines = [f"{report['paired']:,} of {report['rows']:,} rows count in both"]
-    if not report["same_teacher"]:
-        lines.append("the teachers are different files: losses are compared as they are")
+    for name in report["settings_that_differ"]:
+        lines.append(f"scored with different settings ({name}): what that changes is part of the differences")
     head = ("", "first", "second", "difference", "95 % interval", "in st. dev.", "p", "smallest seen")
     rows: list[tuple[str, ...]] = [head]
     quantiles: list[tuple[str, ...]] = []

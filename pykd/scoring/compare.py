@@ -80,13 +80,15 @@ class _Comparison:
         for a, b in zip(first.blocks(bad=True), second.blocks(bad=True), strict=True):
             both += int(((a["status"] == OK) & (b["status"] == OK)).sum()), len(a["status"])
         paired, rows = map(int, both)
+        differing = _differing(first, second)
         report: dict[str, Any] = {
             "first": str(first.path),
             "second": str(second.path),
             "rows": rows,
             "paired": paired,
             "independent": "groups" if self.grouped else "rows",
-            "same_teacher": _teacher(first) == _teacher(second),
+            "same_teacher": "teacher" not in differing,
+            "settings_that_differ": differing,
             "losses": [name for name in first.facts["losses"] if name in second.facts["losses"]],
             "seed": self.seed,
         }
@@ -204,8 +206,24 @@ def _upto(blocks: Iterable[tuple[Array, Array]], levels: Array, batches: int) ->
     return np.asarray(upto[np.searchsorted(ascending, levels)])
 
 
-def _teacher(scores: Scores) -> Any:
-    return scores.facts["settings"]["files"]["teacher"]
+def _differing(*sides: Scores) -> list[str]:
+    """What else is not the same of two files of scores than the student."""
+    said: list[dict[str, Any]] = []
+    for scores in sides:
+        settings = scores.facts["settings"]
+        losses = dict(zip(scores.facts["losses"], settings.get("losses", ()), strict=False))
+        exported = any(isinstance(loss, dict) for loss in losses.values())
+        temperature = scores.facts["temperature"]
+        said.append(
+            {
+                **{name: settings["files"][name] for name in ("teacher", "labels") if name in settings["files"]},
+                "temperature": 1.0 if temperature is None and not exported else temperature,
+                "classes": scores.facts["classes"],
+                **{f"loss {name}": loss for name, loss in losses.items()},
+            }
+        )
+    first, second = said
+    return sorted(name for name in first.keys() & second.keys() if first[name] != second[name])
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -43,6 +43,10 @@ class Condition:
     def holds(self, numbers: dict[str, float | None]) -> bool:
         """Whether it does for these numbers of :func:`numbers_of`."""
         if self.name not in numbers:
+            if not numbers.get("counted", numbers.get("paired")):
+                raise ValueError(
+                    f"expected rows that count for --fail-if {self.name}, got none of {numbers['rows']}; look at what is wrong with them"
+                )
             near = difflib.get_close_matches(self.name, numbers, 3) or list(numbers)[:3]
             raise ValueError(
                 f"expected the name of a number of the report in --fail-if, got {self.name!r}; such as {', '.join(near)}"
