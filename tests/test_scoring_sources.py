@@ -1,5 +1,6 @@
 """Rows come out of every kind of file as they were put in, in blocks, from any row on; what is wrong is said."""
 
+import os
 import subprocess
 import sys
 
@@ -26,7 +27,13 @@ def logits(dtype):
 def lists(array, kind):
     if kind == "fixed":
         return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
+    if kind == "tensor":
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(array)
     offsets = np.arange(len(array) + 1) * array.shape[1]
+    if kind == "view":
+        sizes = np.full(len(array), array.shape[1], np.int32)
+        backwards = pa.array(array[::-1].reshape(-1))
+        return pa.ListViewArray.from_arrays(offsets[:-1][::-1].astype(np.int32), sizes, backwards)
     if kind == "list":
         return pa.ListArray.from_arrays(offsets.astype(np.int32), pa.array(array.reshape(-1)))
     return pa.LargeListArray.from_arrays(offsets, pa.array(array.reshape(-1)))
@@ -94,6 +101,9 @@ WRITERS = {
     "parquet-flat": (".parquet", write_flat_parquet),
     "arrow-list": (".arrow", arrow_of("list")),
     "arrow-fixed": (".arrow", arrow_of("fixed")),
+    "arrow-view": (".arrow", arrow_of("view")),
+    "arrow-tensor": (".arrow", arrow_of("tensor")),
+    "parquet-tensor": (".parquet", parquet_of("tensor")),
 }
 
 
@@ -155,6 +165,37 @@ def test_ragged_and_missing_rows_are_marked(tmp_path):
     assert block.missing.tolist() == [False, False, True, False, False, False]
     np.testing.assert_array_equal(block.values[[0, 3]], [[1, 2], [4, 5]])
     np.testing.assert_array_equal(block.values[5], [9, np.nan])
+
+
+def test_ragged_and_missing_rows_of_views_are_marked(tmp_path):
+    rows = pa.array([[1.0, 2.0], [3.0], None, [4.0, 5.0]], pa.list_view(pa.float32()))
+    table = pa.table({"logits": rows})
+    with ipc.new_file(tmp_path / "rows.arrow", table.schema) as file:
+        file.write_table(table)
+    block = next(open_matrix(tmp_path / "rows.arrow", "teacher").blocks(1, 10))()
+    assert (block.ragged.tolist(), block.missing.tolist()) == ([True, False, False], [False, True, False])
+    np.testing.assert_array_equal(block.values[2], [4, 5])
+
+
+def test_tensors_of_several_axes_are_refused_where_they_are_the_logits(tmp_path):
+    array = logits("float32")
+    images = lists(array.reshape(ROWS, 1, CLASSES), "tensor")
+    parquet.write_table(pa.table({"image": images, "logits": lists(array, "list")}), tmp_path / "rows.parquet")
+    source = open_matrix(tmp_path / "rows.parquet", "teacher")
+    np.testing.assert_array_equal(next(source.blocks(0, ROWS))().values, array)
+    parquet.write_table(pa.table({"logits": images}), tmp_path / "alone.parquet")
+    for where in (tmp_path / "alone.parquet", f"{tmp_path}/rows.parquet#image"):
+        with pytest.raises(ValueError, match=rf"got tensors of the axes \(1, {CLASSES}\); write .* as .npy"):
+            open_matrix(where, "teacher")
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_name_may_hold_any_bytes(kind, tmp_path):
+    ending, write = WRITERS[kind]
+    written, sign, name = str(write(tmp_path / f"rows{ending}", logits("float32"))).partition("#")
+    odd = os.fsdecode(os.fsencode(written) + b"\xff" + ending.encode())
+    os.rename(written, odd)
+    assert next(open_matrix(f"{odd}{sign}{name}", "teacher").blocks(0, ROWS))().values.shape == (ROWS, CLASSES)
 
 
 def broken(tmp_path, case):

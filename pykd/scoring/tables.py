@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pykd.scoring.formats.columns import block_of_column
+from pykd.scoring.formats.columns import block_of_column, storage_of
 from pykd.scoring.results import columns_of
 from pykd.scoring.row_scores import (
     INFINITE,
@@ -133,7 +133,7 @@ class LogitScorer(_Scorer):
 
         name = self.sides[side]
         column = _column(table, name)
-        storage = _storage(column)
+        storage = storage_of(column)
         if not pa.types.is_floating(getattr(storage.type, "value_type", pa.null())):
             raise ValueError(
                 f"expected lists or tensors of floating-point logits in the column {name!r}, got {column.type}; name another column"
@@ -287,7 +287,7 @@ class _Rows:
         label = f"the column of {value.name}"
         self.dtype = _DTYPES[value.type]
         self.shape = _shape(column.type)  # of each row; None: a list of any length
-        storage = _storage(column)
+        storage = storage_of(column)
         if self.shape == ():
             self.offsets = np.arange(len(column) + 1)
             entries = storage
@@ -386,11 +386,6 @@ def _column(table: Any, name: str) -> Any:
         )
     column = table.column(name).combine_chunks()
     return column.chunk(0) if hasattr(column, "num_chunks") else column
-
-
-def _storage(column: Any) -> Any:
-    """What a column of tensors is made of; other columns are that themselves."""
-    return getattr(column, "storage", column)
 
 
 def _shape(kind: Any) -> tuple[int, ...] | None:

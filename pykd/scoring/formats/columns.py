@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,6 +20,12 @@ def arrow_modules() -> tuple[Any, Any]:
     return pa, parquet
 
 
+def opened_file(path: str | os.PathLike[str]) -> Any:
+    """A file for pyarrow, by a name of any bytes: as text it takes UTF-8 alone."""
+    pa, _ = arrow_modules()
+    return pa.OSFile(os.fsencode(path))
+
+
 def _columns(schema: Any, name: str | None, label: str, matrix: bool) -> list[str]:
     """The column of lists, or the flat columns that make up a row."""
     pa, _ = arrow_modules()
@@ -26,9 +33,12 @@ def _columns(schema: Any, name: str | None, label: str, matrix: bool) -> list[st
         raise ValueError(
             f"expected the settings of the compression for {label}, which has rows of DistillKit, got none; pass --distillkit with them"
         )
-    listed = [f.name for f in schema if _list_kind(pa, f.type)]
+    fields = [f for f in schema if _list_kind(pa, _stored(f.type))]
+    lists = [f.name for f in fields]
     if not matrix:
-        return [choose([f.name for f in schema if f.name not in listed], name, label, "column")]
+        return [choose([f.name for f in schema if f.name not in lists], name, label, "column")]
+    # Images may lie beside the logits.
+    listed = [f.name for f in fields if len(_axes(f.type)) == 1] or lists
     if name is not None and name in schema.names:
         return [name]
     if name is not None and any(sign in name for sign in "*?["):
@@ -50,11 +60,36 @@ def _columns(schema: Any, name: str | None, label: str, matrix: bool) -> list[st
 
 
 def _list_kind(pa: Any, kind: Any) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_kind(kind) for is_kind in kinds) or _is_view(pa, kind)
+
+
+def storage_of(column: Any) -> Any:
+    """What a column of tensors is made of; other columns are that themselves."""
+    return getattr(column, "storage", column)
+
+
+def _stored(kind: Any) -> Any:
+    """The type of :func:`storage_of`."""
+    return getattr(kind, "storage_type", kind)
+
+
+def _axes(kind: Any) -> tuple[int, ...]:
+    """Of each row of tensors; one of any length of other columns."""
+    return tuple(getattr(kind, "shape", (0,)))
+
+
+def _is_view(pa: Any, kind: Any) -> bool:
+    return bool(pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind))
 
 
 def _numpy_type(pa: Any, kind: Any, label: str) -> np.dtype[Any]:
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind):
+    if (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_dictionary(kind)
+        or pa.types.is_string_view(kind)
+    ):
         return np.dtype(np.str_)
     if pa.types.is_floating(kind) or pa.types.is_integer(kind):
         numpy_type: np.dtype[Any] = np.dtype(kind.to_pandas_dtype())
@@ -78,7 +113,12 @@ def column_source(
     for column in columns:
         if schema.names.count(column) > 1:
             raise ValueError(f"expected one column {column!r} in {label}, got several of this name; rename them")
-    first = schema.field(columns[0]).type
+    first = _stored(schema.field(columns[0]).type)
+    if len(axes := _axes(schema.field(columns[0]).type)) > 1:
+        raise ValueError(
+            f"expected lists, or tensors of one axis, in {label}, got tensors of the axes {axes}; write "
+            "column.combine_chunks().to_numpy_ndarray() as .npy, whose axes before the last are rows"
+        )
     in_lists = _list_kind(pa, first)
     if matrix and len(columns) == 1 and not in_lists and pa.types.is_floating(first) is False:
         raise ValueError(f"expected a column of lists of floats in {label}, got {first}; name another column")
@@ -88,7 +128,7 @@ def column_source(
         width = first.list_size if pa.types.is_fixed_size_list(first) else 0
         if not width and rows:
             batch, _ = next(batches(columns, 0, 1024))
-            lengths = compute.list_value_length(batch.column(0)).drop_null().to_numpy(zero_copy_only=False)
+            lengths = compute.list_value_length(storage_of(batch.column(0))).drop_null().to_numpy(zero_copy_only=False)
             width = int(np.bincount(lengths).argmax()) if len(lengths) else 0
     elif matrix:
         width = len(columns)
@@ -98,7 +138,7 @@ def column_source(
             try:
                 if in_lists:
                     assert width is not None
-                    yield _from_lists(pa, batch.column(0), width, dtype)
+                    yield _from_lists(pa, storage_of(batch.column(0)), width, dtype)
                 elif matrix:
                     yield _from_flat(batch, dtype)
                 else:
@@ -143,9 +183,10 @@ def _from_lists(pa: Any, column: Any, width: int, dtype: np.dtype[Any]) -> Block
     if pa.types.is_fixed_size_list(column.type):
         values = _plain(column.values.slice(column.offset * width, rows * width), dtype).reshape(rows, width)
         return Block(values, None, missing)
+    in_order = not _is_view(pa, column.type)
     offsets = np.asarray(column.offsets)
-    lengths = np.diff(offsets)
-    if missing is None and bool((lengths == width).all()):
+    lengths = np.diff(offsets) if in_order else np.asarray(column.sizes)
+    if in_order and missing is None and bool((lengths == width).all()):
         values = _plain(column.values.slice(int(offsets[0]), rows * width), dtype).reshape(rows, width)
         return Block(values)
     whole = lengths == width
@@ -154,7 +195,7 @@ def _from_lists(pa: Any, column: Any, width: int, dtype: np.dtype[Any]) -> Block
     values = np.full((rows, width), np.nan, dtype)
     flat = _plain(column.values, dtype)
     for row in np.flatnonzero(whole):
-        values[row] = flat[offsets[row] : offsets[row + 1]]
+        values[row] = flat[offsets[row] : offsets[row] + width]
     ragged = ~whole if missing is None else ~whole & ~missing
     return Block(values, ragged, missing)
 

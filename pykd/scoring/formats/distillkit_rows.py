@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from pykd import files
-from pykd.scoring.formats.columns import arrow_modules
+from pykd.scoring.formats.columns import arrow_modules, opened_file
 from pykd.scoring.formats.source import ROW_KINDS, Block, Source, TopK, exact, first_line, in_turn, require
 
 COMPRESSED = ("compressed_logprobs", "bytepacked_indices")
@@ -255,7 +255,7 @@ def distillkit_rows(path: str, label: str, codec: Codec | LegacyCodec) -> Source
     import pyarrow.compute as compute
 
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(opened_file(path)) as file:
             names = set(file.schema_arrow.names)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(
@@ -277,7 +277,7 @@ def distillkit_rows(path: str, label: str, codec: Codec | LegacyCodec) -> Source
         raise ValueError(f"expected k in the settings for the compressed rows of {label}, got none; add it")
 
     def sequences(*wanted: str) -> Iterator[Any]:
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+        with parquet.ParquetFile(opened_file(path), pre_buffer=False, buffer_size=1 << 20) as file:
             try:
                 for batch in file.iter_batches(_SEQUENCES, columns=list(wanted), use_threads=False):
                     yield [batch.column(name) for name in wanted]

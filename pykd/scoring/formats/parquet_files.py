@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from pykd.scoring.formats.columns import arrow_modules, column_source
+from pykd.scoring.formats.columns import arrow_modules, column_source, opened_file
 from pykd.scoring.formats.source import BUFFER, Source, first_line
 
 
@@ -15,7 +15,7 @@ def parquet(path: str, label: str, name: str | None, matrix: bool) -> Source:
 
     def opened() -> Any:
         # Without a buffer pyarrow holds a whole column of a row group.
-        return pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER)
+        return pq.ParquetFile(opened_file(path), pre_buffer=False, buffer_size=BUFFER)
 
     try:
         with opened() as file:
