@@ -536,6 +536,24 @@ def test_a_condition_on_what_is_not_there_is_an_error():
         Condition.of("kl.p99.9.high > 1").holds(numbers)
 
 
+def test_a_row_without_a_group_is_said_before_the_work(capsys):
+    draw()
+    groups = pa.array([None if row == 680 else f"document {row // 10}" for row in range(700)])
+    parquet.write_table(pa.table({"group": groups}), "group.parquet")
+    call = ["score", "--teacher", "teacher.npy", "--student", "student.npy", "--out", "scores.parquet"]
+    assert main([*call, "--group", "group.parquet"]) == 2
+    assert "expected a group for every row, got null in row 680" in capsys.readouterr().err
+    assert not Path("scores.parquet.partial").exists()
+
+
+def test_the_file_of_scores_may_have_a_name_of_any_bytes():
+    draw()
+    out = os.fsdecode(b"scores-\xff.parquet")
+    for _ in range(2):
+        scores = score_files("teacher.npy", "student.npy", out, say=lambda text: None)
+    assert summary(scores)["rows"] == 700 and not Path(f"{out}.partial").exists()
+
+
 def test_a_condition_where_no_row_counts_is_an_error(capsys):
     draw()
     np.save("student.npy", np.full_like(np.load("student.npy"), np.nan))

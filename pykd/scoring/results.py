@@ -23,13 +23,14 @@ import numpy as np
 
 from pykd import files
 from pykd._version import __version__
+from pykd.scoring.formats.columns import opened_file
 from pykd.scoring.row_scores import OK, STATUSES
 from pykd.scoring.sources import Block, Source, require
 
 _MAGIC = b"pykd scores 1\n"
 _LENGTHS = struct.Struct("<II")  # of the header: bytes and CRC-32. Of a record: rows and CRC-32
 _WRITE_AT = 256 << 10  # bytes of records that are gathered before they are written
-_GROUP_ROWS = 1 << 17  # rows of a row group in the Parquet file
+GROUP_ROWS = 1 << 17  # rows of a row group in the Parquet file
 METADATA = b"pykd.scores"
 _FACTS = {"settings", "losses", "classes", "temperature", "inputs"}
 
@@ -177,18 +178,18 @@ def write_parquet(journal: Journal, path: Path, facts: dict[str, Any], groups: S
     if groups is not None:
         fields.append(("group", pa.string() if groups.dtype.kind == "U" else pa.from_numpy_dtype(groups.dtype)))
     schema = pa.schema(fields, {METADATA: json.dumps({"pykd": __version__, **facts})})
-    group_blocks = iter(()) if groups is None else groups.blocks(0, _GROUP_ROWS)
+    group_blocks = iter(()) if groups is None else groups.blocks(0, GROUP_ROWS)
     try:
         with (
             files.replacing(path) as file,
             parquet.ParquetWriter(file, schema, compression="zstd", use_dictionary=["status"]) as writer,
         ):
             first = 0
-            for records in _gathered(journal.records(), _GROUP_ROWS):
+            for records in _gathered(journal.records(), GROUP_ROWS):
                 columns = [pa.array(np.arange(first, first + len(records)))]
                 columns += [column for _, column in columns_of(records)]
                 if groups is not None:
-                    columns.append(pa.array(_group_names(next(group_blocks)(), first), schema.field("group").type))
+                    columns.append(pa.array(group_names(next(group_blocks)(), first), schema.field("group").type))
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
                 first += len(records)
     except OSError as error:
@@ -209,7 +210,8 @@ def columns_of(records: Array) -> list[tuple[str, Any]]:
     return found
 
 
-def _group_names(block: Block, first: int) -> Array:
+def group_names(block: Block, first: int) -> Array:
+    """The groups of rows from ``first`` on; each has one."""
     if block.missing is not None and block.missing.any():
         raise ValueError(
             f"expected a group for every row, got null in row {first + int(block.missing.argmax())}; give each row one"
@@ -245,7 +247,7 @@ class Scores:
         if not self.path.is_file():
             raise FileNotFoundError(f"expected scores at {path}, got no file there; `pykd score --out` writes them")
         try:
-            self._file = parquet.ParquetFile(self.path, pre_buffer=False)
+            self._file = parquet.ParquetFile(opened_file(self.path), pre_buffer=False)
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"expected scores at {path}, got {error}; score again") from error
         text = (self._file.schema_arrow.metadata or {}).get(METADATA)
@@ -289,7 +291,7 @@ class Scores:
         place in :data:`STATUSES`) are always there."""
         wanted = list({"row", "status", *names})
         first = 0
-        for batch in self._file.iter_batches(_GROUP_ROWS, columns=wanted, use_threads=False):
+        for batch in self._file.iter_batches(GROUP_ROWS, columns=wanted, use_threads=False):
             column = batch.column("status")
             kinds = column.dictionary.to_pylist()
             if column.null_count or not set(kinds) <= set(STATUSES):

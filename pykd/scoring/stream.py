@@ -13,7 +13,7 @@ import numpy as np
 from pykd._version import __version__
 from pykd.scoring import sources
 from pykd.scoring.formats.source import block_rows, worked
-from pykd.scoring.results import Journal, Scores, write_parquet
+from pykd.scoring.results import GROUP_ROWS, Journal, Scores, group_names, write_parquet
 from pykd.scoring.row_scores import LOSSES, STATUSES, RowScores, check_temperature
 from pykd.scoring.sources import Load, Source
 from pykd.scoring.top_k_scores import TopKScores
@@ -71,6 +71,7 @@ def score_files(
     if (finished := _finished(path, settings)) is not None:
         say(f"{path} holds the scores of these files already")
         return finished
+    work.check_groups()
     with Journal(path, settings, work.scores.dtype) as journal:
         if journal.forgot:
             say(f"{journal.path} was of other files or settings: begun anew")
@@ -201,6 +202,12 @@ class _Work:
                 f"write it again with `pykd teacher --classes {self.classes}`"
             )
         return TopKScores(losses, temperature, self.teacher, labelled, cut[1])
+
+    def check_groups(self) -> None:
+        """A row without a group is said before the work, not when its rows are written."""
+        first = 0
+        for load in () if self.group is None else self.group.blocks(0, GROUP_ROWS):
+            first += len(group_names(load(), first))
 
     def facts(self) -> dict[str, Any]:
         """What the report says of the input."""
