@@ -152,9 +152,10 @@ def test_the_example_scores_a_stream_as_three_sessions_do(tmp_path, models, loss
         array.tofile(tmp_path / name)
     program = programs.find()["evaluate"].with_name("score_merged")
 
-    def run(*names):
+    def run(*names, stdout=subprocess.PIPE):
         command = [program, out, *(tmp_path / name for name in names)]
-        return subprocess.run(command, env=programs.environment(), capture_output=True, text=True, timeout=60)
+        environment = programs.environment()
+        return subprocess.run(command, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
 
     done = run("pixels", "labels")
     assert done.returncode == 0, done.stderr
@@ -172,6 +173,15 @@ def test_the_example_scores_a_stream_as_three_sessions_do(tmp_path, models, loss
     (tmp_path / "labels").write_bytes(feeds["labels"].tobytes()[:-8])
     failed = run("pixels", "labels")
     assert failed.returncode == 1 and "labels of length 188" in failed.stderr
+    for name, kept in (("pixels", 512), ("labels", 256)):  # a file that ends with a block
+        for other, array in feeds.items():
+            (tmp_path / other).write_bytes(array[: kept if other == name else rows].tobytes())
+        failed = run("pixels", "labels")
+        assert failed.returncode == 1 and "expected as many rows for every input" in failed.stderr
+    for name, array in feeds.items():
+        array.tofile(tmp_path / name)
+    with open("/dev/full", "w") as full:
+        assert run("pixels", "labels", stdout=full).returncode == 1
 
 
 def test_parameters_and_other_inputs_of_the_loss_are_inputs(tmp_path, models, losses):

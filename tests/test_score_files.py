@@ -226,3 +226,14 @@ def test_the_example_scores_a_stream_as_python_does(tmp_path):
     (tmp_path / "student.f32").write_bytes(student.tobytes()[:-8])
     failed = subprocess.run(command, env=programs.environment(), capture_output=True, text=True, timeout=60)
     assert failed.returncode == 1 and "cut off" in failed.stderr
+    block = 1 + (1 << 18) // classes
+    for teachers, students in ((block, block + 1), (block + 1, block), (0, 1)):
+        (tmp_path / "teacher.f32").write_bytes(teacher[:teachers].tobytes())
+        (tmp_path / "student.f32").write_bytes(student[:students].tobytes())
+        failed = subprocess.run(command, env=programs.environment(), capture_output=True, text=True, timeout=60)
+        assert failed.returncode == 1 and "expected as many rows of the student as of the teacher" in failed.stderr
+    with open("/dev/full", "w") as full:
+        (tmp_path / "student.f32").write_bytes(student[: block + 1].tobytes())
+        (tmp_path / "teacher.f32").write_bytes(teacher[: block + 1].tobytes())
+        failed = subprocess.run(command, env=programs.environment(), stdout=full, stderr=subprocess.PIPE, timeout=60)
+        assert failed.returncode == 1 and b"expected room for the scores" in failed.stderr

@@ -20,7 +20,7 @@ pykd::Tensor read_rows(std::FILE* file, const pykd_tensor_info& input, std::size
   if (!file) throw std::runtime_error(std::string("expected a file that can be read for ") + input.name);
   memory.resize(count * row);
   const std::size_t read = std::fread(memory.data(), 1, memory.size(), file);
-  if (read % row != 0) throw std::runtime_error("expected whole rows, got a file that is cut off");
+  if (std::ferror(file) || read % row != 0) throw std::runtime_error("expected whole rows, got a file that is cut off");
   shape[0] = static_cast<std::int64_t>(read / row);
   return pykd::Tensor(memory.data(), pykd::dtype_of(input), shape);
 }
@@ -36,13 +36,19 @@ int main(int argc, char** argv) try {
   pykd::Scorer scorer(loss);
   std::vector<std::vector<char>> memory(inputs.size());  // of one block
   for (pykd::Tensors rows;;) {
-    for (std::size_t i = 0; i < inputs.size(); ++i)
-      rows[inputs[i].name] = read_rows(files[i].get(), inputs[i], 256, memory[i]);
-    if (rows.begin()->second.shape()[0] == 0) break;
+    std::size_t ended = 0;
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      const pykd::Tensor& block = rows[inputs[i].name] = read_rows(files[i].get(), inputs[i], 256, memory[i]);
+      ended += block.shape()[0] == 0;
+    }
+    if (ended == inputs.size()) break;
+    if (ended != 0) throw std::runtime_error("expected as many rows for every input, got a file that ends early");
     const pykd::Result block = scorer.score(rows);
     const float* score = block.data<float>("loss_per_sample");
     for (const auto status : scorer.status()) std::printf("%.9g %s\n", *score++, pykd_row_status_name(status));
   }
+  if (std::fflush(stdout) != 0 || std::ferror(stdout))
+    throw std::runtime_error("expected room for the scores, got none");
   std::fprintf(stderr, "mean %.9g\n", scorer.summary().mean);
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());

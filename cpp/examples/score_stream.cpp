@@ -24,15 +24,19 @@ int main(int argc, char** argv) try {
   if (argc != 5) throw std::runtime_error("usage: score_stream <export> <classes> <teacher> <student>");
   const pykd::Loss loss = pykd::Loss::load(argv[1]);
   pykd::Scorer scorer(loss);
-  const std::size_t classes = std::stoul(argv[2]), most = 1 + (1 << 18) / classes;
+  const std::size_t classes = std::stoul(argv[2]);
+  if (classes == 0) throw std::runtime_error("expected at least one class, got 0");
+  const std::size_t most = 1 + (1 << 18) / classes;
   std::vector<float> teacher(most * classes), student(most * classes);  // memory does not grow with the files
   using File = std::unique_ptr<std::FILE, int (*)(std::FILE*)>;
   const File files[] = {File(std::fopen(argv[3], "rb"), &std::fclose), File(std::fopen(argv[4], "rb"), &std::fclose)};
   if (!files[0] || !files[1]) throw std::runtime_error("expected two files that can be read, got others");
 
-  while (const std::size_t rows = read_rows(files[0].get(), teacher, classes)) {
+  while (true) {
+    const std::size_t rows = read_rows(files[0].get(), teacher, classes);
     if (read_rows(files[1].get(), student, classes) != rows)
-      throw std::runtime_error("expected as many rows of the student");
+      throw std::runtime_error("expected as many rows of the student as of the teacher");
+    if (rows == 0) break;
     const std::vector<std::int64_t> shape = {static_cast<std::int64_t>(rows), static_cast<std::int64_t>(classes)};
     const pykd::Result block = scorer.score(
         {{"teacher_logits", pykd::view(teacher.data(), shape)}, {"student_logits", pykd::view(student.data(), shape)}});
@@ -40,6 +44,8 @@ int main(int argc, char** argv) try {
       std::printf("%.9g %s\n", block.data<float>("loss_per_sample")[i], pykd_row_status_name(scorer.status()[i]));
     }
   }
+  if (std::fflush(stdout) != 0 || std::ferror(stdout))
+    throw std::runtime_error("expected room for the scores, got none");
   const pykd_score_summary& sum = scorer.summary();
   std::fprintf(stderr, "%lld rows, mean %.9g of %lld\n", static_cast<long long>(sum.rows), sum.mean,
                static_cast<long long>(sum.by_status[PYKD_ROW_OK]));
