@@ -403,6 +403,30 @@ def test_a_model_of_any_name_is_named_in_text(tmp_path, models, losses):
     assert merging.described(out)["models"]["teacher"]["file"] == "\\udcff.onnx"
 
 
+def test_damage_of_a_merged_file_or_its_weights_is_told(tmp_path, models, losses, capsys):
+    """Loading compares the lengths of weights alone."""
+    out = merge(with_weights_at(tmp_path / "big.onnx", "big.bin"), models[1], losses / "soft", tmp_path / "scorer.onnx")
+    (weights,) = weights_of(out)
+    assert main(["verify", str(out)]) == 0
+    assert f"its weights in {weights}" in capsys.readouterr().out
+
+    def fails(path, data, message):
+        whole = path.read_bytes()
+        path.write_bytes(data)
+        assert main(["verify", str(out)]) == 2
+        assert re.search(message, capsys.readouterr().err)
+        path.write_bytes(whole)
+
+    whole = weights.read_bytes()
+    fails(weights, whole[:-1] + bytes([whole[-1] ^ 1]), "expected weights whose SHA-256 begins with [0-9a-f]{16} in ")
+    text = out.read_bytes()
+    fails(out, text.replace(b"teacher", b"taecher", 1), "expected .*scorer.onnx")
+    fails(out, models[0].read_bytes(), "expected a file that `pykd merge` wrote")
+    weights.rename(tmp_path / "elsewhere")
+    assert main(["verify", str(out)]) == 2
+    assert "merge again" in capsys.readouterr().err
+
+
 def test_weights_of_the_scorer_before_do_not_stay_behind(tmp_path, models, losses):
     out, others = tmp_path / "scorer.onnx", tmp_path / "scorer.onnx.data"
     others.write_bytes(b"of somebody else")

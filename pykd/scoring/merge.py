@@ -171,6 +171,38 @@ def described(scorer: ModelProto) -> dict[str, Any]:
     return found
 
 
+def check_file(scorer: str | Path) -> list[Path]:
+    """Compares a merged file with its checksum, and the weights beside it with the start of their SHA-256 in their names.
+
+    Whoever loads it compares their lengths alone, since they may be many gigabytes.
+
+    Returns:
+        The files of weights, all of them as they were written.
+
+    Raises:
+        ValueError: it is no merged file, or something of it is not as :func:`merge` wrote it.
+    """
+    path = Path(scorer)
+    proto = load(path, "the scorer")
+    if not is_scorer(proto):
+        raise ValueError(f"expected a file that `pykd merge` wrote, got {path}; pass one, or the folder of an export")
+    integrity.check(path.read_bytes(), str(path))
+    found = []
+    for name in sorted(weight_locations(proto.graph)):
+        file = path.parent / name
+        digits = re.fullmatch(r"[^/]*\.([0-9a-f]{16})\.data", name, re.DOTALL)
+        if digits is None or not file.is_file():
+            raise ValueError(
+                f"expected weights in a file beside {path} that has the start of its SHA-256 in its name, got {name!r}; merge again"
+            )
+        if (got := _digest(file)[:16]) != digits[1]:
+            raise ValueError(
+                f"expected weights whose SHA-256 begins with {digits[1]} in {file}, got {got}; copy them again"
+            )
+        found.append(file)
+    return found
+
+
 def _shown(name: str) -> str:
     """The name of a file, which may hold any bytes, as text that JSON has."""
     return name.encode(errors="backslashreplace").decode()
