@@ -46,6 +46,7 @@ AS_WHEEL = $(if $(wildcard $(BUILD)/CMakeCache.txt),,-G Ninja) -DSKBUILD=2 -DPYK
 # After the first time this is CMake alone: it compiles what changed, and puts it where the editable install looks.
 .PHONY: build
 build: $(INSTALLED) ## the libraries and the extension, in .venv; after an edit, what changed
+	@mkdir -p build
 	@cmake -S . -B $(BUILD) $(AS_WHEEL) $(OPTIONS) -DPYKD_WERROR=$(WERROR) >build/configure.log 2>&1 || { cat build/configure.log; exit 1; }
 	@cmake --build $(BUILD)
 	@cmake --install $(BUILD) --prefix "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/pykd" >build/install.log
