@@ -70,6 +70,22 @@ def test_logits_are_no_log_probabilities():
         torch.testing.assert_close(loss(student, raw, ids), loss(student, *top(teacher, 4)))
 
 
+@pytest.mark.parametrize("convention", ["tail", "ghost"])
+@pytest.mark.parametrize("temperature", [1.0, 16.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_masses_of_a_little_more_than_1_are_taken_as_they_are(convention, temperature, dtype):
+    """As rounding to a half type leaves them: the value is the definition's in every dtype, by kernel and formula."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(3, 6, generator=generator)
+    log_probs = torch.log_softmax(torch.randn(3, 4, generator=generator), dim=-1) + math.log(1.04)
+    ids = torch.tensor([[0, 3, 5, 1]] * 3)
+    loss = pykd.TopKKL(temperature, convention=convention)
+    want = loss.reference(student.double().numpy(), log_probs.double().numpy(), ids.numpy())
+    for mode in ("off", "on") if dtype == torch.float32 else ("off",):
+        value = loss(student.to(dtype), log_probs.to(dtype), ids, kernels=mode)
+        assert value.item() == pytest.approx(want, rel=1e-5), mode
+
+
 @pytest.mark.parametrize("convention", ["tail", "ghost", "renormalized", "zero", "unnormalized"])
 def test_an_entry_that_is_not_there_counts_for_nothing(convention):
     student, (values, ids) = logits(3, 9), top(logits(3, 9, seed=1), 4)

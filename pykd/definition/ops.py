@@ -144,7 +144,9 @@ def softened_divergence(
     return forward_kl(torch.log_softmax(target, dim=dim), log_q, temperature, dim)
 
 
-def forward_kl(log_p: Tensor, log_q: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
+def forward_kl(
+    log_p: Tensor, log_q: Tensor, temperature: float = 1.0, dim: int = -1, excess: Tensor | None = None
+) -> Tensor:
     """KL(p‖q) over the axis ``dim``, at least 0, of a constant p.
 
     Args:
@@ -152,9 +154,13 @@ def forward_kl(log_p: Tensor, log_q: Tensor, temperature: float = 1.0, dim: int 
         log_q: the student's.
         temperature: that both were softened by, on which it depends how exactly they differ.
         dim: the axis of the classes.
+        excess: how much more than 1 the p of each row add up to, where that is more than rounding; None: nowhere.
     """
     p = torch.exp(log_p)
-    return negative_of(expectation(p, log_q - log_p, dim), _rounding(p, log_p, log_q, temperature, dim))
+    rounding = _rounding(p, log_p, log_q, temperature, dim)
+    if rounding is not None and excess is not None:
+        rounding = rounding + excess
+    return negative_of(expectation(p, log_q - log_p, dim), rounding)
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor, temperature: float = 1.0) -> Tensor:

@@ -49,13 +49,15 @@ def _rows(student: Tensor, teacher: Tensor, ids: Tensor, temperature: float, for
     if form == "unnormalized":
         return -ops.expectation(torch.exp(given), log_q - given)
     log_q_outside = _log_mass_outside(log_q_of_all, ids, present)
-    outside = (1.0 - torch.exp(given).sum(dim=-1, keepdim=True)).clamp(min=0.0)
+    mass = torch.exp(given).sum(dim=-1, keepdim=True)
+    outside = (1.0 - mass).clamp(min=0.0)
     if form == "ghost":
         outside, log_q_outside = outside.clamp(min=1e-8), torch.log(torch.exp(log_q_outside).clamp(min=1e-8))
     else:  # what is left of 1 by rounding is no tail where there is no class that it could be of
         outside = torch.where((log_q_outside == float("-inf")) & (outside < 1e-5), 0.0, outside)
     log_p = torch.cat([given, torch.log(outside)], dim=-1)
-    return ops.forward_kl(log_p, torch.cat([log_q, log_q_outside], dim=-1), temperature)
+    excess = (mass.squeeze(-1) - 1.0).clamp(min=0.0)
+    return ops.forward_kl(log_p, torch.cat([log_q, log_q_outside], dim=-1), temperature, excess=excess)
 
 
 def top_k_kl(
