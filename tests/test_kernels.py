@@ -4,6 +4,7 @@ Nothing here names a loss. A kernel may be as far from float64 as the plain form
 for another order of the same sums.
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 import pykd
 from pykd import kernels
+from pykd.composition import as_composition
 from pykd.definition import REDUCTIONS, Loss, ops
 from pykd.export.verification import truth
 from pykd.fused.linear import Linear, Reduced
@@ -39,9 +41,9 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("fusable", with_kernel(), ids=str)
 
 
-def through(subject: Subject, tensors, run, scale=1.0):
+def through(subject: Subject, tensors, run, scale=1.0, per_sample=False):
     """Loss and gradients of a fused graph whose kernel calls go to ``run``."""
-    graph = subject.composition.graph(subject.layouts, subject.optional, check=False, fused=True)
+    graph = subject.composition.graph(subject.layouts, subject.optional, per_sample, check=False, fused=True)
     students = [name for name, spec in graph.signature.inputs.items() if spec.grad]
     leaves = {name: t.clone().requires_grad_(name in students) for name, t in tensors.items()}
     values, gradients = value_and_gradient(
@@ -198,6 +200,133 @@ def test_declarations_are_those_of_the_library():
         assert [(n, v) if isinstance(v, str) else (n, float(v)) for n, v in kernel.attributes.items()] == [
             (attribute["name"], attribute["default"]) for attribute in entry["attributes"]
         ]
+
+
+# ---- Rows that hold no numbers ------------------------------------------------------------------
+
+BAD = (math.nan, math.inf, -math.inf)
+
+
+def with_settings_at_their_ends():
+    """Every case of a loss with a kernel; and the first one of each with every other choice, and each number at 0 that may be."""
+    found = [subject for subject in loss_subjects() if subject.loss.has_kernel()]
+    for first in {subject.loss.name: subject for subject in reversed(found)}.values():
+        cls, settings = type(first.loss), first.loss.settings()
+        for name, setting in cls._settings.items():
+            limits = setting.scalar or setting
+            ends = setting.choices if setting.kind == "choice" and name != "reduction" else ()
+            if setting.kind == "number" and limits.minimum == 0 and not getattr(limits, "exclusive", False):
+                ends = (0.0,)
+            for value in ends:
+                if value != settings[name]:
+                    made = as_composition(cls(**{**settings, name: value}))
+                    found.append(Subject(f"{first.name}, {name}={value}", made, first.layouts, first.optional))
+    return [subject for subject in found if subject.has_kernel]
+
+
+def with_bad_rows(subject: Subject, where: str):
+    """A batch; the same with every other row bad; and of each of these which input holds what, and where.
+
+    ``where`` says what the other floating inputs of a bad row hold: what was drawn, zeros, or one class that has all.
+    """
+    specs = subject.specs
+    inputs = [name for name, spec in specs.items() if spec.dtype == "float" and spec.draw not in ("weights", "mask")]
+    sizes = {"tokens": 2, "classes": 4, "channels": 3, "features": 3, "height": 2, "width": 2, "top_k": 3}
+    entries = {name: subject.draw({"batch": 1, **sizes})[name].numel() for name in inputs}
+    bad = [(n, value, place) for n in inputs for value in BAD for place in (*range(entries[n]), slice(None))]
+    good = subject.draw({"batch": 2 * len(bad), **sizes}, seed=11, dtype=torch.float32)
+    for name in subject.inputs_of("weights", "mask"):
+        good[name] = torch.ones_like(good[name])
+    spoilt = {name: tensor.clone() for name, tensor in good.items()}
+    for i, (name, value, place) in enumerate(bad):
+        for other in set(inputs) - {name}:
+            if where == "zeros":
+                spoilt[other][2 * i] = 0.0
+            elif where == "one class" and specs[other].draw == "logits":
+                spoilt[other][2 * i][..., 1:] = float("-inf")
+        spoilt[name][2 * i].view(-1)[place] = value
+    return good, spoilt, bad
+
+
+def of_each_sample(values):
+    """Value and gradients of every sample, the latter as ``(samples, entries)``."""
+    value = values["loss_per_sample"].detach().flatten()
+    gradients = [g.detach().reshape(value.numel(), -1) for name, g in values.items() if name.startswith("grad_")]
+    return value, torch.cat(gradients, dim=1)
+
+
+def close(got, want, told):
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=lambda text: f"{told}: {text}")
+
+
+def in_eager_mode(subject: Subject, tensors):
+    graph = subject.graph(per_sample=True)
+    leaves = {name: t.clone().requires_grad_(subject.specs[name].grad) for name, t in tensors.items()}
+    students = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    values = graph(**leaves)
+    gradients = torch.autograd.grad(values["loss"], list(students.values()))
+    return {**values, **{f"grad_{name}": g for name, g in zip(students, gradients, strict=True)}}
+
+
+def coupled(whether: bool):
+    found = [subject for subject in with_settings_at_their_ends() if bool(subject.loss.couples_batch) is whether]
+    return pytest.mark.parametrize("one", found, ids=str)
+
+
+@coupled(False)
+@pytest.mark.parametrize("where", ["drawn", "zeros", "one class"])
+def test_rows_with_nan_or_infinity_by_kernel_and_formula(one, where):
+    """Alike in value and gradient; NaN is never hidden, and nothing of a bad row reaches another one."""
+    good, spoilt, bad = with_bad_rows(one, where)
+    routes = {
+        "body": lambda tensors: through(one, tensors, by_formula, per_sample=True),
+        "eager": lambda tensors: in_eager_mode(one, tensors),
+    }
+    clean, clean_gradient = of_each_sample(in_eager_mode(one, good))
+    found = {route: of_each_sample(run(spoilt)) for route, run in routes.items()}
+    samples = len(clean) // (2 * len(bad))  # of a row
+    kept = (torch.arange(len(clean)) // samples) % 2 == 1
+
+    def named(which):
+        return sorted({str(bad[i // samples // 2]) for i in which.nonzero().flatten().tolist()})
+
+    want, want_gradient = found["eager"]
+    for route, (value, gradient) in found.items():
+        close(value[kept], clean[kept], f"{route}: other rows")
+        close(gradient[kept], clean_gradient[kept], f"{route}: gradients of other rows")
+        hidden = value.isnan() & ~gradient.isnan().any(dim=1)
+        assert not hidden.any(), f"{route}: NaN without one in the gradient: {named(hidden)}"
+        other = value.isfinite() != want.isfinite()
+        assert not other.any(), f"{route}: not finite by it or by the formula, but not both: {named(other)}"
+        finite, formula_finite = (g.isfinite().all(dim=1) for g in (gradient, want_gradient))
+        other = finite != formula_finite
+        assert not other.any(), f"{route}: gradients that are not finite by it or the formula: {named(other)}"
+        close(value[value.isfinite()], want[value.isfinite()], route)
+        finite &= value.isfinite()
+        close(gradient[finite], want_gradient[finite], f"{route}: gradients")
+    # A row that stays finite does not look at its NaN: a number in that place gives the same.
+    unread = want.isfinite() & ~kept
+    unread &= torch.tensor([math.isnan(bad[i // samples // 2][1]) for i in range(len(clean))])
+    value, gradient = of_each_sample(
+        in_eager_mode(one, {name: t.nan_to_num(0.25, math.inf, -math.inf) for name, t in spoilt.items()})
+    )
+    lost = unread & ((value - want).abs() > 1e-5)
+    assert not lost.any(), f"NaN is lost: {named(lost)}"
+
+
+@coupled(True)
+def test_a_batch_with_nan_or_infinity_by_kernel_and_formula(one):
+    """Of losses that compare samples with each other: no finite value, and NaN in the gradient."""
+    drawn = one.draw(seed=12, dtype=torch.float32)
+    for name in one.inputs_of("features", "unit"):
+        for bad in BAD:
+            tensors = {**drawn, name: drawn[name].clone()}
+            tensors[name][1].view(-1)[0] = bad
+            for route, run in (("kernel", in_library()), ("body", by_formula)):
+                got = through(one, tensors, run)
+                told = f"{route}: {bad} in {name}"
+                assert not got["loss"].isfinite(), told
+                assert any(g.isnan().any() for key, g in got.items() if key.startswith("grad_")), told
 
 
 # ---- In torch -----------------------------------------------------------------------------------

@@ -86,6 +86,18 @@ def negative_of(x: Tensor, least: Tensor | None = None) -> Tensor:
     return torch.maximum(least, x.detach()) - x
 
 
+def absolute(x: Tensor) -> Tensor:
+    """|x|, whose gradient is the sign, 0 where x is 0, and NaN where it is NaN (that of ``abs`` would be 0 there)."""
+    constant = x.detach()
+    return x * torch.where(torch.isnan(constant), constant, torch.sign(constant))
+
+
+def part(weight: float, x: Tensor) -> Tensor:
+    """``weight * x`` of a part of a loss: with the weight 0 it counts for nothing, even where it is infinite. NaN stays."""
+    product = weight * x
+    return product.masked_fill(torch.isnan(product) & ~torch.isnan(x), 0.0)
+
+
 def product_or_zero(weight: Tensor, x: Tensor) -> Tensor:
     """``weight * x``, and 0 where the weight is 0 even if ``x`` is infinite or NaN (0 · log 0 = 0).
 

@@ -26,6 +26,11 @@ def divergence(log_p: Any, log_q: Any) -> float:
     return expectation(log_p[kept], log_p[kept] - log_q[kept])
 
 
+def part(weight: float, value: float) -> float:
+    """weight · value of a part of a loss, which with the weight 0 counts for nothing, even where it is infinite."""
+    return 0.0 if weight == 0 and np.isinf(value) else weight * value
+
+
 def rows(array: Any, axes: int) -> np.ndarray:
     """An array with one row per sample: its last ``axes`` axes are kept, those before become one."""
     shape = np.shape(array)

@@ -120,7 +120,7 @@ def feature_distance_rows(student: Tensor, teacher: Tensor, power: str) -> Tenso
     if power == "cosine":
         return cosine_distances(x, y, -1).mean(dim=-1)
     difference = x - y
-    distances = difference.abs() if power == "l1" else difference * difference
+    distances = ops.absolute(difference) if power == "l1" else difference * difference
     return distances.sum(dim=-1).mean(dim=-1)
 
 

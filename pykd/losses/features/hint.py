@@ -25,7 +25,7 @@ DISTANCES = ("mse", "l1", "smooth_l1")
 def _costs(difference: Tensor, distance: str, beta: float) -> Tensor:
     if distance == "mse":
         return difference * difference
-    costs = difference.abs()
+    costs = ops.absolute(difference)
     if distance == "smooth_l1":
         near = costs.clamp(max=beta)  # d² / 2β up to β, then d − β / 2, without a square of the long ones
         costs = near * (costs - 0.5 * near) / beta

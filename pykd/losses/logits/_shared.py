@@ -28,7 +28,7 @@ def at_label(x: Tensor, labels: Tensor) -> Tensor:
     index = torch.where(valid, labels, torch.zeros_like(labels))
     # The axis counted from the front: the onnx package's reference evaluator does not gather along -1.
     picked = torch.gather(x, x.dim() - 1, index.unsqueeze(-1)).squeeze(-1)
-    return torch.where(valid, picked, torch.full_like(picked, float("nan")))
+    return picked * torch.where(valid, 1.0, float("nan")).to(x.dtype)  # a product: the gradient is NaN, too
 
 
 def is_label(x: Tensor, labels: Tensor) -> Tensor:
@@ -54,6 +54,7 @@ def deviations(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Each row less its mean, in the compute type; and which classes are −inf: they are 0 there, and have no part in the mean."""
     logits = ops.upcast(logits)
     masked = logits == float("-inf")
+    masked = masked & ~masked.all(dim=-1, keepdim=True)  # a row without a class becomes NaN, and its gradient with it
     # Relative to the largest, so that nothing is left of a constant row, not even rounding, which has a direction like any other.
     kept = (logits - logits.detach().amax(dim=-1, keepdim=True)).masked_fill(masked, 0.0)
     count = (~masked).to(logits.dtype).sum(dim=-1, keepdim=True)

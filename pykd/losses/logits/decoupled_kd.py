@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, ops, register, scalar, whole
-from pykd.definition.reference import divergence, labelled, log_softmax, reduce_samples, rows
+from pykd.definition.reference import divergence, labelled, log_softmax, part, reduce_samples, rows
 from pykd.fused.description import LABEL_APART, KernelPoint
 from pykd.losses.logits._shared import at_label, kept_labels, kept_weight, without_label
 
@@ -29,7 +29,7 @@ def _rows(
     target = ops.forward_kl(log_p_binary, log_q_binary, temperature)
     others = ops.forward_kl(log_p_others, log_q_others, temperature)
     others = others.masked_fill(log_p_rest == float("-inf"), 0.0)  # a teacher that masks them says nothing of them
-    return target_weight * target + other_weight * others
+    return ops.part(target_weight, target) + ops.part(other_weight, others)
 
 
 def decoupled_kd(
@@ -84,7 +84,8 @@ class DecoupledKD(Loss):
     Returns:
         Nats (times T²), at least 0, and 0 where student and teacher agree; a scalar unless ``reduction="none"``. float32 for
         half-precision inputs, which are computed in float32. Finite however sure student and teacher are, for everything is
-        computed from logarithms. With two classes the second part is 0; with one, both.
+        computed from logarithms. With two classes the second part is 0; with one, both. A class that the student alone rules
+        out (−inf) gives +inf, but in a part whose weight is 0. NaN in an input gives NaN.
 
     Raises:
         ValueError: for a temperature that is not positive, negative weights, shapes that do not fit, an empty batch, or a label
@@ -176,7 +177,7 @@ class DecoupledKD(Loss):
             others = np.delete(log_p, y), np.delete(log_q, y)
             possible = len(others[0]) > 0 and others[0].max() > -np.inf
             non_target = divergence(log_softmax(others[0]), log_softmax(others[1])) if possible else 0.0
-            value = self.target_weight * target + self.non_target_weight * non_target
+            value = part(self.target_weight, target) + part(self.non_target_weight, non_target)
             values.append(value * (self.temperature**2 if self.tau_squared else 1.0))
         return reduce_samples(values, weights, self.reduction, labels.shape)
 

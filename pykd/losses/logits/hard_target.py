@@ -21,7 +21,9 @@ def hard_target_rows(student: Tensor, labels: Tensor) -> Tensor:
 def hard_target_rows_of_probabilities(student: Tensor, label_probs: Tensor) -> Tensor:
     """One value per row for class probabilities."""
     log_q = torch.log_softmax(ops.upcast(student), dim=-1)
-    return -ops.product_or_zero(ops.upcast(label_probs.detach()), log_q).sum(dim=-1)
+    targets = ops.upcast(label_probs.detach())
+    log_q = torch.where((targets == 0) & torch.isinf(log_q), 0.0, log_q)  # 0 · ∞ is 0, NaN stays
+    return -(targets * log_q).sum(dim=-1)
 
 
 def _weight_of_label(labels: Tensor, class_weight: Tensor, kept: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, ops, register, scalar, whole
-from pykd.definition.reference import expectation, labelled, log_softmax, reduce_samples, rows
+from pykd.definition.reference import expectation, labelled, log_softmax, part, reduce_samples, rows
 from pykd.fused.description import LABEL_APART, KernelPoint
 from pykd.losses.logits._shared import at_label, kept_labels, kept_weight, without_label
 
@@ -19,7 +19,7 @@ def _rows(
     target = ops.product_or_zero(p_label, at_label(torch.log_softmax(student, dim=-1), labels))
     _, log_p = without_label(torch.log_softmax(ops.soften(teacher, temperature), dim=-1), labels)
     _, log_q = without_label(torch.log_softmax(ops.soften(student, temperature), dim=-1), labels)
-    return ops.negative_of(target + other_weight * ops.expectation(torch.exp(log_p), log_q))
+    return ops.negative_of(target + ops.part(other_weight, ops.expectation(torch.exp(log_p), log_q)))
 
 
 def _other_weight(non_target_weight: float, temperature: float, tau_squared: bool) -> float:
@@ -143,6 +143,6 @@ class NormalizedKD(Loss):
             if len(s) > 1:
                 log_p, log_q = (log_softmax(np.delete(x, y) / self.temperature) for x in (t, s))
                 factor = self.temperature**2 if self.tau_squared else 1.0
-                value -= self.non_target_weight * factor * expectation(log_p, log_q)
+                value -= part(self.non_target_weight * factor, expectation(log_p, log_q))
             values.append(value)
         return reduce_samples(values, weights, self.reduction, labels.shape)

@@ -25,7 +25,7 @@ def _rows(
     others = (~right).to(log_q.dtype).sum(dim=-1, keepdim=True)
     virtual = torch.where(right, label_probability, (1.0 - label_probability) / others)
     log_p = torch.log_softmax(ops.soften(virtual, temperature), dim=-1)
-    return ops.forward_kl(log_p, log_q, temperature) + at_label(torch.zeros_like(log_p), labels)
+    return ops.forward_kl(log_p, log_q, temperature) * at_label(torch.ones_like(log_p), labels)
 
 
 def virtual_teacher(

@@ -15,7 +15,8 @@ def take(x: Tensor, ids: Tensor) -> Tensor:
     """The entries of ``x`` at ``ids`` along the last axis, and NaN where an id is outside the vocabulary."""
     axis = x.dim() - 1  # counted from the front: the onnx package's reference evaluator does not gather along -1
     index = within(ids, x.size(axis))
-    return torch.where(index == ids, torch.gather(x, axis, index), float("nan"))
+    known = torch.where(index == ids, 1.0, float("nan")).to(x.dtype)
+    return torch.gather(x, axis, index) * known  # a product: the gradient is NaN, too
 
 
 def preferred_pairs(log_p: Tensor) -> Tensor:

@@ -26,7 +26,12 @@ from pykd.fused.description import DIVERGENCE, KernelPoint
 
 def _power(log: Tensor) -> Tensor:
     """exp, finite: of negative exponents nothing above e⁶⁰ comes."""
-    return torch.exp(log.clamp(max=60.0))
+    return torch.exp(_at_most_60(log))
+
+
+def _at_most_60(x: Tensor) -> Tensor:
+    """As ``clamp``, whose gradient would be 0 where x is NaN."""
+    return torch.where(x > 60.0, 60.0, x)
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
@@ -44,7 +49,7 @@ def _divergence(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tens
         difference = _power(alpha * log_q) - power_p
         terms = (ops.product_or_zero(power_p, alpha * (log_p - log_q)) + difference) / (alpha * alpha)
     elif alpha + beta == 0:
-        log_ratio = (alpha * (log_p - log_q)).clamp(max=60.0)
+        log_ratio = _at_most_60(alpha * (log_p - log_q))
         terms = (torch.exp(log_ratio) - 1 - log_ratio) / (alpha * alpha)
     else:
         # Finite logarithms, so that exponents of both signs have a sum; and differences, which are exactly 0 where p = q.

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, ops, register, scalar
-from pykd.definition.reference import divergence, expectation, log_softmax, reduce_samples, rows
+from pykd.definition.reference import divergence, expectation, log_softmax, part, reduce_samples, rows
 from pykd.fused.description import DIVERGENCE, KernelPoint
 
 
@@ -28,9 +28,12 @@ def _rows(student: Tensor, teacher: Tensor, temperature: float, emphasis: float,
     log_p = torch.log_softmax(ops.soften(teacher.detach(), temperature), dim=-1)
     of_teacher, of_student = _uncertainties(log_p, log_q.detach())
     forward = ops.forward_kl(log_p, log_q, temperature)
-    reverse = ops.reverse_kl(log_p, log_q, temperature)
-    values = torch.where(of_teacher > of_student, emphasis * forward, forward)
-    return values + torch.where(of_student > of_teacher, emphasis * reverse, reverse)
+    # Without a weight the reverse divergence has no infinite logarithm either, of which the gradient would be NaN.
+    unweighted = (of_student > of_teacher) & (torch.zeros_like(of_student) + emphasis == 0)
+    log_p_reverse = torch.where(unweighted.unsqueeze(-1), log_q.detach(), log_p)
+    reverse = ops.reverse_kl(log_p_reverse, log_q, temperature)
+    values = torch.where(of_teacher > of_student, ops.part(emphasis, forward), forward)
+    return values + torch.where(of_student > of_teacher, ops.part(emphasis, reverse), reverse)
 
 
 def balanced_kl(
@@ -78,7 +81,7 @@ class BalancedKL(Loss):
 
     Returns:
         Nats, at least 0; 0 when q = p; a scalar unless ``reduction="none"``. +inf where one of the two rules out (−inf) a
-        class that the other does not. NaN in an input gives NaN.
+        class that the other does not, but in a divergence whose weight is 0. NaN in an input gives NaN.
 
     Raises:
         ValueError: for a temperature that is not positive, a negative emphasis, shapes that do not fit, an empty batch.
@@ -138,7 +141,7 @@ class BalancedKL(Loss):
             log_q, log_p = log_softmax(s / self.temperature), log_softmax(t / self.temperature)
             teacher_entropy, student_entropy = -expectation(log_p, log_p), -expectation(log_q, log_q)
             forward, reverse = divergence(log_p, log_q), divergence(log_q, log_p)
-            forward *= self.emphasis if teacher_entropy > student_entropy else 1.0
-            reverse *= self.emphasis if student_entropy > teacher_entropy else 1.0
+            forward = part(self.emphasis if teacher_entropy > student_entropy else 1.0, forward)
+            reverse = part(self.emphasis if student_entropy > teacher_entropy else 1.0, reverse)
             values.append((forward + reverse) * (self.temperature**2 if self.tau_squared else 1.0))
         return reduce_samples(values, sample_weight, self.reduction, np.shape(student_logits)[:-1])

@@ -37,6 +37,8 @@ def _rows(student: Tensor, teacher: Tensor, ids: Tensor, temperature: float, for
     """One value per row; see :class:`TopKKL`."""
     given = ops.upcast(teacher)
     present = given != float("-inf")
+    if form == "renormalized" or form == "zero":  # a row without an entry has no distribution: its gradient is NaN, too
+        present = present | ~present.any(dim=-1, keepdim=True)
     if form == "renormalized":
         chosen = torch.where(present, take(ops.upcast(student), ids), float("-inf"))
         log_q = torch.log_softmax(ops.soften(chosen, temperature), dim=-1)

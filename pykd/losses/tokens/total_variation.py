@@ -13,7 +13,7 @@ def _rows(student: Tensor, teacher: Tensor, temperature: float, form: str) -> Te
     """One value per row; see :class:`TotalVariation`."""
     q = torch.softmax(ops.soften(student, temperature), dim=-1)
     p = torch.softmax(ops.soften(teacher.detach(), temperature), dim=-1)
-    return 0.5 * (q - p).abs().sum(dim=-1)
+    return 0.5 * ops.absolute(q - p).sum(dim=-1)
 
 
 def total_variation(
