@@ -193,6 +193,18 @@ def exports(library):
     return {line.split()[-1] for line in run(["nm", "-D", "--defined-only", library]).splitlines()}
 
 
+@pytest.mark.parametrize("missing", [(), ("Eigen3",), ("LibTorch",), ("Eigen3", "LibTorch")], ids="+".join)
+def test_the_examples_configure_without_what_some_of_them_need(missing, tmp_path):
+    left_out = {{"Eigen3": "train_eigen", "LibTorch": "train_libtorch"}[name] for name in missing}
+    disabled = [f"-DCMAKE_DISABLE_FIND_PACKAGE_{name}=ON" for name in missing]
+    examples = HERE.parent / "cpp" / "examples"
+    said = run(["cmake", "-S", examples, "-B", tmp_path, f"-Dpykd_DIR={config.cmake_dir()}", *disabled])
+    assert set(re.findall(r"(\w+) is left out: it needs ", said)) == left_out
+    targets = set(re.findall(r"\w+", run(["cmake", "--build", tmp_path, "--target", "help"])))
+    assert targets >= {"run_loss", "score_stream", "train_eigen", "train_libtorch"} - left_out
+    assert not targets & left_out
+
+
 def test_the_libraries_export_their_c_interface_alone():
     names = exports(config.library())
     assert {"pykd_load", "pykd_run", "pykd_kernel_run", "pykd_last_error", "RegisterCustomOps"} <= names
