@@ -26,29 +26,49 @@ Schedule = Callable[[float], float]
 
 
 def constant(value: float) -> Schedule:
-    """The same number always."""
+    """The same number always.
+
+    Raises:
+        TypeError, ValueError: for a ``value`` that is no finite number.
+    """
     value = _finite("value", value)
     return lambda step: value
 
 
 def linear(start: float, end: float, steps: float) -> Schedule:
-    """In a straight line from ``start`` at step 0 to ``end`` at ``steps``, and ``end`` from there on."""
+    """In a straight line from ``start`` at step 0 to ``end`` at ``steps``, and ``end`` from there on.
+
+    .. math:: f(t) = start + (end - start) \\min(t / steps, 1)
+
+    Raises:
+        TypeError, ValueError: where ``start`` or ``end`` is no finite number, or ``steps`` not greater than 0.
+    """
     start, end, steps = _finite("start", start), _finite("end", end), _positive("steps", steps)
     # The end itself: the sum may be beside it by a rounding.
     return lambda step: end if step >= steps else start + (end - start) * _progress(step, steps)
 
 
 def cosine(start: float, end: float, steps: float) -> Schedule:
-    """Along half a wave of the cosine: slow at both ends, fast in between."""
+    """Along half a wave of the cosine, slow at both ends and fast in between; ``end`` from ``steps`` on.
+
+    .. math:: f(t) = end + (start - end) (1 + \\cos(\\pi \\min(t / steps, 1))) / 2
+
+    Raises:
+        TypeError, ValueError: as :func:`linear`.
+    """
     start, end, steps = _finite("start", start), _finite("end", end), _positive("steps", steps)
     return lambda step: end + (start - end) * (1 + math.cos(math.pi * _progress(step, steps))) / 2
 
 
 def warm_up(schedule: Schedule, steps: float, start: float = 0.0) -> Schedule:
-    """In a straight line from ``start`` to where ``schedule`` begins, in so many steps; then ``schedule``, from its step 0.
+    """In a straight line from ``start`` to where ``schedule`` begins, in ``steps`` steps; then ``schedule``, from its step 0.
 
-    A temperature warms up from another number than 0: ``start=1.0``.
+    A temperature needs a ``start`` above 0.
+
+    Raises:
+        TypeError, ValueError: where ``schedule`` is no function, ``start`` no finite number, or ``steps`` not greater than 0.
     """
+    _callable("schedule", schedule)
     start, steps = _finite("start", start), _positive("steps", steps)
 
     def warmed(step: float) -> float:
@@ -69,10 +89,7 @@ class Schedules:
 
     def __init__(self, **schedules: Schedule) -> None:
         for name, schedule in schedules.items():
-            if not callable(schedule):
-                raise TypeError(
-                    f"expected the schedule of {name} to be a function of the step, got {schedule!r}; pass constant({schedule!r})"
-                )
+            _callable(f"the schedule of {name}", schedule)
         self.schedules = schedules
 
     def __call__(self, step: float) -> dict[str, float]:
@@ -84,6 +101,11 @@ class Schedules:
 def _progress(step: float, steps: float) -> float:
     """How much of ``steps`` is behind: from 0 to 1."""
     return min(max(step / steps, 0.0), 1.0)
+
+
+def _callable(name: str, schedule: Any) -> None:
+    if not callable(schedule):
+        raise TypeError(f"expected {name} to be a function of the step, got {schedule!r}; pass constant({schedule!r})")
 
 
 def _finite(name: str, value: Any) -> float:

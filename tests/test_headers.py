@@ -1,6 +1,7 @@
 """The public headers in the hands of strict compilers: no warning, in every language standard that they promise."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -148,3 +149,20 @@ def test_element_types_that_pykd_does_not_know(type_):
 def test_a_view_of_a_temporary():
     assert "deleted" in refused("pykd::view(std::vector<float>(2), {2});")
     assert "deleted" in refused("auto make = []() -> const std::vector<float> { return {}; }; pykd::view(make(), {0});")
+
+
+def thrown_in(header: Path) -> list[str]:
+    """What the header throws, each as the text of its string literals."""
+    texts = []
+    for after in header.read_text().split("throw Error(")[1:]:
+        literals = re.findall(r'"((?:[^"\\\n]|\\.)*)"', after.split(");\n", 1)[0])
+        texts.append("".join(literals))
+    return texts
+
+
+@pytest.mark.parametrize("header", sorted((INCLUDE / "pykd").glob("*.hpp")), ids=lambda path: path.name)
+def test_errors_have_three_parts(header):
+    for text in thrown_in(header):
+        if text:  # else the library's own
+            parts = (text.count("expected "), text.count("got "), text.count("; "))
+            assert parts[0] >= 1 and parts[0] == parts[1] <= parts[2], text

@@ -491,6 +491,11 @@ TEST_F(Api, ReportsWrongCallsWithoutWriting) {
   EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run(inputs(), {{"loss", Tensor(odd + 2, PYKD_FLOAT32, {})}}),
                "loss at an address that 4 divides");
   EXPECT_ERROR(PYKD_INVALID_VALUE, loss.run(inputs(), out, {{std::string("a\0b", 3), 1}}), "without NUL");
+  const Tensor one_stride(student.data(), PYKD_FLOAT32, {2, 3}, PYKD_CPU, 0, {3});
+  EXPECT_ERROR(PYKD_INVALID_VALUE,
+               loss.run({{"student_logits", one_stride}, {"teacher_logits", view(teacher, {2, 3})}}, out),
+               "2 strides for student_logits", "got 1");
+  EXPECT_ERROR(PYKD_INVALID_VALUE, Tensor(odd, PYKD_FLOAT32, {2}, PYKD_CPU, 0, {1, 1}).c("x"), "1 strides", "got 2");
   EXPECT_EQ(value, 42.0f);
 }
 

@@ -114,8 +114,15 @@ inline std::size_t size_of(pykd_dtype dtype) {
     case PYKD_UINT64:
       return 8;
   }
-  throw Error(PYKD_INVALID_TYPE,
-              "expected one of the values of pykd_dtype, got " + std::to_string(static_cast<int>(dtype)));
+  throw Error(PYKD_INVALID_TYPE, "expected one of the values of pykd_dtype, got " +
+                                     std::to_string(static_cast<int>(dtype)) + "; set the dtype of the tensor");
+}
+// As messages and metadata call it.
+inline std::string name_of(pykd_dtype dtype) {
+  constexpr const char* kNames[] = {"float16", "bfloat16", "float32", "float64", "int64",  "int8", "uint8",
+                                    "int16",   "uint16",   "int32",   "uint32",  "uint64", "bool"};
+  return dtype < PYKD_FLOAT16 || dtype > PYKD_BOOL ? std::to_string(static_cast<int>(dtype))
+                                                   : kNames[static_cast<int>(dtype) - PYKD_FLOAT16];
 }
 // For C, to which a NUL is the end of a text.
 inline const char* c_text(const std::string& text) {
@@ -164,7 +171,7 @@ class Tensor {
  public:
   Tensor() = default;
   // `data` holds the product of `shape` elements of `dtype`, last axis fastest; or say how they lie
-  // with `strides` (in elements), and get an error where that is not contiguous.
+  // with `strides` (one for each axis, in elements), and get an error where that is not contiguous.
   Tensor(void* data, pykd_dtype dtype, std::vector<std::int64_t> shape, pykd_device device = PYKD_CPU,
          int device_id = 0, std::vector<std::int64_t> strides = {})
       : data_(data),
@@ -202,8 +209,13 @@ class Tensor {
   void* data() const { return data_; }
   bool read_only() const { return read_only_; }
 
-  // The view as the C interface wants it. It lives as long as this Tensor and `name` do.
+  // The view as the C interface wants it. It lives as long as this Tensor and `name` do. Throws Error.
   pykd_tensor c(const char* name) const {
+    if (!strides_.empty() && strides_.size() != shape_.size()) {
+      throw Error(PYKD_INVALID_VALUE, "expected " + std::to_string(shape_.size()) + " strides for " + name +
+                                          ", one for each axis, got " + std::to_string(strides_.size()) +
+                                          "; give them all, or none where it is contiguous");
+    }
     return {name,          data_,
             dtype_,        static_cast<std::int32_t>(shape_.size()),
             shape_.data(), strides_.empty() ? nullptr : strides_.data(),
@@ -311,8 +323,10 @@ class Result {
   const T* data(const std::string& name) const {
     const Array& array = find(name);
     if (internal::dtype_of<T>::value != array.dtype) {
-      throw Error(PYKD_INVALID_TYPE, "the element type of data() is not the dtype of \"" + name +
-                                         "\", which is that of the inputs; use that type or raw()");
+      throw Error(PYKD_INVALID_TYPE, "expected data() with the element type of \"" + name + "\", which is of dtype " +
+                                         internal::name_of(array.dtype) + ", got " +
+                                         internal::name_of(internal::dtype_of<T>::value) +
+                                         "; use that type, or raw() for 16-bit floats");
     }
     return static_cast<const T*>(array.memory.get());
   }
@@ -339,9 +353,12 @@ class Result {
     if (found == arrays_.end()) {
       std::string known;
       for (const auto& entry : arrays_) known += (known.empty() ? "" : ", ") + entry.first;
-      throw Error(PYKD_INVALID_VALUE, arrays_.empty()
-                                          ? "expected the result of a run, got one that is empty or was moved from"
-                                          : "expected one of the outputs " + known + ", got \"" + name + "\"");
+      throw Error(PYKD_INVALID_VALUE,
+                  arrays_.empty()
+                      ? "expected the result of a run, got one that is empty or was moved from; use that of a "
+                        "call, or the one it moved to"
+                      : "expected one of the outputs " + known + ", got \"" + name +
+                            "\"; use one of these (gradients come from value_and_gradient())");
     }
     return found->second;
   }

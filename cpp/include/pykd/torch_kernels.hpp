@@ -19,8 +19,7 @@
 // is. The kernel computes the gradient together with the value, already weighted. backward()
 // multiplies it by the upstream gradient, and on the CPU leaves that out where it is 1 and the
 // graph is not kept. For float16 students the kernel runs once more in backward(), with the upstream
-// gradient in its weights: a gradient that were rounded before would underflow, however the loss is
-// scaled.
+// gradient in its weights: a gradient rounded before that would underflow, however the loss is scaled.
 //
 // The kernels use ATen's threads (at::set_num_threads()) and LibTorch's current CUDA stream.
 #ifndef PYKD_TORCH_KERNELS_HPP_
