@@ -362,8 +362,9 @@ typedef struct pykd_hooks {
    * functions or neither. Engines have their own memory. */
   void* (*allocate)(void* state, size_t bytes, size_t alignment);
   void (*deallocate)(void* state, void* memory, size_t bytes);
-  /* What happens at a load (the engine and its library, what was passed over), and what ONNX Runtime would print. One
-   * line without an end; it may be called from any thread, and must not call pykd. */
+  /* What happens at a load (the engine and its library, what was passed over), and what ONNX Runtime would print. It
+   * warns of each parameter that a call may set ("appears in graph inputs"): nothing is wrong then. One line without a
+   * line feed; it may be called from any thread, and must not call pykd. */
   void (*log)(void* state, pykd_log_level level, const char* line);
 } pykd_hooks;
 
