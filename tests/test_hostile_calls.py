@@ -500,8 +500,12 @@ def test_temperatures_that_float32_does_not_hold(number: float) -> None:
         pykd.SoftTarget(temperature=number)
     student, teacher = torch.randn(2, 3, 4)
     composition = pykd.compose({"soft": (pykd.SoftTarget(), 1.0)})
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match="temperature") as told:
         composition(student_logits=student, teacher_logits=teacher, soft_temperature=number)
+    if number < 1:
+        assert "expected soft_temperature to be a magnitude from 1.17549e-38 to" in str(told.value)
+        with pytest.raises(ValueError, match="expected soft_weight to be 0 or a magnitude from 1.17549e-38 to"):
+            composition(student_logits=student, teacher_logits=teacher, soft_weight=number)
     if number <= 1e300:
         with pytest.raises(ValueError, match="temperature is above 0"), np.errstate(over="ignore"):
             kernels.run(

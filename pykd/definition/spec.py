@@ -221,9 +221,10 @@ class Scalar:
         if not np.isfinite(number) or not self.holds(number):
             raise ValueError(f"expected {name} to be a number {self._bounds()}, got {number:g}; pass another {name}")
         if number != 0 and not _LEAST <= abs(number) <= _MOST:
+            zero = "0 or " if self.holds(0.0) else ""
             raise ValueError(
-                f"expected {name} to be 0 or from {_LEAST:g} to {_MOST:g} but for its sign, as float32 holds "
-                f"numbers in full precision, got {number:g}; pass another {name}"
+                f"expected {name} to be {zero}a magnitude from {_LEAST:g} to {_MOST:g}, which float32 holds in full "
+                f"precision, got {number:g}; pass another {name}"
             )
         return number
 
