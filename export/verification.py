@@ -160,6 +160,8 @@ def verify(
         FileNotFoundError: where there is no such export.
         ValueError: where a file is damaged or not the one of the manifest.
     """
+    if not isinstance(trust, bool):  # "no" would count as True
+        raise TypeError(f"expected trust to be True or False, got {trust!r}; pass one of these")
     directory = Path(directory)
     manifest = _manifest(directory)
     contents = _contents(directory, manifest)

@@ -358,6 +358,7 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such file or folder.
+        TypeError: an argument is of another type than is said above.
         ValueError: the file is damaged, was not made by pykd, or is newer than this release.
         RuntimeError: the engine or the device is not to be had here; the message says what to install.
 
@@ -365,6 +366,8 @@ def load(
         >>> loss = pykd.load("build/losses/hard_soft", engine="onnxruntime", threads=1)
         >>> print(loss.signature)
     """
+    if not isinstance(trust, bool):  # "no" would count as True
+        raise TypeError(f"expected trust to be True or False, got {trust!r}; pass one of these")
     if not trust and engine == "torchscript":
         raise ValueError(
             "expected data for trust=False, got engine='torchscript', which runs a program; leave the engine out, or trust "

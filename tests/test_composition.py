@@ -223,6 +223,12 @@ WRONG_COMPOSITIONS = [
 ]
 
 
+@pytest.mark.parametrize("flag", ["no", None, 2])
+def test_share_ignored_is_a_flag(flag):
+    with pytest.raises(ValueError, match=f"expected share_ignored to be True or False, got {flag!r}; pass one"):
+        compose({"hard": HardTarget()}, share_ignored=flag)
+
+
 @pytest.mark.parametrize(("terms", "error", "message"), WRONG_COMPOSITIONS, ids=lambda value: str(value)[:40])
 def test_wrong_compositions(terms, error, message):
     with pytest.raises(error, match=message):

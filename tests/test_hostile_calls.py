@@ -379,7 +379,16 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception]]] = [
     (dict(cuda_stream=2**64), ValueError),
     (dict(cuda_stream="x"), TypeError),
     (dict(check_integrity="no"), TypeError),
+    (dict(trust="no"), TypeError),
+    (dict(trust=1), TypeError),
 ]
+
+
+def test_verify_takes_no_text_for_trust(folder: Path) -> None:
+    import pykd
+
+    with pytest.raises(TypeError, match="expected trust to be True or False, got 'no'; pass one of these"):
+        pykd.verify(folder, trust="no")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("options", "error"), BAD_OPTIONS, ids=str)

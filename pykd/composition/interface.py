@@ -31,7 +31,9 @@ class Interface:
         self.named_terms = tuple(terms)
         self.students = students
         self.single = single
-        self.share_ignored = share_ignored
+        if share_ignored not in (True, False):
+            raise ValueError(f"expected share_ignored to be True or False, got {share_ignored!r}; pass one of these")
+        self.share_ignored = bool(share_ignored)
         self._forms: list[list[Form]] = []  # of every part
         self._check()
         self.input_layouts, self.optional_inputs = self._collect_inputs()
