@@ -101,6 +101,10 @@ def test_a_tensor_of_one_number_leaves_shape_and_type_of_the_value(loss_subject,
                 given = make(getattr(loss, name), dtype=kind).requires_grad_(learned)
                 rtol = 1e-5 if dtype == torch.float32 else 1e-6 if kind == torch.float32 else 1e-9
                 torch.testing.assert_close(loss(**tensors, **{name: given}).detach(), want, rtol=rtol, atol=rtol)
+                if want.dim() == 0:
+                    anew = pykd.compose({"term": (loss, 1.0)})  # which has no plan for such a call
+                    got = anew(**tensors, **{f"term_{name}": given})["loss"]
+                    torch.testing.assert_close(got.detach(), weighed, rtol=rtol, atol=rtol)
             if want.dim() == 0:
                 given = make(1.0, dtype=kind).requires_grad_(learned)
                 got = composed(**tensors, term_weight=given)["loss"]

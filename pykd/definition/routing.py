@@ -148,9 +148,10 @@ def is_ordinary(tensor: Any) -> bool:
 
 
 def number(name: str, scalar: Any, value: Any) -> Any:
-    """A number of a call, checked: a float, or the tensor of one that is learned."""
+    """A number of a call, checked: a float, or the tensor of one that is learned, without axes."""
     checked_number = scalar.check(name, value)
-    return value if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled() else checked_number
+    is_learned = isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
+    return value.reshape(()) if is_learned else checked_number
 
 
 def without_axes(number: Any, tensors: Iterable[Any]) -> Any:
