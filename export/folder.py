@@ -18,6 +18,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pykd.files import sync_path
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -38,9 +40,9 @@ def replacing(directory: str | Path, names: Sequence[str]) -> Iterator[Path]:
     made, alive = _make_beside(target)
     try:
         yield made
-        for name in os.listdir(made):
-            _sync(made / name)
-        _sync(made)
+        for name in os.listdir(made):  # so that a loss of power leaves one export, too
+            sync_path(made / name)
+        sync_path(made)
         _switch(made, target, names)
     finally:
         os.close(alive)
@@ -96,8 +98,8 @@ def _switch(made: Path, target: Path, names: Sequence[str]) -> None:
             os.rename(made, target)
         elif not (beside and _exchange_with_others(made, target, names)):
             _replace_one_by_one(made, target, names)
-        _sync(target)
-        _sync(made.parent)
+        sync_path(target)
+        sync_path(made.parent)
 
 
 def _exchange_with_others(made: Path, target: Path, names: Sequence[str]) -> bool:
@@ -141,7 +143,7 @@ def _replace_one_by_one(made: Path, target: Path, names: Sequence[str]) -> None:
         try:
             for name in written:
                 shutil.copyfile(made / name, inside / name)
-                _sync(inside / name)
+                sync_path(inside / name)
             _replace_one_by_one(inside, target, names)
         finally:
             os.close(alive)
@@ -204,15 +206,5 @@ def _locked(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    """Has the disk hold what was written, so that a loss of power leaves one export, too."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system that cannot
-            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -101,12 +101,17 @@ def replacing(path: Path, alone: bool = False) -> Iterator[IO[bytes]]:
     half = beside(path)
     with writing(half, alone) as file:
         yield file
+    put_in_place(half, path)
+
+
+def put_in_place(half: Path, path: Path) -> None:
+    """Gives a file of which the disk holds everything its name, in one step; an error removes it."""
     try:
         os.replace(half, path)
     except OSError:
         half.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -115,13 +120,16 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode(errors="backslashreplace"))
 
 
-def sync_folder(path: Path) -> None:
-    """Has the names in a folder on the disk."""
-    folder = os.open(path, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Has what was written to a file, or the names in a folder, on the disk, where the file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        sync(folder)
+        sync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def sync(descriptor: int) -> None:

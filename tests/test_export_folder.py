@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 import pykd
-from pykd import integrity
+from pykd import files, integrity
 from pykd.export import FILES, MANIFEST, folder
 
 NAMES = [*FILES.values(), MANIFEST]
@@ -54,7 +54,7 @@ def id_or_error(target: Path) -> str:
 
 
 class Steps:
-    """Stands for the module ``os`` in folder.py: something happens instead of the call with a certain number."""
+    """Stands for the module ``os`` in folder.py and files.py: something happens instead of the call with a certain number."""
 
     def __init__(self, at: int, what) -> None:
         self.count, self.at, self.what = 0, at, what
@@ -144,7 +144,7 @@ def test_killed_at_every_step(scene, monkeypatch):
         before = set(os.listdir(target.parent))
 
         def killed(step=step):
-            folder.os = Steps(step, die)
+            folder.os = files.os = Steps(step, die)
             replace(target, "new")
 
         status = in_child(killed)
@@ -184,6 +184,7 @@ def test_failing_at_every_step(scene, monkeypatch):
         steps = Steps(step, fail)
         with monkeypatch.context() as patch:
             patch.setattr(folder, "os", steps)
+            patch.setattr(files, "os", steps)
             failed = False
             try:
                 replace(target, "new")
@@ -250,6 +251,24 @@ def test_one_that_runs_is_left_alone(tmp_path):
         assert made.is_dir() and loaded_id(target) == "quicker"
         write_files(made, "slower")
     assert loaded_id(target) == "slower" and leftovers(target) == []
+
+
+@pytest.mark.parametrize(("number", "told"), [(errno.ENOSPC, True), (errno.EIO, True), (errno.EINVAL, False)])
+def test_a_disk_that_cannot_hold_it_is_an_error(tmp_path, monkeypatch, number, told):
+    """Some report a full disk here first; file systems that cannot be asked say so by another number."""
+    target = tmp_path / "recipe"
+    replace(target, "old")
+
+    def failing(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    if told:
+        with pytest.raises(OSError, match=rf"{os.strerror(number)}: '.*loss"):
+            replace(target, "new")
+    else:
+        replace(target, "new")
+    assert loaded_id(target) == ("old" if told else "new") and leftovers(target) == []
 
 
 def test_leftovers_of_earlier_releases_go(tmp_path):

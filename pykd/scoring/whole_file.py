@@ -49,9 +49,8 @@ class WholeFile:
             return
         try:
             files.sync(self._file)
-            os.replace(self._beside, self._target)
+            files.put_in_place(self._beside, self._target)
             os.close(self._file)  # after it has its name: nobody else may take it before
-            files.sync_folder(self._target.parent)
         except OSError as failure:
             self._remove()
             raise self._failed(failure) from failure
