@@ -12,14 +12,19 @@ def kept_weight(labels: Tensor, sample_weight: Tensor | None, ignore_index: int)
     return ops.weigh(labels != ignore_index, sample_weight)
 
 
-def kept_labels(
-    kernel: KernelPoint, labels: Tensor, sample_weight: Tensor | None, ignore_index: int
-) -> tuple[Tensor | None, Tensor]:
-    """The weight of each sample, for a loss at its kernel point, and the labels, with a class in the place of those left out."""
-    if kernel.all_kept:
-        return ops.optional_weight(sample_weight), labels
+def kept_labels(labels: Tensor, sample_weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The weight of each sample, and the labels, with a class in the place of those left out."""
     weight = kept_weight(labels, sample_weight, ignore_index)
     return weight, ops.without_left_out(labels, weight)
+
+
+def kept_labels_at(
+    kernel: KernelPoint, labels: Tensor, sample_weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor | None, Tensor]:
+    """:func:`kept_labels`, for a loss at its kernel point."""
+    if kernel.all_kept:
+        return ops.optional_weight(sample_weight), labels
+    return kept_labels(labels, sample_weight, ignore_index)
 
 
 def at_label(x: Tensor, labels: Tensor) -> Tensor:

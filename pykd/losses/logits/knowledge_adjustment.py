@@ -20,7 +20,7 @@ from pykd.definition import (
     whole,
 )
 from pykd.definition.reference import divergence, labelled, log_softmax, reduce_samples, rows
-from pykd.losses.logits._shared import at_label, is_label, kept_weight
+from pykd.losses.logits._shared import at_label, is_label, kept_labels
 
 ADJUSTMENTS = ("probability_shift", "label_smoothing")
 
@@ -55,8 +55,7 @@ def knowledge_adjustment(
     reduction: str,
 ) -> Tensor:
     """KL divergence from a teacher put right; see :class:`KnowledgeAdjustment`."""
-    weight = kept_weight(labels, sample_weight, ignore_index)
-    labels = ops.without_left_out(labels, weight)
+    weight, labels = kept_labels(labels, sample_weight, ignore_index)
     teacher = ops.upcast(ops.without_left_out(teacher_logits.detach(), weight))
     if adjustment == "probability_shift":
         log_p = torch.log_softmax(ops.soften(_shifted(teacher, labels), temperature), dim=-1)

@@ -7,7 +7,7 @@ from torch import Tensor
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, number, ops, register, scalar, whole
 from pykd.definition.reference import divergence, labelled, log_softmax, reduce_samples, rows
 from pykd.fused.description import LABEL_APART, KernelPoint
-from pykd.losses.logits._shared import at_label, is_label, kept_labels, kept_weight, without_label
+from pykd.losses.logits._shared import at_label, is_label, kept_labels, kept_labels_at, without_label
 
 
 def _corrected(log_p: Tensor, labels: Tensor, right: Tensor, threshold: float, raise_right: bool) -> Tensor:
@@ -56,8 +56,7 @@ def mini_finetuning(
     reduction: str,
 ) -> Tensor:
     """KL divergence from a corrected teacher; see :class:`MiniFinetuning`."""
-    weight = kept_weight(labels, sample_weight, ignore_index)
-    labels = ops.without_left_out(labels, weight)
+    weight, labels = kept_labels(labels, sample_weight, ignore_index)
     student = ops.without_left_out(student_logits, weight)
     teacher = ops.without_left_out(teacher_logits, weight)
     values = _rows(student, teacher, labels, temperature, "corrected", threshold, raise_right)
@@ -142,7 +141,7 @@ class MiniFinetuning(Loss):
     ignore_index: int = whole(default=-100)
 
     def fused(self, kernel: KernelPoint, student_logits, teacher_logits, labels, sample_weight, temperature):
-        weight, labels = kept_labels(kernel, labels, sample_weight, self.ignore_index)
+        weight, labels = kept_labels_at(kernel, labels, sample_weight, self.ignore_index)
         tensors = {
             "student": student_logits,
             "teacher": teacher_logits,

@@ -7,7 +7,7 @@ from torch import Tensor
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, ops, register, scalar, whole
 from pykd.definition.reference import expectation, labelled, log_softmax, part, reduce_samples, rows
 from pykd.fused.description import LABEL_APART, KernelPoint
-from pykd.losses.logits._shared import at_label, kept_labels, kept_weight, without_label
+from pykd.losses.logits._shared import at_label, kept_labels, kept_labels_at, without_label
 
 
 def _rows(
@@ -39,8 +39,7 @@ def normalized_kd(
     reduction: str,
 ) -> Tensor:
     """Cross-entropies of the label's class and of all others, normalised; see :class:`NormalizedKD`."""
-    weight = kept_weight(labels, sample_weight, ignore_index)
-    labels = ops.without_left_out(labels, weight)
+    weight, labels = kept_labels(labels, sample_weight, ignore_index)
     student = ops.without_left_out(student_logits, weight)
     teacher = ops.without_left_out(teacher_logits, weight)
     other_weight = _other_weight(non_target_weight, temperature, tau_squared)
@@ -116,7 +115,7 @@ class NormalizedKD(Loss):
     def fused(
         self, kernel: KernelPoint, student_logits, teacher_logits, labels, sample_weight, temperature, non_target_weight
     ):
-        weight, labels = kept_labels(kernel, labels, sample_weight, self.ignore_index)
+        weight, labels = kept_labels_at(kernel, labels, sample_weight, self.ignore_index)
         tensors = {
             "student": student_logits,
             "teacher": teacher_logits,

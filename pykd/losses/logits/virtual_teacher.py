@@ -7,7 +7,7 @@ from torch import Tensor
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, number, ops, register, scalar, whole
 from pykd.definition.reference import divergence, labelled, log_softmax, reduce_samples, rows
 from pykd.fused.description import LABEL_APART, KernelPoint
-from pykd.losses.logits._shared import at_label, is_label, kept_labels, kept_weight
+from pykd.losses.logits._shared import at_label, is_label, kept_labels, kept_labels_at
 
 
 def _rows(
@@ -40,8 +40,7 @@ def virtual_teacher(
     reduction: str,
 ) -> Tensor:
     """KL divergence from a teacher made of labels; see :class:`VirtualTeacher`."""
-    weight = kept_weight(labels, sample_weight, ignore_index)
-    labels = ops.without_left_out(labels, weight)
+    weight, labels = kept_labels(labels, sample_weight, ignore_index)
     student = ops.without_left_out(student_logits, weight)
     values = _rows(student, labels, temperature, "uniform", label_probability, soften_student)
     return ops.reduce_softened(values, weight, temperature, tau_squared, reduction)
@@ -117,7 +116,7 @@ class VirtualTeacher(Loss):
     ignore_index: int = whole(default=-100)
 
     def fused(self, kernel: KernelPoint, student_logits, labels, sample_weight, temperature):
-        weight, labels = kept_labels(kernel, labels, sample_weight, self.ignore_index)
+        weight, labels = kept_labels_at(kernel, labels, sample_weight, self.ignore_index)
         tensors = {"student": student_logits, "labels": labels, "temperature": temperature}
         settings = {
             "form": "uniform",

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pykd.definition import SAMPLE_WEIGHT, Case, Loss, Properties, Spec, flag, ops, register, scalar, whole
 from pykd.definition.reference import expectation, labelled, log_softmax, reduce_samples, rows
-from pykd.losses.logits._shared import at_label, kept_weight
+from pykd.losses.logits._shared import at_label, kept_labels
 
 
 def weighted_soft_labels(
@@ -20,8 +20,7 @@ def weighted_soft_labels(
     reduction: str,
 ) -> Tensor:
     """Cross-entropies to soft targets by how the student compares with the teacher; see :class:`WeightedSoftLabels`."""
-    weight = kept_weight(labels, sample_weight, ignore_index)
-    labels = ops.without_left_out(labels, weight)
+    weight, labels = kept_labels(labels, sample_weight, ignore_index)
     student = ops.upcast(ops.without_left_out(student_logits, weight))
     teacher = ops.upcast(ops.without_left_out(teacher_logits.detach(), weight))
     student_error = -at_label(torch.log_softmax(student.detach(), dim=-1), labels)
