@@ -159,7 +159,7 @@ def test_what_is_said_of_a_row_on_every_instruction_set(target, dtype):
     ("settings", "dtype", "message"),
     [
         ({"form": "kl"}, np.float32, "soft needs temperature"),
-        ({"temperature": 0.0}, np.float32, "temperature is above 0"),
+        ({"temperature": 0.0}, np.float32, "temperature must be a finite number"),
         ({"temperature": 1.0, "classes": 5}, np.float32, "classes is how many are compared"),
         ({"temperature": 1.0, "codes": 1, "classes": 3}, np.float32, "codes are 16-bit words"),
         ({"temperature": 1.0, "codes": 1, "classes": 1}, np.uint16, "classes is how many are compared"),

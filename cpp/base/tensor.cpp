@@ -103,9 +103,9 @@ void check_number(const std::string& name, double value, pykd_dtype tensors) {
   const double least = wide ? std::numeric_limits<double>::min() : double{std::numeric_limits<float>::min()};
   const double most = wide ? std::numeric_limits<double>::max() : double{std::numeric_limits<float>::max()};
   if (value == 0 || (std::fabs(value) >= least && std::fabs(value) <= most)) return;
-  fail(PYKD_INVALID_VALUE, "a finite number for " + name, number_text(value),
-       std::string("give one that ") + (wide ? "float64" : "float32") + " holds in full precision: 0, or from " +
-           number_text(least) + " to " + number_text(most) + " but for its sign");
+  fail(PYKD_INVALID_VALUE,
+       std::string("a number that ") + (wide ? "float64" : "float32") + " holds in full precision for " + name,
+       number_text(value), "give 0, or a magnitude from " + number_text(least) + " to " + number_text(most));
 }
 
 void check_no_overlap(const Extent& written, const Extent& other) {

@@ -216,8 +216,8 @@ void check(const Kernel& kernel, const Call& call) {
   check_attributes(kernel, call.attributes);
   const char* reason = kernel.refuse == nullptr ? nullptr : kernel.refuse(call);
   if (reason != nullptr) {
-    fail(PYKD_INVALID_VALUE, std::string("a call that the kernel ") + kernel.name + " covers",
-         "arguments that it does not take together", reason);
+    fail(PYKD_INVALID_VALUE, std::string("a call by the rules of the kernel ") + kernel.name, "one against them",
+         std::string("correct it: ") + reason);
   }
 }
 

@@ -68,7 +68,7 @@ TEST(Integrity, TellsThreeKindsOfDamageApart) {
   EXPECT_BAD(check_integrity(file_of(tiny_model(true).bytes())), "none", "not written by pykd.export",
              "changed afterwards");
   EXPECT_BAD(check_integrity(file_of("")), "empty");
-  EXPECT_BAD(check_integrity(file_of("\x07 is no protobuf tag")), "neither");
+  EXPECT_BAD(check_integrity(file_of("\x07 is no protobuf tag")), "neither", "load loss.grad.onnx");
 }
 
 TEST(Integrity, TellsThreeKindsOfDamageApartInArchives) {

@@ -274,7 +274,7 @@ TEST_F(KernelsApi, SaysWhatIsMissingForCuda) {
 
 TEST_F(KernelsApi, SaysWhatTheKernelRefuses) {
   expect_error(PYKD_INVALID_VALUE, call({matrix("student", student)}, {matrix("grad_student", gradient)}),
-               {"test_error covers", "the gradient needs weight"});
+               {"rules of the kernel test_error", "correct it: the gradient needs weight"});
 }
 
 TEST_F(KernelsApi, ChecksItsHost) {
@@ -328,7 +328,7 @@ TEST_F(KernelsApi, TakesNoTemperatureWhoseReciprocalIsInfinite) {
                    {vector("soft", value)}, {}, nullptr, "soft_target"),
               PYKD_INVALID_VALUE)
         << temperature;
-    tests::expect_words(pykd_last_error(), {"temperature is above 0"});
+    tests::expect_words(pykd_last_error(), {"correct it: temperature must be a finite number of at least 1.2e-38"});
   }
   float temperature = 2e-38f;
   EXPECT_EQ(call({matrix("student", student), matrix("teacher", teacher), number("temperature", temperature)},

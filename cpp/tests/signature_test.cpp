@@ -453,9 +453,9 @@ TEST_F(Call, ChecksParameters) {
   EXPECT_VALUE_ERROR(one("weight", -0.5), "weight at least 0", "-0.5");
   EXPECT_EQ(one("weight", 2.5), (std::vector<double>{2.5}));
   EXPECT_VALUE_ERROR(one("weight", 2.75), "expected the parameter weight at most 2.5, got 2.75; give a smaller value");
-  EXPECT_VALUE_ERROR(one("weight", std::nan("")), "finite", "weight", "nan");
-  EXPECT_VALUE_ERROR(one("weight", infinity), "finite", "inf");
-  EXPECT_VALUE_ERROR(one("weight", 1e300), "finite", "1e+300");  // float32 cannot hold it
+  EXPECT_VALUE_ERROR(one("weight", std::nan("")), "full precision", "weight", "nan");
+  EXPECT_VALUE_ERROR(one("weight", infinity), "full precision", "inf");
+  EXPECT_VALUE_ERROR(one("weight", 1e300), "full precision", "1e+300");  // float32 cannot hold it
   EXPECT_VALUE_ERROR(check(std::vector<pykd_parameter>{{"weight", 1}, {"weight", 2}}), "once");
   EXPECT_VALUE_ERROR(check(std::vector<pykd_parameter>{{nullptr, 1}}), "a name");
 }

@@ -12,7 +12,7 @@ namespace pykd::kernels {
 // Why logits are not divided by this number; nullptr: they are.
 inline const char* refuse_temperature(float number) {
   if (number >= std::numeric_limits<float>::min() && std::isfinite(number)) return nullptr;
-  return "temperature is above 0, and a number of full precision in float32 (from 1.2e-38)";
+  return "temperature must be a finite number of at least 1.2e-38 (what float32 holds in full precision)";
 }
 
 }  // namespace pykd::kernels

@@ -89,7 +89,7 @@ void check_integrity(const ArtefactFile& file) {
       truncated = is_cut_short(file);
     } catch (const protozero::exception&) {
       fail(PYKD_BAD_ARTEFACT, "an ONNX or a TorchScript file at " + file.label, "neither",
-           "load a file that pykd.export wrote");
+           "load loss.grad.onnx, loss.onnx, loss.pt or score.onnx, or the folder that pykd.export wrote them to");
     }
     if (truncated) cut_short(file);
     fail(PYKD_BAD_ARTEFACT, "pykd's checksum at the end of " + file.label, "none",
