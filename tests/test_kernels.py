@@ -279,6 +279,7 @@ def test_rows_with_nan_or_infinity_by_kernel_and_formula(one, where):
     """Alike in value and gradient; NaN is never hidden, and nothing of a bad row reaches another one."""
     good, spoilt, bad = with_bad_rows(one, where)
     routes = {
+        "kernel": lambda tensors: through(one, tensors, in_library(), per_sample=True),
         "body": lambda tensors: through(one, tensors, by_formula, per_sample=True),
         "eager": lambda tensors: in_eager_mode(one, tensors),
     }

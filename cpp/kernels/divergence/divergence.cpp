@@ -382,8 +382,9 @@ void run_rows(const Problem& problem, size_t first, size_t last, float* memory) 
       mean = level + mean_above(student_e, teacher_e, classes, facts.student_factor, level);
     }
     const float level = std::abs(mean) < 1e30 ? static_cast<float>(mean) : 0.0f;
-    const Coefficients coefficients{weight * problem.scale, facts.student_factor, level,
-                                    static_cast<float>(mean - level)};
+    // Of a value that is NaN the gradient is, too, whatever is left of its slopes.
+    const float factor = std::isnan(totals.value) ? std::numeric_limits<float>::quiet_NaN() : weight * problem.scale;
+    const Coefficients coefficients{factor, facts.student_factor, level, static_cast<float>(mean - level)};
     write_gradient<T, Terms>(student_e, teacher_e, own, classes, coefficients, problem.stream_gradient, gradient);
   }
   if (problem.stream_gradient) finish_streaming();

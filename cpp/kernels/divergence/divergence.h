@@ -25,8 +25,9 @@
 //  - A class with p = q exactly adds exactly 0 to the value and to the gradient, in every form. For total_variation p
 //  and q are
 //    equal that differ by less than 2^-48 of themselves.
-//  - A row with NaN has the value NaN, and so has one without a class. A weight of 0 takes nothing from its value: the
-//    gradient of a row whose weight is 0 (or left out) is exactly 0, even where the value is NaN.
+//  - A row with NaN has the value NaN, and so has one without a class; its gradient is NaN, too. A
+//    weight of 0 takes nothing from its value: the gradient of a row whose weight is 0 (or left out) is exactly 0, even
+//    where the value is NaN.
 //
 // Accuracy: what a class adds is written as a term that is never negative, by log(q / p) and e^x - 1: the sum over p -
 // q, which is 0, is part of it. So a divergence of two that are almost equal keeps its digits, and the rounding of the

@@ -65,7 +65,7 @@ class Directions {
 
 // Whether no step of x changes x^: it has none, or a single channel, whose direction is a sign. `along` tells NaN.
 PYKD_GPU_AND_HOST bool turns_nowhere(const Directions& directions, bool one_channel, double along) {
-  return !directions.has_x() || (one_channel && along == along);
+  return along == along && (one_channel || !directions.has_x());
 }
 
 // The distance of a token, from the sum over its channels. What has no direction has the cosine 0 with everything.

@@ -64,8 +64,8 @@ inline double logistic(double x) {
 // log(1 + e^x)
 inline double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
 
-// factor x, and 0 where the factor is 0.
-inline double times(double factor, double x) { return factor == 0 ? 0 : factor * x; }
+// factor x, and 0 where the factor is 0, even of an infinite x. NaN stays.
+inline double times(double factor, double x) { return factor == 0 && !std::isnan(x) ? 0 : factor * x; }
 
 // The probability of the label and that of all others together, each with its digits however small it is.
 struct LabelAndRest {

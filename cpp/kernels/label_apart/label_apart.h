@@ -21,8 +21,9 @@
 //  - Logits of -inf are classes that are masked out. One that both rule out adds 0; one that the student alone rules
 //  out
 //    makes the value infinite. Where the teacher has no class beside the label, p* adds nothing.
-//  - A row with NaN has the value NaN, and so has one without a class, and one whose label is outside the classes. A
-//    weight of 0 takes nothing from its value: the gradient of a row whose weight is 0 (or left out) is exactly 0.
+//  - A row with NaN has the value NaN, and so has one without a class, and one whose label is outside the classes; its
+//    gradient is NaN, too. A part of weight 0 counts for nothing, even where it is infinite. A weight of 0 takes
+//    nothing from its value: the gradient of a row whose weight is 0 (or left out) is exactly 0.
 //
 // Accuracy: the other classes are summed up without the label, relative to the largest of them, so that log(1 - q_y) is
 // the logarithm of a sum and not of a difference; what is left of the label is one number, its score beside that sum,

@@ -259,6 +259,14 @@ HWY_NOINLINE void widen_entries(const T* HWY_RESTRICT p, size_t count, float* HW
   if (i < count) hn::Store(load(d, p + i, count - i, 0.0f), d, wide + i);
 }
 
+template <class T>
+HWY_NOINLINE void write_nan(T* HWY_RESTRICT p, size_t count) {
+  const D d;
+  const size_t lanes = hn::Lanes(d);
+  const V nan = hn::Set(d, static_cast<float>(kNan));
+  for (size_t i = 0; i < count; i += lanes) store(nan, d, p + i, std::min(lanes, count - i));
+}
+
 // What a block needs to know.
 struct BlockScales {
   float student_top, teacher_top;
@@ -629,8 +637,8 @@ class Rows {
     if (Terms::kTeacher) log_teacher_ = std::log2(sums_.teacher);
     if constexpr (Terms::kTeacher) {
       if (problem_.almost_equal) refine_ratio(row);
-      const double soft = soft_value();
-      if (problem_.soft != nullptr) problem_.soft[row] = static_cast<float>(soft);
+      soft_ = soft_value();
+      if (problem_.soft != nullptr) problem_.soft[row] = static_cast<float>(soft_);
     }
   }
 
@@ -661,8 +669,14 @@ class Rows {
     const T* const probs = Hard::kProbs ? static_cast<const T*>(problem_.label_probs) + row * classes_ : nullptr;
     const std::int64_t label = problem_.labels != nullptr ? problem_.labels[row] : -1;
     sum_up(row, probs, !gradient_is_zero);
-    if (problem_.hard != nullptr) problem_.hard[row] = static_cast<float>(hard_value(row, label));
-    if (!gradient_is_zero) write(gradient, probs, label, soft_weight, hard_weight);
+    const double hard = has_hard ? hard_value(row, label) : 0;
+    if (problem_.hard != nullptr) problem_.hard[row] = static_cast<float>(hard);
+    if (gradient_is_zero) return;
+    if ((soft_weight != 0 && std::isnan(soft_)) || (hard_weight != 0 && std::isnan(hard))) {
+      write_nan(gradient, classes_);
+    } else {
+      write(gradient, probs, label, soft_weight, hard_weight);
+    }
   }
 
   // Fills sums_ and scratch_.
@@ -861,7 +875,7 @@ class Rows {
   Sums sums_;
   MixtureSums mixture_;
   float student_top_ = 0, teacher_top_ = 0;
-  double log_student_ = 0, log_teacher_ = 0;
+  double log_student_ = 0, log_teacher_ = 0, soft_ = 0;
   double difference_ = 0;  // the mean over q, of blocks with the final tops
 };
 

@@ -19,8 +19,8 @@
 //  - Logits of -inf are classes that are masked out. A term whose factor, a probability or an entry of label_probs, is
 //    exactly 0 adds 0; p > 0 where q = 0 makes cross_entropy and kl +inf. A probability below 2^-126 of the largest
 //    one counts as 0 (on CUDA: certainly one below 2^-134).
-//  - A row with NaN has the value NaN. A label outside the classes gives the value NaN, and a gradient of NaN where
-//    the row's hard_weight is not 0.
+//  - A row with NaN has the value NaN, and so has one whose label is outside the classes. The gradient of a value that
+//    is NaN, and has a weight that is not 0, is NaN.
 //  - A weight of 0 takes nothing from its value: the gradient of a row whose weights are 0 (or left out) is exactly 0,
 //    even where the values are NaN.
 //

@@ -270,7 +270,7 @@ class Rows {
     if (weight == 0) return;
 
     const double chain = weight * problem_.scale;
-    if (!known) {
+    if (std::isnan(outcome.value)) {
       std::fill_n(rest_, classes_, 1.0f);
       return write_gradient(rest_, classes_, static_cast<float>(kNan), false, gradient);
     }

@@ -26,8 +26,9 @@
 //  - Logits of -inf are classes that are masked out. tail is +inf where q* is 0 and p* is not: from 1e-5 on, since less
 //    is the rounding of p. In logistic two classes that are masked out are as good as each other, and get no gradient
 //    of their pair. All but unnormalized and sampled are at least 0.
-//  - A row with NaN among its entries has the value NaN, as has one with NaN among its logits in the forms that look at
-//    all of them (not renormalized and logistic).
+//  - A row with NaN among its entries has the value NaN, and its gradient is NaN, too; so has one without entries in
+//    renormalized and zero, and one with NaN among its logits in the forms that look at all of them (not renormalized
+//    and logistic).
 //  - A weight of 0 takes nothing from its value: the gradient of a row whose weight is 0 (or left out) is exactly 0,
 //    even where the value is NaN.
 //
