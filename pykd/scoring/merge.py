@@ -137,7 +137,9 @@ def load(path: Path, what: str) -> ModelProto:
     try:
         return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own; whatever it is, the file is none
-        raise ValueError(f"expected {what} to be an ONNX model, got {path}, which cannot be read ({error})") from error
+        raise ValueError(
+            f"expected {what} to be an ONNX model, got {path}, which cannot be read ({error}); pass the path of one"
+        ) from error
 
 
 def read(teacher: str | Path, student: str | Path, loss: str | Path) -> Parts:
