@@ -107,8 +107,9 @@ def test_a_tensor_of_one_number_leaves_shape_and_type_of_the_value(loss_subject,
                     torch.testing.assert_close(got.detach(), weighed, rtol=rtol, atol=rtol)
             if want.dim() == 0:
                 given = make(1.0, dtype=kind).requires_grad_(learned)
-                got = composed(**tensors, term_weight=given)["loss"]
-                torch.testing.assert_close(got.detach(), weighed, rtol=1e-5, atol=1e-7)
+                for each in (composed, pykd.compose({"term": (loss, 1.0)})):
+                    got = each(**tensors, term_weight=given)["loss"]
+                    torch.testing.assert_close(got.detach(), weighed, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow

@@ -127,8 +127,10 @@ class Composition(nn.Module, Interface):
             return 'kernels="off"'
         plan = call.plan
         if plan.refusal is None:
+            # What holds for all calls like this one, whether a number of this one is learned or not.
+            numbers = {n: v.detach() if isinstance(v, Tensor) else v for n, v in call.numbers.items()}
             with torch.no_grad():
-                calls, outputs = self._walk(call, mode)
+                calls, outputs = self._walk(call._replace(numbers=numbers), mode)
             plan.alone = len(calls) == 1 and all(isinstance(o, Linear) and o.rest is None for o in outputs.values())
             plan.refusal = eager.refusal(calls) if calls else _NOTHING
         if plan.refusal == _NOTHING and self._goes_by_blocks(call, mode):
