@@ -301,6 +301,8 @@ class Loss(_WithFields):
             numbers = {name: routing.without_axes(checked[name], floats) for name in numbers}
         if self._lists:
             return super().__call__(**{**given, **numbers})
+        if not numbers:
+            return super().__call__(*args, **kwargs)
         args = tuple(numbers.get(name, one) for name, one in zip(self._arguments, args, strict=False))
         return super().__call__(*args, **{name: numbers.get(name, one) for name, one in kwargs.items()})
 
