@@ -93,9 +93,8 @@ class Composition(nn.Module, Interface):
             specs = call.plan.specs
         routing.note_formula("the composition", why, mode)
         every = self.all_numbers(numbers) if call is None else call.numbers
-        floats = [tensors[name] for name, spec in specs.items() if spec.dtype == "float"]
-        every = {name: routing.without_axes(number, floats) for name, number in every.items()}
-        return compute_outputs(Now(), self, specs, tensors, every)
+        floats = (tensors[name] for name, spec in specs.items() if spec.dtype == "float")
+        return compute_outputs(Now(), self, specs, tensors, routing.without_axes(every, floats))
 
     def _check_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
         specs = self.resolve(tensors)

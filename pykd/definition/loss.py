@@ -294,11 +294,12 @@ class Loss(_WithFields):
             if not why:
                 return self.compute_by_kernel(call)
         routing.note_formula(self.name, why, mode)
-        numbers = {name: number for name in self.scalars if (number := given.get(name)) is not None}
+        numbers: Mapping[str, Any] = {name: number for name in self.scalars if (number := given.get(name)) is not None}
         if numbers:
-            floats = [given.get(name) for name in self.inputs if self.declared(name)[0].dtype == "float"]
-            checked = numbers if call is None else call.numbers
-            numbers = {name: routing.without_axes(checked[name], floats) for name in numbers}
+            if call is not None:
+                numbers = {name: call.numbers[name] for name in numbers}
+            floats = (given.get(name) for name in self.inputs if self.declared(name)[0].dtype == "float")
+            numbers = routing.without_axes(numbers, floats)
         if self._lists:
             return super().__call__(**{**given, **numbers})
         if not numbers:

@@ -154,13 +154,16 @@ def number(name: str, scalar: Any, value: Any) -> Any:
     return value.reshape(()) if is_learned else checked_number
 
 
-def without_axes(number: Any, tensors: Iterable[Any]) -> Any:
-    """A number of a call as formulas take it: a tensor of one has no axes, which values would take over, and the type that they
+def without_axes(numbers: Mapping[str, Any], tensors: Iterable[Any]) -> Mapping[str, Any]:
+    """Numbers of a call as formulas take them: a tensor of one has no axes, which values would take over, and the type that they
     compute these tensors in."""
-    if not isinstance(number, Tensor):
-        return number
+    if not any(isinstance(number, Tensor) for number in numbers.values()):
+        return numbers
     wide = any(isinstance(tensor, Tensor) and tensor.dtype == torch.float64 for tensor in tensors)
-    return number.reshape(()).to(torch.float64 if wide else torch.float32)
+    dtype = torch.float64 if wide else torch.float32
+    return {
+        name: number.reshape(()).to(dtype) if isinstance(number, Tensor) else number for name, number in numbers.items()
+    }
 
 
 def learned(numbers: Mapping[str, Any]) -> str:
